@@ -1,0 +1,367 @@
+"""Labelled crystals on disk: one Parquet row per crystal, splits, fingerprints.
+
+A file carries its schema version, the fingerprint of its rows and where they came from, so that a
+checkpoint can name exactly what it was trained on.
+"""
+
+import hashlib
+import json
+import math
+import os
+import struct
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from pymatgen.core import Composition, Element, Structure
+
+from common.crystal.structure import Crystal, Site
+from common.errors import UserError
+from common.files import atomic_path
+
+SCHEMA_VERSION = 1
+PROPERTIES = ("band_gap", "formation_energy", "e_above_hull")
+"""Property columns: eV, eV/atom, eV/atom. None where unknown."""
+
+_METADATA_KEY = b"uni_mdm"
+_SCHEMA = pa.schema(
+    [
+        pa.field("material_id", pa.string(), nullable=False),
+        pa.field("reduced_formula", pa.string(), nullable=False),
+        pa.field("space_group", pa.int16(), nullable=False),
+        pa.field("num_atoms", pa.int32(), nullable=False),
+        pa.field("letters", pa.string(), nullable=False),
+        pa.field("atomic_numbers", pa.list_(pa.int16()), nullable=False),
+        pa.field("free_params", pa.list_(pa.float64()), nullable=False),
+        pa.field("lattice", pa.list_(pa.float64()), nullable=False),
+        pa.field("structure_lattice", pa.list_(pa.float64())),
+        pa.field("structure_numbers", pa.list_(pa.int16())),
+        pa.field("structure_frac_coords", pa.list_(pa.float64())),
+        *(pa.field(name, pa.float64()) for name in PROPERTIES),
+    ]
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Cell:
+    """A structure as plain arrays, any cell: what a pymatgen Structure is built from.
+
+    lattice [3,3] rows in A; atomic_numbers [A]; frac_coords [A,3] as given (not wrapped).
+    """
+
+    lattice: NDArray[np.float64]
+    atomic_numbers: NDArray[np.int16]
+    frac_coords: NDArray[np.float64]
+
+    @classmethod
+    def from_structure(cls, structure: Structure) -> "Cell":
+        """Keep lattice, elements and positions; oxidation states and site properties are dropped.
+
+        Raises UserError for a disordered structure.
+        """
+        if not structure.is_ordered:
+            raise UserError("structure with partial occupancy: only ordered crystals can be stored")
+        return cls(
+            np.array(structure.lattice.matrix, dtype=np.float64),
+            np.array(structure.atomic_numbers, dtype=np.int16),
+            np.array(structure.frac_coords, dtype=np.float64).reshape(-1, 3),
+        )
+
+    def to_structure(self) -> Structure:
+        return Structure(
+            self.lattice, [_element(int(z)) for z in self.atomic_numbers], self.frac_coords
+        )
+
+
+class Record:
+    """A labelled crystal: identity, symmetric description, the structure as given, properties.
+
+    `structure` is the cell the source gave (usually primitive), or None; given as a Cell it is
+    turned into a pymatgen Structure only when asked for. `properties` has the keys PROPERTIES, each
+    a finite number or None.
+    """
+
+    def __init__(
+        self,
+        material_id: str,
+        crystal: Crystal,
+        structure: Structure | Cell | None = None,
+        properties: Mapping[str, float | None] | None = None,
+    ) -> None:
+        self.material_id = material_id
+        self.crystal = crystal
+        self.cell = (
+            Cell.from_structure(structure) if isinstance(structure, Structure) else structure
+        )
+        self.properties = _checked_properties(material_id, properties or {})
+
+    @cached_property
+    def structure(self) -> Structure | None:
+        return None if self.cell is None else self.cell.to_structure()
+
+    @cached_property
+    def reduced_formula(self) -> str:
+        return reduced_formula(self.crystal.formula_counts)
+
+    def __repr__(self) -> str:
+        return f"Record({self.material_id!r}, {self.reduced_formula}, {self.crystal.space_group})"
+
+
+def reduced_formula(counts: Mapping[int, int]) -> str:
+    """pymatgen's reduced formula of {atomic number: count}."""
+    divisor = math.gcd(*counts.values())
+    return _formula(tuple(sorted((z, n // divisor) for z, n in counts.items())))
+
+
+def write_records(
+    records: Iterable[Record],
+    path: str | os.PathLike[str],
+    source: Mapping[str, Any] | None = None,
+) -> None:
+    """Write records in the given order; `source` (JSON-able) says where they came from.
+
+    The same records and source give the same bytes. Raises UserError when `path` is not writable.
+    """
+    rows = list(records)
+    metadata = {
+        "schema_version": SCHEMA_VERSION,
+        "fingerprint": fingerprint(rows),
+        "rows": len(rows),
+        "source": dict(source or {}),
+    }
+    schema = _SCHEMA.with_metadata({_METADATA_KEY: json.dumps(metadata, sort_keys=True)})
+    table = pa.Table.from_pydict(_columns(rows), schema=schema)
+    with atomic_path(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
+
+
+def read_records(path: str | os.PathLike[str]) -> list[Record]:
+    """All records of a file in its order.
+
+    Raises UserError for a missing, truncated or foreign file.
+    """
+    _check_metadata(path, _file_schema(path))
+    try:
+        # use_threads=False: a thread pool gains nothing here and breaks later forks.
+        table = pq.read_table(path, page_checksum_verification=True, use_threads=False)
+        return list(_records(table))
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, UserError) as error:
+        raise _unreadable(path, error) from error
+
+
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """schema_version, fingerprint, rows and source of a file, without reading its rows.
+
+    Raises UserError for a missing, truncated or foreign file.
+    """
+    return _check_metadata(path, _file_schema(path))
+
+
+def fingerprint(records: Iterable[Record]) -> str:
+    """SHA-256 (hex) of the rows' content, the same for every order of the rows.
+
+    Every stored value enters with all its bits; two equal rows count twice.
+    """
+    digests = sorted(hashlib.sha256(_canonical(record)).digest() for record in records)
+    return hashlib.sha256(b"".join(digests)).hexdigest()
+
+
+def split_by_formula(
+    records: Iterable[Record], fractions: Sequence[float], seed: int = 0
+) -> list[list[Record]]:
+    """Part records so that a reduced formula falls into one part only.
+
+    The part depends on the hash of seed and formula alone, so adding, removing or reordering rows
+    never moves another row. Parts have the requested `fractions` (sum 1) of the formulas in
+    expectation, not exactly. Rows keep their order.
+
+    Raises UserError for fractions that are not positive or do not sum to 1.
+    """
+    if not fractions or min(fractions) < 0 or not math.isclose(sum(fractions), 1, abs_tol=1e-6):
+        raise UserError(f"split fractions {list(fractions)}: give numbers >= 0 that sum to 1")
+    bounds = np.cumsum(fractions)[:-1]
+    parts: list[list[Record]] = [[] for _ in fractions]
+    for record in records:
+        position = _uniform_hash(f"{seed}:{record.reduced_formula}")
+        parts[int(np.searchsorted(bounds, position, side="right"))].append(record)
+    return parts
+
+
+@lru_cache(maxsize=128)
+def _element(atomic_number: int) -> Element:
+    return Element.from_Z(atomic_number)
+
+
+@lru_cache(maxsize=200_000)
+def _formula(counts: tuple[tuple[int, int], ...]) -> str:
+    return str(Composition({_element(z): n for z, n in counts}).reduced_formula)
+
+
+def _uniform_hash(text: str) -> float:
+    """A number in [0, 1) that depends on `text` alone."""
+    digest = hashlib.sha256(text.encode("utf-8")).digest()
+    return (int.from_bytes(digest[:8], "big") >> 11) / 2.0**53
+
+
+def _checked_properties(
+    material_id: str, properties: Mapping[str, float | None]
+) -> dict[str, float | None]:
+    unknown = set(properties) - set(PROPERTIES)
+    if unknown:
+        raise UserError(f"{material_id}: unknown property {sorted(unknown)}; known: {PROPERTIES}")
+    checked: dict[str, float | None] = {}
+    for name in PROPERTIES:
+        value = properties.get(name)
+        if value is not None and not math.isfinite(value):
+            raise UserError(f"{material_id}: {name} is {value}; give a finite number or none")
+        checked[name] = None if value is None else float(value)
+    return checked
+
+
+def _canonical(record: Record) -> bytes:
+    """The bytes that identify a row: every variable-length part is preceded by its length."""
+    crystal, cell = record.crystal, record.cell
+    numbers = [site.atomic_number for site in crystal.sites]
+    free = [site.free_params for site in crystal.sites]
+    parts = [
+        record.material_id.encode("utf-8"),
+        struct.pack("<i", crystal.space_group),
+        "".join(site.letter for site in crystal.sites).encode("ascii"),
+        np.asarray(numbers, dtype="<i2").tobytes(),
+        _float_bytes(free),
+        _float_bytes(crystal.lattice),
+        b"" if cell is None else _float_bytes(cell.lattice),
+        b"" if cell is None else cell.atomic_numbers.astype("<i2").tobytes(),
+        b"" if cell is None else _float_bytes(cell.frac_coords),
+        *(
+            b"" if record.properties[name] is None else _float_bytes(record.properties[name])
+            for name in PROPERTIES
+        ),
+    ]
+    return b"".join(struct.pack("<q", len(part)) + part for part in parts)
+
+
+def _float_bytes(values: Any) -> bytes:
+    """Little-endian float64, with -0.0 written as 0.0."""
+    return (np.asarray(values, dtype="<f8") + 0.0).tobytes()
+
+
+def _columns(records: Sequence[Record]) -> dict[str, list[Any]]:
+    """Column lists of the schema."""
+    crystals = [record.crystal for record in records]
+    cells = [record.cell for record in records]
+    columns: dict[str, list[Any]] = {
+        "material_id": [record.material_id for record in records],
+        "reduced_formula": [record.reduced_formula for record in records],
+        "space_group": [crystal.space_group for crystal in crystals],
+        "num_atoms": [crystal.num_atoms for crystal in crystals],
+        "letters": ["".join(site.letter for site in crystal.sites) for crystal in crystals],
+        "atomic_numbers": [[site.atomic_number for site in c.sites] for c in crystals],
+        "free_params": [[x for site in c.sites for x in site.free_params] for c in crystals],
+        "lattice": [np.asarray(c.lattice, dtype=np.float64).ravel() for c in crystals],
+        "structure_lattice": [None if c is None else c.lattice.ravel() for c in cells],
+        "structure_numbers": [None if c is None else c.atomic_numbers for c in cells],
+        "structure_frac_coords": [None if c is None else c.frac_coords.ravel() for c in cells],
+    }
+    for name in PROPERTIES:
+        columns[name] = [record.properties[name] for record in records]
+    return columns
+
+
+def _records(table: pa.Table) -> Iterator[Record]:
+    plain = {name: table[name].to_pylist() for name in ("material_id", "reduced_formula")}
+    plain |= {name: table[name].to_pylist() for name in ("space_group", "letters", *PROPERTIES)}
+    numbers, free, lattices = (
+        _arrays(table, name) for name in ("atomic_numbers", "free_params", "lattice")
+    )
+    cells = [
+        _arrays(table, name)
+        for name in ("structure_lattice", "structure_numbers", "structure_frac_coords")
+    ]
+    for i, material_id in enumerate(plain["material_id"]):
+        lattice = lattices[i]
+        if lattice is None:
+            raise ValueError(f"{material_id}: no lattice")
+        sites = _sites(material_id, numbers[i], plain["letters"][i], free[i])
+        record = Record(
+            material_id,
+            Crystal(plain["space_group"][i], sites, lattice.reshape(3, 3)),
+            _cell(*(column[i] for column in cells)),
+            {name: plain[name][i] for name in PROPERTIES},
+        )
+        record.__dict__["reduced_formula"] = plain["reduced_formula"][i]  # fills the cached value
+        yield record
+
+
+def _sites(
+    material_id: str, numbers: NDArray[Any] | None, letters: str, free: NDArray[Any] | None
+) -> tuple[Site, ...]:
+    if numbers is None or free is None:
+        raise ValueError(f"{material_id}: no sites")
+    if not len(numbers) == len(letters) == len(free) / 3:
+        raise ValueError(f"{material_id}: atomic_numbers, letters and free_params do not agree")
+    triples = free.reshape(-1, 3).tolist()
+    return tuple(
+        Site(z, letter, (x, y, w))
+        for z, letter, (x, y, w) in zip(numbers.tolist(), letters, triples, strict=True)
+    )
+
+
+def _cell(
+    lattice: NDArray[Any] | None, numbers: NDArray[Any] | None, frac_coords: NDArray[Any] | None
+) -> Cell | None:
+    if lattice is None or numbers is None or frac_coords is None:
+        return None
+    return Cell(lattice.reshape(3, 3), numbers, frac_coords.reshape(len(numbers), 3))
+
+
+def _arrays(table: pa.Table, name: str) -> list[NDArray[Any] | None]:
+    """One array per row of a list column; None where the row has none."""
+    column = table[name].combine_chunks()
+    values = column.values.to_numpy(zero_copy_only=False)
+    offsets = column.offsets.to_pylist()
+    valid = column.is_valid().to_pylist()
+    return [
+        values[start:stop] if ok else None
+        for start, stop, ok in zip(offsets[:-1], offsets[1:], valid, strict=True)
+    ]
+
+
+def _file_schema(path: str | os.PathLike[str]) -> pa.Schema:
+    if not Path(path).is_file():
+        raise UserError(f"no such file: {path}; make it with 'uni-mdm data import'")
+    try:
+        return pq.read_schema(path)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _check_metadata(path: str | os.PathLike[str], schema: pa.Schema) -> dict[str, Any]:
+    try:
+        metadata = json.loads((schema.metadata or {})[_METADATA_KEY])
+        version = metadata["schema_version"]
+    except (KeyError, ValueError, TypeError) as error:
+        raise UserError(
+            f"{path}: a Parquet file, but not one of ours; make it with 'uni-mdm data import'"
+        ) from error
+    if version != SCHEMA_VERSION:
+        raise UserError(
+            f"{path}: schema version {version}, this program reads {SCHEMA_VERSION}; import again"
+        )
+    if not schema.equals(_SCHEMA):
+        raise UserError(f"{path}: unexpected columns; make it again with 'uni-mdm data import'")
+    return dict(metadata)
+
+
+def _unreadable(path: str | os.PathLike[str], error: Exception) -> UserError:
+    reason = " ".join(str(error).split())[:200]
+    return UserError(
+        f"cannot read {path}: truncated or not a Parquet file of ours ({reason}); "
+        "make it again with 'uni-mdm data import'"
+    )
