@@ -1,0 +1,254 @@
+"""Space groups and Wyckoff positions as arrays, in the standard settings of International Tables A.
+
+Settings: unique axis b (cell choice 1), origin choice 2, hexagonal axes for rhombohedral groups.
+The tables themselves come from pyxtal; everything else here is derived from them.
+
+An *orbit* is the set of atoms that one Wyckoff position makes of one point. Its atoms are affine
+functions of the variables x, y, z of the orbit's first position:
+``position_m = rotations[m] @ free_params + translations[m]``. On special positions these matrices
+are singular; the variables that really occur are marked in ``free_mask``.
+"""
+
+import warnings
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import product
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+NUM_SPACE_GROUPS = 230
+# Integer translations that can separate two points of one unit cell after an operation.
+_LATTICE_STEPS = np.array(list(product((0, 1, -1, 2, -2), repeat=3)), dtype=float)
+
+
+def wrap(frac_coords: Array) -> Array:
+    """Fractional coordinates in [0,1); values within 1e-9 below one become zero."""
+    wrapped = np.mod(frac_coords, 1.0)
+    return np.where(wrapped > 1 - 1e-9, 0.0, wrapped)
+
+
+def nearest_zero(difference: Array) -> Array:
+    """Fractional differences wrapped to [-0.5,0.5]."""
+    return difference - np.round(difference)
+
+
+@dataclass(frozen=True)
+class WyckoffPosition:
+    """One Wyckoff position of one space group.
+
+    Attributes:
+        space_group: number 1-230.
+        letter: Wyckoff letter; ``A`` follows ``z`` in group 47.
+        multiplicity: atoms of the orbit in the conventional cell, M.
+        site_symmetry: its symbol.
+        rotations, translations: [M,3,3] and [M,3], see the module.
+        free_mask: [3], which of x, y, z occur.
+        frames: [M,3,3], rotation of a space-group operation that takes the first atom to atom m.
+        primitive: [Mp], indices of the orbit's atoms modulo the centring translations.
+    """
+
+    space_group: int
+    letter: str
+    multiplicity: int
+    site_symmetry: str
+    rotations: Array
+    translations: Array
+    free_mask: NDArray[np.bool_]
+    frames: Array
+    primitive: NDArray[np.int64]
+
+    @property
+    def dof(self) -> int:
+        """Number of free coordinates."""
+        return int(self.free_mask.sum())
+
+    @cached_property
+    def _left_inverse(self) -> Array:
+        return np.linalg.pinv(self.rotations[0])
+
+    def positions(self, free_params: Array) -> Array:
+        """Fractional coordinates [...,M,3] of the orbit's atoms, in [0,1), of variables [...,3]."""
+        return wrap(
+            np.einsum("mij,...j->...mi", self.rotations, np.asarray(free_params, dtype=float))
+            + self.translations
+        )
+
+    def free_params(self, frac_coords: Array, tolerance: float = 1e-3) -> Array | None:
+        """Variables that put the orbit's first position onto a point of it, or None.
+
+        Args:
+            frac_coords: [3], the position of any atom of the orbit.
+            tolerance: largest fractional deviation accepted.
+
+        Returns:
+            [3] in [0,1), zero where not free; None if no atom of the position can be there.
+        """
+        first, shift = self.rotations[0], self.translations[0]
+        targets = np.asarray(frac_coords) - shift + _LATTICE_STEPS
+        params = targets @ self._left_inverse.T
+        deviation = np.abs(params @ first.T - targets).max(axis=1)
+        best = int(np.argmin(deviation))
+        if deviation[best] > tolerance:
+            return None
+        return np.where(self.free_mask, wrap(params[best]), 0.0)
+
+    @cached_property
+    def equivalents(self) -> tuple[Array, Array]:
+        """Affine maps [E,3,3], [E,3] of the variables that leave the orbit as a set unchanged.
+
+        They say which variables describe the same atoms with another one of them first. The
+        identity comes first.
+        """
+        maps: dict[tuple[int, ...], tuple[Array, Array]] = {}
+        first, shift = self.rotations[0], self.translations[0]
+        for rotation, translation in zip(self.rotations, self.translations, strict=True):
+            linear = self._left_inverse @ rotation
+            if not np.allclose(first @ linear, rotation):
+                continue
+            targets = translation - shift + _LATTICE_STEPS
+            offsets = targets @ self._left_inverse.T
+            fits = np.abs(offsets @ first.T - targets).max(axis=1) < 1e-6
+            for offset in wrap(offsets[fits]):
+                key = tuple(np.rint(1e4 * np.append(linear.ravel(), offset)).astype(int).tolist())
+                maps.setdefault(key, (np.rint(linear), offset))
+        linears, offsets_ = zip(*maps.values(), strict=True)
+        return np.stack(linears), np.stack(offsets_)
+
+
+@dataclass(frozen=True)
+class SpaceGroup:
+    """One space group in its standard setting.
+
+    Attributes:
+        number, symbol: International number and short symbol.
+        hall_number: of the standard setting, as spglib numbers them.
+        rotations, translations: [G,3,3], [G,3], all operations of the conventional cell.
+        centering: [n,3], centring translations, zero first.
+        to_primitive: [3,3], takes fractional coordinates (columns) to a primitive basis.
+        wyckoff: positions by letter, the most special (``a``) first.
+    """
+
+    number: int
+    symbol: str
+    hall_number: int
+    rotations: Array
+    translations: Array
+    centering: Array
+    to_primitive: Array
+    wyckoff: dict[str, WyckoffPosition]
+
+    @property
+    def general(self) -> WyckoffPosition:
+        """The general position."""
+        return next(reversed(self.wyckoff.values()))
+
+
+def _centering(rotations: Array, translations: Array) -> Array:
+    pure = translations[(rotations == np.eye(3)).all(axis=(1, 2))]
+    return pure[np.lexsort(pure.T[::-1])]
+
+
+def _primitive_basis(centering: Array) -> Array:
+    """Short vectors (rows, fractional) that span the lattice of the centring translations."""
+    steps = np.array(list(product((0, 1, -1), repeat=3)), dtype=float)
+    vectors = (centering[:, None] + steps).reshape(-1, 3)
+    vectors = vectors[np.abs(vectors).max(axis=1) <= 1]
+    order = np.lexsort((*np.round(-vectors.T, 6), np.round((vectors**2).sum(axis=1), 6)))
+    vectors = vectors[order]
+    basis: list[Array] = []
+    volume = 1 / len(centering)
+    for first in vectors:
+        if (first == 0).all():
+            continue
+        for second in vectors:
+            normal = np.cross(first, second)
+            if (normal**2).sum() < 1e-9:
+                continue
+            determinants = vectors @ normal
+            fits = np.flatnonzero(np.abs(determinants - volume) < 1e-6)
+            if len(fits):
+                basis = [first, second, vectors[fits[0]]]
+                return np.stack(basis)
+    raise AssertionError("the centring translations span no lattice")
+
+
+def _same_maps(
+    rotations: Array, translations: Array, others: tuple[Array, Array]
+) -> NDArray[np.bool_]:
+    """Whether affine maps [M] and [G] agree up to whole lattice vectors: [M,G]."""
+    same = (np.abs(rotations[:, None] - others[0]) < 1e-6).all(axis=(2, 3))
+    shift = nearest_zero(translations[:, None] - others[1])
+    agree: NDArray[np.bool_] = same & (np.abs(shift) < 1e-6).all(axis=2)
+    return agree
+
+
+def _frames(rotations: Array, translations: Array, group: tuple[Array, Array]) -> Array:
+    """Rotation of one group operation per orbit atom that takes the first atom to it: [M,3,3]."""
+    images = group[0] @ rotations[0], group[0] @ translations[0] + group[1]
+    same = _same_maps(rotations, translations, images)
+    assert same.any(axis=1).all(), "an orbit atom is no image of the first"
+    frames: Array = group[0][same.argmax(axis=1)]
+    return frames
+
+
+def _primitive_atoms(rotations: Array, translations: Array, centering: Array) -> NDArray[np.int64]:
+    """Indices of one atom per set that the centring translations join."""
+    same = np.zeros((len(rotations), len(rotations)), dtype=bool)
+    for shift in centering:
+        same |= _same_maps(rotations, translations + shift, (rotations, translations))
+    return np.flatnonzero(same.argmax(axis=1) == np.arange(len(rotations)))
+
+
+def _operations(position: object) -> tuple[Array, Array]:
+    matrices = np.array([op.affine_matrix for op in position.ops])  # type: ignore[attr-defined]
+    # Tables hold thirds to a few digits: twenty-fourths are exact for every group.
+    return np.rint(matrices[:, :3, :3]), np.rint(matrices[:, :3, 3] * 24) / 24
+
+
+@lru_cache(maxsize=None)
+def space_group(number: int) -> SpaceGroup:
+    """The tables of one space group (cached).
+
+    Raises:
+        ValueError: if the number is not in 1-230.
+    """
+    if not 1 <= number <= NUM_SPACE_GROUPS:
+        raise ValueError(f"space group {number} is not in 1-{NUM_SPACE_GROUPS}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from pyxtal.symmetry import Group
+
+        table = Group(number)
+        positions = list(reversed(table.Wyckoff_positions))
+    group = _operations(positions[-1])
+    centering = _centering(*group)
+    wyckoff = {}
+    for position in positions:
+        rotations, translations = _operations(position)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            position.get_site_symmetry()
+        wyckoff[position.letter] = WyckoffPosition(
+            space_group=number,
+            letter=position.letter,
+            multiplicity=len(rotations),
+            site_symmetry=str(position.site_symm),
+            rotations=rotations,
+            translations=wrap(translations),
+            free_mask=(np.abs(rotations[0]) > 0).any(axis=0),
+            frames=_frames(rotations, translations, group),
+            primitive=_primitive_atoms(rotations, translations, centering),
+        )
+    return SpaceGroup(
+        number=number,
+        symbol=table.symbol,
+        hall_number=int(table.hall_number),
+        rotations=group[0],
+        translations=wrap(group[1]),
+        centering=centering,
+        to_primitive=np.linalg.inv(_primitive_basis(centering).T),
+        wyckoff=wyckoff,
+    )
