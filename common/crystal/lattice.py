@@ -1,9 +1,9 @@
 """Lattices as six unconstrained numbers, and what each space group leaves free of them.
 
 A lattice is a 3x3 matrix whose *rows* are the lattice vectors in angstrom. Up to a rotation it is
-given by the symmetric matrix S = log sqrt(L L^T) = sum_i k_i B_i, with the orthonormal basis B below
-(DiffCSP++, arXiv:2402.03992, eq. 4; here Frobenius-normalised). k is dimensionless except for k5,
-which holds ln(volume / A^3) / sqrt(3).
+given by the symmetric matrix S = log sqrt(L L^T) = sum_i k_i B_i, with the orthonormal basis B
+below (DiffCSP++, arXiv:2402.03992, eq. 4; here Frobenius-normalised). k5 is
+ln(volume / A^3) / sqrt(3); the other five describe the shape.
 """
 
 import numpy as np
@@ -96,5 +96,5 @@ def k_constraints(space_group: int) -> tuple[NDArray[np.bool_], Array]:
 
 
 def crystal_system(space_group: int) -> int:
-    """Index of the row of the constraint table: 0 triclinic ... 5 cubic (4: trigonal, hexagonal)."""
+    """0 triclinic, 1 monoclinic, 2 orthorhombic, 3 tetragonal, 4 trigonal or hexagonal, 5 cubic."""
     return next(i for i, (last, _) in enumerate(_FREE_K) if space_group <= last)

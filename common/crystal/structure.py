@@ -90,13 +90,13 @@ class Crystal:
         Raises:
             ValueError: if a coordinate or the lattice is not finite.
         """
-        numbers: list[int] = []
+        elements: list[Element] = []
         coords: list[Array] = []
         for site, position in zip(self.sites, self.positions, strict=True):
             atoms = position.positions(np.array(site.free_params))
             if primitive:
                 atoms = atoms[position.primitive]
-            numbers += [site.atomic_number] * len(atoms)
+            elements += [Element.from_Z(site.atomic_number)] * len(atoms)
             coords.append(atoms)
         frac_coords = np.concatenate(coords)
         if not (np.isfinite(frac_coords).all() and np.isfinite(self.lattice).all()):
@@ -105,7 +105,7 @@ class Crystal:
         if primitive:
             frac_coords = frac_coords @ self.group.to_primitive.T
             lattice = np.linalg.inv(self.group.to_primitive).T @ lattice
-        return Structure(Lattice(lattice), numbers, frac_coords, to_unit_cell=True)
+        return Structure(Lattice(lattice), elements, frac_coords, to_unit_cell=True)
 
     def to_cif(self, name: str | None = None) -> str:
         """A CIF with the group's operations and one row per site.

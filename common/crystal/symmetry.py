@@ -11,7 +11,7 @@ are singular; the variables that really occur are marked in ``free_mask``.
 
 import warnings
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cache, cached_property
 from itertools import product
 
 import numpy as np
@@ -208,7 +208,7 @@ def _operations(position: object) -> tuple[Array, Array]:
     return np.rint(matrices[:, :3, :3]), np.rint(matrices[:, :3, 3] * 24) / 24
 
 
-@lru_cache(maxsize=None)
+@cache
 def space_group(number: int) -> SpaceGroup:
     """The tables of one space group (cached).
 

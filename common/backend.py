@@ -1,0 +1,101 @@
+"""What `common` asks of a framework, and how it finds one without importing it.
+
+A backend is a module behind an entry point of the group ``uni_mdm.backends``; it has a function
+``load(checkpoint, device) -> Generator``.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from importlib.metadata import entry_points
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol
+
+from common.crystal.structure import Crystal
+from common.errors import UserError
+
+ENTRY_POINT_GROUP = "uni_mdm.backends"
+#: In the order in which ``auto`` tries them: the package a backend needs, by its name.
+REQUIRED_PACKAGE = {"mindspore": "mindspore", "torch": "torch"}
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """One crystal to sample.
+
+    Attributes:
+        space_group: number 1-230.
+        sites: atomic number and Wyckoff letter of every orbit.
+        properties: ``band_gap`` (eV) or ``formation_energy`` (eV/atom); absent means not given.
+        key: names the request in the noise, so that its samples depend on nothing else.
+        sample: counts the samples of one request.
+    """
+
+    space_group: int
+    sites: tuple[tuple[int, str], ...]
+    properties: dict[str, float] = field(default_factory=dict)
+    key: str = ""
+    sample: int = 0
+
+
+class Generator(Protocol):
+    """A loaded checkpoint that samples crystals."""
+
+    #: Names of the properties that the checkpoint was trained with.
+    properties: tuple[str, ...]
+
+    def sample(
+        self,
+        requests: Sequence[SampleRequest],
+        seed: int,
+        steps: int | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> list[Crystal]:
+        """One crystal per request, in their order.
+
+        The crystal depends on the request and the seed alone, not on the other requests.
+
+        Args:
+            requests: what to sample.
+            seed: of the noise.
+            steps: network calls; the checkpoint's own number without it.
+            progress: called with the number of crystals finished since the last call.
+        """
+        ...
+
+
+def available_backends() -> list[str]:
+    """Installed backends whose framework is installed too, the preferred one first."""
+    installed = {entry.name for entry in entry_points(group=ENTRY_POINT_GROUP)}
+    return [
+        name
+        for name, package in REQUIRED_PACKAGE.items()
+        if name in installed and find_spec(package) is not None
+    ]
+
+
+def load_generator(checkpoint: Path, backend: str = "auto", device: str = "auto") -> Generator:
+    """Loads a checkpoint with a framework.
+
+    Args:
+        checkpoint: the folder.
+        backend: ``auto``, ``torch`` or ``mindspore``.
+        device: ``auto`` or what the framework calls its devices.
+
+    Raises:
+        UserError: if there is no such backend here, or the checkpoint cannot be read.
+    """
+    available = available_backends()
+    if backend == "auto":
+        if not available:
+            raise UserError("no framework is installed: pip install 'uni-mdm[torch]'")
+        backend = available[0]
+    if backend not in available:
+        raise UserError(
+            f"backend '{backend}' is not available here; available: {', '.join(available) or 'none'}"
+        )
+    entry = next(e for e in entry_points(group=ENTRY_POINT_GROUP) if e.name == backend)
+    module: Any = import_module(entry.value)
+    generator: Generator = module.load(checkpoint, device)
+    return generator
