@@ -92,9 +92,8 @@ def load_generator(checkpoint: Path, backend: str = "auto", device: str = "auto"
             raise UserError("no framework is installed: pip install 'uni-mdm[torch]'")
         backend = available[0]
     if backend not in available:
-        raise UserError(
-            f"backend '{backend}' is not available here; available: {', '.join(available) or 'none'}"
-        )
+        names = ", ".join(available) or "none"
+        raise UserError(f"backend '{backend}' is not available here; available: {names}")
     entry = next(e for e in entry_points(group=ENTRY_POINT_GROUP) if e.name == backend)
     module: Any = import_module(entry.value)
     generator: Generator = module.load(checkpoint, device)
