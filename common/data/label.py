@@ -95,7 +95,10 @@ def _dataset(cell: Cell, symprec: float, hall_number: int = 0) -> spglib.SpglibD
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         dataset = spglib.get_symmetry_dataset(
-            cell,  # type: ignore[arg-type]  # arrays are accepted; the stubs name sequences symprec=symprec, angle_tolerance=ANGLE_TOLERANCE, hall_number=hall_number
+            cell,  # type: ignore[arg-type]  # arrays are accepted; the stubs name sequences
+            symprec=symprec,
+            angle_tolerance=ANGLE_TOLERANCE,
+            hall_number=hall_number,
         )
     if dataset is None:
         raise LabelError("symmetry", f"spglib finds no space group at symprec {symprec}")
