@@ -1,0 +1,462 @@
+"""Checkpoints: a folder that is either complete and verified, or reported.
+
+    config.yaml            what was trained, a dumped config model
+    model.safetensors      float32 tensors under torch's parameter names, for every framework
+    optimizer.safetensors  only while training, with
+    state.json             what resuming needs besides tensors (step, data position, ...)
+    README.md              model card
+    manifest.json          size and SHA-256 of each file above, and where the checkpoint came from
+
+Safetensors has no checksum of its own, hence the manifest; no pickle is ever read. A run folder
+holds ``step_00001000/``, ... and the file ``latest``, which names one of them.
+"""
+
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from glob import escape
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from platform import python_version
+from typing import Any
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load as parse_safetensors
+from safetensors.numpy import save as dump_safetensors
+
+from common.errors import UserError
+from common.files import _flush_folder, write_atomic
+
+FORMAT = "uni-mdm checkpoint"
+FORMAT_VERSION = 1
+
+CONFIG = "config.yaml"
+MODEL = "model.safetensors"
+OPTIMIZER = "optimizer.safetensors"
+STATE = "state.json"
+CARD = "README.md"
+MANIFEST = "manifest.json"
+LATEST = "latest"
+
+_REQUIRED = {CONFIG, MODEL, CARD}
+_OPTIONAL = {OPTIMIZER, STATE}
+_STEP = re.compile(r"step_(\d{8,})")
+#: Packages whose versions decide what a checkpoint does.
+_VERSIONED = ("numpy", "safetensors", "pymatgen", "spglib", "moyopy", "torch", "mindspore")
+
+Tensors = Mapping[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint.
+
+    Attributes:
+        path: the folder that was read (a step's folder when a run folder was given).
+        config: content of ``config.yaml``.
+        model: float32 tensors by torch's parameter names; treat them as read-only.
+        optimizer: its tensors, or None if absent or not asked for.
+        state: content of ``state.json``, or None if absent.
+        manifest: content of ``manifest.json``.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    model: dict[str, NDArray[np.float32]]
+    optimizer: dict[str, NDArray[Any]] | None
+    state: dict[str, Any] | None
+    manifest: dict[str, Any]
+
+    @property
+    def hash(self) -> str:
+        """The first 12 hex digits of the SHA-256 of ``model.safetensors``: names the weights."""
+        digest: str = self.manifest["files"][MODEL]["sha256"]
+        return digest[:12]
+
+    @property
+    def fingerprint(self) -> str:
+        """Fingerprint of the training rows, empty if it was not recorded."""
+        fingerprint: str = self.manifest["training_fingerprint"]
+        return fingerprint
+
+
+def save_checkpoint(
+    folder: Path,
+    *,
+    config: Mapping[str, Any],
+    model: Tensors,
+    card: str = "",
+    optimizer: Tensors | None = None,
+    state: Mapping[str, Any] | None = None,
+    fingerprint: str = "",
+    extra: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a checkpoint, whole or not at all; one that is already there is replaced.
+
+    The same arguments and package versions give the same bytes.
+
+    Args:
+        folder: where; missing parents are made.
+        config: YAML-able, e.g. a pydantic model's ``model_dump(mode="json")``.
+        model: float32 tensors by torch's parameter names.
+        card: text of the model card (Markdown).
+        optimizer: tensors of any dtype that numpy has.
+        state: JSON-able.
+        fingerprint: of the training rows.
+        extra: JSON-able, kept in the manifest.
+
+    Raises:
+        UserError: if a tensor is not finite, or the system refuses (no space, no permission).
+        TypeError: if a model tensor is not float32.
+    """
+    _check_model(folder, model)
+    files = {
+        CONFIG: yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True).encode(),
+        MODEL: _dump_tensors(folder, MODEL, model),
+        CARD: card.encode(),
+    }
+    if optimizer is not None:
+        files[OPTIMIZER] = _dump_tensors(folder, OPTIMIZER, optimizer)
+    if state is not None:
+        files[STATE] = _dump_json(state)
+    provenance = {
+        "config_sha256": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),
+        "training_fingerprint": fingerprint,
+        "created_by": f"uni-mdm {_version('uni-mdm') or 'unknown'}",
+        "versions": _versions(),
+        "extra": dict(extra or {}),
+    }
+    _install(folder, files, provenance)
+
+
+def save_step(
+    run_folder: Path,
+    step: int,
+    *,
+    keep: int = 2,
+    config: Mapping[str, Any],
+    model: Tensors,
+    card: str = "",
+    optimizer: Tensors | None = None,
+    state: Mapping[str, Any] | None = None,
+    fingerprint: str = "",
+    extra: Mapping[str, Any] | None = None,
+) -> Path:
+    """Save a training step, then make it the latest, then delete older steps but the last `keep`.
+
+    Steps above `step` (left by a run that went further) are not touched.
+
+    Returns:
+        The step's folder. The other arguments and errors are those of `save_checkpoint`.
+    """
+    if step < 0 or keep < 1:
+        raise ValueError(f"step {step} and keep {keep}: must be at least 0 and 1")
+    folder = run_folder / f"step_{step:08d}"
+    save_checkpoint(
+        folder,
+        config=config,
+        model=model,
+        card=card,
+        optimizer=optimizer,
+        state=state,
+        fingerprint=fingerprint,
+        extra=extra,
+    )
+    write_atomic(run_folder / LATEST, folder.name + "\n")
+    older = [path for number, path in _steps(run_folder) if number <= step]
+    with _reporting(run_folder):
+        for path in older[:-keep]:
+            _remove(path)
+        _sweep(run_folder, "step_*")
+    return folder
+
+
+def latest(run_folder: Path) -> Path | None:
+    """The step that ``latest`` names, else the highest one, else None."""
+    try:
+        named = (run_folder / LATEST).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        named = ""
+    if _STEP.fullmatch(named) and _exists(run_folder / named):
+        return run_folder / named
+    steps = _steps(run_folder)
+    return steps[-1][1] if steps else None
+
+
+def load_checkpoint(folder: Path, optimizer: bool = False) -> Checkpoint:
+    """Read a checkpoint and verify every file that is read.
+
+    Args:
+        folder: a checkpoint, or a run folder, whose latest step is read.
+        optimizer: whether the optimizer's tensors are needed.
+
+    Raises:
+        UserError: if it is absent, incomplete, damaged, of an unknown format, has no optimizer
+            although one is needed, or has tensors that are not finite float32.
+    """
+    folder = _locate(Path(folder))
+    manifest = _read_manifest(folder)
+    entries = manifest["files"]
+    if optimizer and OPTIMIZER not in entries:
+        raise _broken(folder, "holds no optimizer state", "it cannot be resumed, start a new run")
+    content = {
+        name: _read_verified(folder, name, entry)
+        for name, entry in entries.items()
+        if optimizer or name != OPTIMIZER
+    }
+    model = _parse_tensors(folder, MODEL, content[MODEL])
+    wrong = next((name for name, tensor in model.items() if tensor.dtype != np.float32), None)
+    if wrong is not None:
+        problem = f"{MODEL}: '{wrong}' is {model[wrong].dtype}, not float32"
+        raise _broken(folder, problem, "convert it to float32")
+    return Checkpoint(
+        path=folder,
+        config=_parse_mapping(folder, CONFIG, content[CONFIG]),
+        model=model,
+        optimizer=_parse_tensors(folder, OPTIMIZER, content[OPTIMIZER]) if optimizer else None,
+        state=_parse_mapping(folder, STATE, content[STATE]) if STATE in content else None,
+        manifest=manifest,
+    )
+
+
+def write_card(folder: Path, card: str) -> None:
+    """Replace the model card of a checkpoint and leave everything else as it is.
+
+    Raises UserError like `load_checkpoint` and `save_checkpoint`.
+    """
+    folder = _locate(Path(folder))
+    manifest = _read_manifest(folder)
+    entries = manifest["files"]
+    files = {name: _read_verified(folder, name, entry) for name, entry in entries.items()}
+    own = ("format", "format_version", "files")
+    provenance = {key: value for key, value in manifest.items() if key not in own}
+    _install(folder, files | {CARD: card.encode()}, provenance)
+
+
+# Writing
+
+
+def _install(folder: Path, files: Mapping[str, bytes], provenance: Mapping[str, Any]) -> None:
+    """Write files and manifest into a temporary sibling folder, then put it in place.
+
+    A folder cannot be renamed over another: the old one steps aside first, under a name where
+    `_locate` finds it should the process die in between.
+    """
+    folder = Path(os.path.realpath(folder))
+    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(6)}.tmp")
+    aside = _aside(folder)
+    with _reporting(folder):
+        if folder.exists() and not (folder / MANIFEST).is_file() and not _is_empty(folder):
+            raise _broken(folder, "is something else", "give a path that does not exist yet")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(folder.parent, escape(folder.name))
+        try:
+            temporary.mkdir()
+            manifest = _manifest(files, provenance)
+            for name, data in {**files, MANIFEST: _dump_json(manifest)}.items():
+                _write(temporary / name, data)
+            _flush_folder(temporary)
+            if folder.exists():
+                if aside.exists():
+                    _remove(aside)
+                folder.rename(aside)
+            temporary.rename(folder)
+            _flush_folder(folder.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        if aside.exists():
+            _remove(aside)
+
+
+def _manifest(files: Mapping[str, bytes], provenance: Mapping[str, Any]) -> dict[str, Any]:
+    entries = {
+        name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        for name, data in files.items()
+    }
+    return {"format": FORMAT, "format_version": FORMAT_VERSION, "files": entries, **provenance}
+
+
+def _write(path: Path, data: bytes) -> None:
+    with path.open("xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _is_empty(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
+
+
+def _aside(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.previous")
+
+
+def _remove(folder: Path) -> None:
+    """Delete a folder so that a kill in between leaves nothing that looks like a checkpoint."""
+    doomed = folder.with_name(f".{folder.name.strip('.')}.{secrets.token_hex(6)}.tmp")
+    folder.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _sweep(parent: Path, pattern: str) -> None:
+    """Delete what killed saves of the folders that match `pattern` have left in `parent`."""
+    for rest in parent.glob(f".{pattern}.*.tmp"):
+        shutil.rmtree(rest, ignore_errors=True)
+
+
+@contextmanager
+def _reporting(folder: Path) -> Iterator[None]:
+    """Turn the system's refusals into one line."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        message = f"cannot write checkpoint {folder}: {reason}; free or choose another place"
+        raise UserError(message) from error
+
+
+def _check_model(folder: Path, model: Tensors) -> None:
+    for name, tensor in model.items():
+        if tensor.dtype != np.float32:
+            raise TypeError(f"checkpoint {folder}: '{name}' is {tensor.dtype}, not float32")
+
+
+def _dump_tensors(folder: Path, file: str, tensors: Tensors) -> bytes:
+    _check_finite(folder, file, tensors, "lower the learning rate and resume the step before")
+    return dump_safetensors({name: np.asarray(t, order="C") for name, t in tensors.items()})
+
+
+def _dump_json(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _versions() -> dict[str, str]:
+    found = {name: _version(name) for name in _VERSIONED}
+    return {"python": python_version()} | {name: v for name, v in found.items() if v is not None}
+
+
+# Reading
+
+
+def _locate(folder: Path) -> Path:
+    """The folder that holds the checkpoint which `folder` names."""
+    if not folder.exists():
+        if _aside(folder).is_dir():
+            return _aside(folder)
+        raise UserError(f"checkpoint {folder} does not exist; check the path")
+    if not folder.is_dir():
+        raise _broken(folder, "is not a folder", f"give the folder that holds {MANIFEST}")
+    if (folder / MANIFEST).exists():
+        return folder
+    step = latest(folder)
+    if step is None:
+        raise _broken(folder, f"has no {MANIFEST}", "give a checkpoint or a run folder")
+    return _locate(step)
+
+
+def _exists(folder: Path) -> bool:
+    return folder.is_dir() or _aside(folder).is_dir()
+
+
+def _steps(run_folder: Path) -> list[tuple[int, Path]]:
+    """Step numbers and folders of a run, ascending."""
+    if not run_folder.is_dir():
+        return []
+    found = ((_STEP.fullmatch(path.name), path) for path in run_folder.iterdir())
+    return sorted((int(match[1]), path) for match, path in found if match and path.is_dir())
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    manifest = _parse_mapping(folder, MANIFEST, _read(folder, MANIFEST))
+    if manifest.get("format") != FORMAT:
+        raise _broken(folder, f"{MANIFEST} is not of a {FORMAT}", "give another folder")
+    if manifest.get("format_version") != FORMAT_VERSION:
+        found = f"has format version {manifest.get('format_version')!r}, not {FORMAT_VERSION}"
+        raise _broken(folder, found, "use the release of uni-mdm that wrote it")
+    entries = manifest.get("files")
+    well_formed = (
+        isinstance(entries, dict)
+        and _REQUIRED <= entries.keys() <= _REQUIRED | _OPTIONAL
+        and all(_is_entry(entry) for entry in entries.values())
+        and isinstance(manifest.get("training_fingerprint"), str)
+    )
+    if not well_formed:
+        raise _broken(folder, f"{MANIFEST} is damaged", "copy or download the checkpoint again")
+    return manifest
+
+
+def _is_entry(entry: Any) -> bool:
+    return (
+        isinstance(entry, dict)
+        and isinstance(entry.get("size"), int)
+        and re.fullmatch(r"[0-9a-f]{64}", str(entry.get("sha256"))) is not None
+    )
+
+
+def _read(folder: Path, name: str) -> bytes:
+    try:
+        return (folder / name).read_bytes()
+    except FileNotFoundError as error:
+        raise _broken(folder, f"lacks {name}", "copy or download it again") from error
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise _broken(folder, f"cannot read {name}: {reason}", "check its permissions") from error
+
+
+def _read_verified(folder: Path, name: str, entry: Mapping[str, Any]) -> bytes:
+    data = _read(folder, name)
+    again = "copy or download it again"
+    if len(data) != entry["size"]:
+        problem = f"{name} has {len(data)} bytes, {MANIFEST} says {entry['size']}"
+        raise _broken(folder, problem, again)
+    if hashlib.sha256(data).hexdigest() != entry["sha256"]:
+        raise _broken(folder, f"{name} is damaged or edited (SHA-256 differs)", again)
+    return data
+
+
+def _parse_tensors(folder: Path, file: str, data: bytes) -> dict[str, NDArray[Any]]:
+    try:
+        tensors: dict[str, NDArray[Any]] = parse_safetensors(data)
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise _broken(folder, f"{file} is not readable ({error})", "write it again") from error
+    _check_finite(folder, file, tensors, "use another checkpoint")
+    return tensors
+
+
+def _check_finite(folder: Path, file: str, tensors: Tensors, advice: str) -> None:
+    for name, tensor in tensors.items():
+        if not np.isfinite(tensor).all():
+            raise _broken(folder, f"{file}: '{name}' has NaN or infinite values", advice)
+
+
+def _parse_mapping(folder: Path, name: str, data: bytes) -> dict[str, Any]:
+    try:
+        text = data.decode("utf-8")
+        value = yaml.safe_load(text) if name == CONFIG else json.loads(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        kind = "YAML" if name == CONFIG else "JSON"
+        raise _broken(folder, f"{name} is not valid {kind}", "write it again") from error
+    if not isinstance(value, dict):
+        raise _broken(folder, f"{name} holds no mapping", "write it again")
+    return value
+
+
+def _broken(folder: Path, problem: str, advice: str) -> UserError:
+    line = " ".join(f"checkpoint {folder}: {problem}; {advice}".split())
+    return UserError(line)
