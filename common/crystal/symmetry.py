@@ -102,20 +102,27 @@ class WyckoffPosition:
         They say which variables describe the same atoms with another one of them first. The
         identity comes first.
         """
+        return self.equivalents_after(np.zeros(3))
+
+    def equivalents_after(self, origin_shift: Array) -> tuple[Array, Array]:
+        """Affine maps of the variables that move the whole orbit by a fractional shift [3].
+
+        There are none, [0,3,3] and [0,3], if the moved orbit is not on this position.
+        """
         maps: dict[tuple[int, ...], tuple[Array, Array]] = {}
-        first, shift = self.rotations[0], self.translations[0]
+        first, origin = self.rotations[0], self.translations[0] - origin_shift
         for rotation, translation in zip(self.rotations, self.translations, strict=True):
             linear = self._left_inverse @ rotation
             if not np.allclose(first @ linear, rotation):
                 continue
-            targets = translation - shift + _LATTICE_STEPS
+            targets = translation - origin + _LATTICE_STEPS
             offsets = targets @ self._left_inverse.T
             fits = np.abs(offsets @ first.T - targets).max(axis=1) < 1e-6
             for offset in wrap(offsets[fits]):
                 key = tuple(np.rint(1e4 * np.append(linear.ravel(), offset)).astype(int).tolist())
                 maps.setdefault(key, (np.rint(linear), offset))
-        linears, offsets_ = zip(*maps.values(), strict=True)
-        return np.stack(linears), np.stack(offsets_)
+        linears = np.array([linear for linear, _ in maps.values()]).reshape(-1, 3, 3)
+        return linears, np.array([offset for _, offset in maps.values()]).reshape(-1, 3)
 
 
 @dataclass(frozen=True)
