@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 _Formula = Callable[[NDArray[np.float64], NDArray[np.float64]], NDArray[np.float64]]
 
 _CROSSOVER = 1.0 / math.sqrt(2.0 * math.pi)
-# At the crossover the first image left out is below e^-38, the first harmonic below e^-78, of the
+# At the crossover the first image left out is below e^-37, the first harmonic below e^-78, of the
 # leading term; both are smaller elsewhere.
 _IMAGES = np.arange(-3.0, 4.0)
 _HARMONICS = np.arange(1.0, 5.0)
