@@ -5,7 +5,7 @@
     optimizer.safetensors  only while training, with
     state.json             what resuming needs besides tensors (step, data position, ...)
     README.md              model card
-    manifest.json          size and SHA-256 of each file above, and where the checkpoint came from
+    manifest.json          size and SHA-256 of each file above, its own digest, and the origin
 
 Safetensors has no checksum of its own, hence the manifest; no pickle is ever read. A run folder
 holds ``step_00001000/``, ... and the file ``latest``, which names one of them.
@@ -56,7 +56,7 @@ _VERSIONED = ("numpy", "safetensors", "pymatgen", "spglib", "moyopy", "torch", "
 Tensors = Mapping[str, NDArray[Any]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Checkpoint:
     """A verified checkpoint.
 
@@ -129,7 +129,7 @@ def save_checkpoint(
     if state is not None:
         files[STATE] = _dump_json(state)
     provenance = {
-        "config_sha256": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),
+        "config_sha256": _digest(config),
         "training_fingerprint": fingerprint,
         "created_by": f"uni-mdm {_version('uni-mdm') or 'unknown'}",
         "versions": _versions(),
@@ -237,7 +237,7 @@ def write_card(folder: Path, card: str) -> None:
     manifest = _read_manifest(folder)
     entries = manifest["files"]
     files = {name: _read_verified(folder, name, entry) for name, entry in entries.items()}
-    own = ("format", "format_version", "files")
+    own = ("format", "format_version", "files", "manifest_sha256")
     provenance = {key: value for key, value in manifest.items() if key not in own}
     _install(folder, files | {CARD: card.encode()}, provenance)
 
@@ -282,7 +282,13 @@ def _manifest(files: Mapping[str, bytes], provenance: Mapping[str, Any]) -> dict
         name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         for name, data in files.items()
     }
-    return {"format": FORMAT, "format_version": FORMAT_VERSION, "files": entries, **provenance}
+    manifest = {"format": FORMAT, "format_version": FORMAT_VERSION, "files": entries, **provenance}
+    return {**manifest, "manifest_sha256": _digest(manifest)}
+
+
+def _digest(value: Mapping[str, Any]) -> str:
+    """SHA-256 of JSON-able content, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _write(path: Path, data: bytes) -> None:
@@ -389,9 +395,11 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     if manifest.get("format_version") != FORMAT_VERSION:
         found = f"has format version {manifest.get('format_version')!r}, not {FORMAT_VERSION}"
         raise _broken(folder, found, "use the release of uni-mdm that wrote it")
+    content = {key: value for key, value in manifest.items() if key != "manifest_sha256"}
     entries = manifest.get("files")
     well_formed = (
-        isinstance(entries, dict)
+        manifest.get("manifest_sha256") == _digest(content)
+        and isinstance(entries, dict)
         and _REQUIRED <= entries.keys() <= _REQUIRED | _OPTIONAL
         and all(_is_entry(entry) for entry in entries.values())
         and isinstance(manifest.get("training_fingerprint"), str)
