@@ -1,7 +1,10 @@
 """What `common` asks of a framework, and how it finds one without importing it.
 
-A backend is a module behind an entry point of the group ``uni_mdm.backends``; it has a function
-``load(checkpoint, device) -> Generator``.
+A backend is a module behind an entry point of the group ``uni_mdm.backends``, with the functions
+
+    load(checkpoint: Path, device: str) -> Generator
+    train(config: RunConfig, out: Path, *, resume: bool, threads: int, device: str) -> None
+    devices() -> list[str]      what `device` may be here, best first
 """
 
 from collections.abc import Callable, Sequence
@@ -75,26 +78,34 @@ def available_backends() -> list[str]:
     ]
 
 
+def load_backend(name: str = "auto") -> Any:
+    """The module of a framework: ``torch``, ``mindspore``, or ``auto`` for the first one here.
+
+    Raises:
+        UserError: if there is no such backend here.
+    """
+    available = available_backends()
+    if name == "auto":
+        if not available:
+            raise UserError("no framework is installed: pip install 'uni-mdm[torch]'")
+        name = available[0]
+    if name not in available:
+        names = ", ".join(available) or "none"
+        raise UserError(f"backend '{name}' is not available here; available: {names}")
+    entry = next(e for e in entry_points(group=ENTRY_POINT_GROUP) if e.name == name)
+    return import_module(entry.value)
+
+
 def load_generator(checkpoint: Path, backend: str = "auto", device: str = "auto") -> Generator:
     """Loads a checkpoint with a framework.
 
     Args:
         checkpoint: the folder.
-        backend: ``auto``, ``torch`` or ``mindspore``.
+        backend: as in `load_backend`.
         device: ``auto`` or what the framework calls its devices.
 
     Raises:
         UserError: if there is no such backend here, or the checkpoint cannot be read.
     """
-    available = available_backends()
-    if backend == "auto":
-        if not available:
-            raise UserError("no framework is installed: pip install 'uni-mdm[torch]'")
-        backend = available[0]
-    if backend not in available:
-        names = ", ".join(available) or "none"
-        raise UserError(f"backend '{backend}' is not available here; available: {names}")
-    entry = next(e for e in entry_points(group=ENTRY_POINT_GROUP) if e.name == backend)
-    module: Any = import_module(entry.value)
-    generator: Generator = module.load(checkpoint, device)
+    generator: Generator = load_backend(backend).load(checkpoint, device)
     return generator

@@ -46,6 +46,8 @@ STATE = "state.json"
 CARD = "README.md"
 MANIFEST = "manifest.json"
 LATEST = "latest"
+#: Checkpoints that come with the project, a folder each.
+SHIPPED = Path(__file__).resolve().parent / "assets" / "checkpoints"
 
 _REQUIRED = {CONFIG, MODEL, CARD}
 _OPTIONAL = {OPTIMIZER, STATE}
@@ -226,6 +228,13 @@ def load_checkpoint(folder: Path, optimizer: bool = False) -> Checkpoint:
         state=_parse_mapping(folder, STATE, content[STATE]) if STATE in content else None,
         manifest=manifest,
     )
+
+
+def shipped() -> dict[str, Path]:
+    """Name and folder of each checkpoint that comes with the project."""
+    if not SHIPPED.is_dir():
+        return {}
+    return {path.name: path for path in sorted(SHIPPED.iterdir()) if (path / MANIFEST).is_file()}
 
 
 def write_card(folder: Path, card: str) -> None:

@@ -1,0 +1,146 @@
+"""The command line `uni-mdm`: finds the sub-command, and reports a user's mistake in one line."""
+
+import errno
+import os
+import sys
+from importlib import import_module
+from importlib.metadata import version
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from common.errors import UserError
+
+#: Name -> one line of help. The module is common.commands.NAME.
+COMMANDS = {
+    "generate": "Crystals for a formula and a target property.",
+    "data": "Import, split and describe data sets.",
+    "train": "Train a network as a YAML file says.",
+    "evaluate": "Compare generated crystals with known ones.",
+    "bench": "Measure speed on this machine.",
+    "info": "Versions, devices, folders and checkpoints found here.",
+}
+USER_ERROR = 2
+INTERRUPTED = 130
+#: What the machine refuses, rather than what is wrong with the program.
+_REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
+
+
+class OnceCommand(TyperCommand):
+    """A command that refuses an option given twice, where only the last would count."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        _, _, given = self.make_parser(ctx).parse_args(args=list(args))
+        for parameter in self.get_params(ctx):
+            repeatable = getattr(parameter, "multiple", False) or parameter.nargs != 1
+            if given.count(parameter) > 1 and not repeatable:
+                raise UserError(f"{parameter.opts[0]} is given twice; give it once")
+        return super().parse_args(ctx, args)
+
+
+class LazyGroup(TyperGroup):
+    """A group that knows its commands' names, and imports the one that is called."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        for name, summary in COMMANDS.items():
+            self.add_command(TyperCommand(name, help=summary))
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[Any, Any, list[str]]:
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, _load(name) if name in COMMANDS else command, rest
+
+
+app = typer.Typer(
+    cls=LazyGroup,
+    add_completion=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"uni-mdm {version('uni-mdm')}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    show_version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    """From a composition and a target property to crystal structures."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+def main() -> None:
+    """Run the command line and leave the process.
+
+    The exit code is 0, or 2 after a user's mistake, which is one line on stderr, or 130 after an
+    interruption.
+    """
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run the command line; returns the exit code."""
+    try:
+        code = typer.main.get_command(app).main(
+            arguments, prog_name="uni-mdm", standalone_mode=False
+        )
+        return code if isinstance(code, int) else 0
+    except (KeyboardInterrupt, typer.Abort):
+        return INTERRUPTED
+    except UserError as error:
+        return _report(str(error))
+    except typer.TyperException as error:
+        context = getattr(error, "ctx", None)
+        path = context.command_path if context else "uni-mdm"
+        message = " ".join(error.format_message().split()).rstrip(".")
+        return _report(f"{message} (see '{path} --help')")
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] in ("common", "torch_impl", "ms_impl"):
+            raise
+        package = error.name.split(".")[0]
+        return _report(f"package '{package}' is not installed; scripts/quickstart.sh installs all")
+    except OSError as error:
+        if error.errno not in _REFUSALS:
+            raise
+        where = f"{os.fsdecode(error.filename)}: " if error.filename else ""
+        return _report(f"{where}{error.strerror}; free or choose another place")
+
+
+def _report(message: str) -> int:
+    """Print one line on stderr, whatever characters the user's input has brought in."""
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
+    typer.secho("error: ", fg=typer.colors.RED, bold=True, err=True, nl=False)
+    typer.echo(line, err=True)
+    return USER_ERROR
+
+
+def _load(name: str) -> Any:
+    """The command of that name, with everything it needs."""
+    module_name = f"common.commands.{name}"
+    try:
+        module = import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name != module_name:
+            raise
+        raise UserError(f"uni-mdm {name} is not part of this installation; reinstall") from error
+    parent = typer.Typer(add_completion=False, rich_markup_mode=None)
+    if not hasattr(module, "app"):
+        parent.command(name, cls=OnceCommand)(module.command)
+        return typer.main.get_command(parent)
+    for command in module.app.registered_commands:
+        if command.cls in (None, TyperCommand):
+            command.cls = OnceCommand
+    module.app.info.no_args_is_help = False
+    parent.add_typer(module.app, name=name)
+    group: Any = typer.main.get_command(parent)
+    return group.commands[name]

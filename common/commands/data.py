@@ -1,0 +1,5 @@
+"""`uni-mdm data ...`."""
+
+from common.data.cli import app
+
+__all__ = ["app"]

@@ -1,0 +1,81 @@
+"""`uni-mdm info`: what is installed and found here."""
+
+import platform
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from common.backend import available_backends, load_backend
+from common.checkpoint import load_checkpoint, shipped
+from common.data.locations import cache_dir, data_dir
+from common.errors import UserError
+from common.machine import cpu_count
+
+
+def command() -> None:
+    """Show versions, devices, folders and checkpoints found here."""
+    table = Table(show_header=False, box=None)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in (*_machine(), *_backends(), *_folders(), *_checkpoints(), *_packages()):
+        table.add_row(name, value)
+    Console().print(table)
+
+
+def _machine() -> list[tuple[str, str]]:
+    return [
+        ("uni-mdm", version("uni-mdm")),
+        ("python", platform.python_version()),
+        ("system", f"{platform.system()} {platform.machine()}"),
+        ("CPU cores", str(cpu_count())),
+    ]
+
+
+def _backends() -> list[tuple[str, str]]:
+    available = available_backends()
+    if not available:
+        return [("backends", "none: pip install 'uni-mdm[torch]'")]
+    return [(f"backend {name}", _devices(name)) for name in available]
+
+
+def _devices(backend: str) -> str:
+    try:
+        return ", ".join(load_backend(backend).devices())
+    except ImportError as error:
+        return f"[red]cannot be imported: {escape(str(error))}[/red]"
+
+
+def _folders() -> list[tuple[str, str]]:
+    folders = {"data (UNI_MDM_DATA)": data_dir(), "cache (UNI_MDM_CACHE)": cache_dir()}
+    return [
+        (name, f"{path}{'' if path.is_dir() else ' (absent)'}") for name, path in folders.items()
+    ]
+
+
+def _checkpoints() -> list[tuple[str, str]]:
+    return [(f"checkpoint {name}", _described(path)) for name, path in shipped().items()]
+
+
+def _described(checkpoint: Path) -> str:
+    try:
+        loaded = load_checkpoint(checkpoint)
+    except UserError as error:
+        return f"[red]{escape(str(error))}[/red]"
+    parameters = sum(tensor.size for tensor in loaded.model.values())
+    return f"{loaded.hash}, {parameters / 1e6:.1f} M parameters, {checkpoint}"
+
+
+def _packages() -> list[tuple[str, str]]:
+    """The packages that the project pins, and their versions here."""
+    names = sorted({line.partition("==")[0] for line in requires("uni-mdm") or ()})
+    return [(name, _version(name)) for name in names]
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,89 @@
+"""`uni-mdm train CONFIG`: start a run, or go on with one."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from common.backend import load_backend
+from common.checkpoint import latest, load_checkpoint
+from common.config import RunConfig, load_config, parse_config
+from common.errors import UserError
+from common.machine import cpu_count
+
+#: Settings of `train` that may change when a run goes on, for they do not change its result.
+FREE_SETTINGS = {"validation_every", "checkpoint_every", "log_every"}
+
+
+def command(
+    config: Annotated[Path, typer.Argument(help="YAML file, as in configs/.")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Replace a setting: train.steps=100."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run; runs/NAME.")] = None,
+    resume: Annotated[
+        bool | None,
+        typer.Option(
+            "--resume/--fresh",
+            help="Go on with the run in OUT, or put it aside and start anew; "
+            "without either, go on if there is one.",
+        ),
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; all of them.")] = None,
+    backend: Annotated[str, typer.Option(help="auto, torch or mindspore.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+) -> None:
+    """Train a network as a YAML file says; a run that was interrupted goes on."""
+    run = load_config(config, tuple(settings or ()))
+    folder = out or Path("runs") / run.name
+    module = load_backend(backend)
+    module.train(
+        run,
+        folder,
+        resume=prepare(folder, run, resume),
+        threads=threads or cpu_count(),
+        device=device,
+    )
+
+
+def prepare(folder: Path, config: RunConfig, resume: bool | None) -> bool:
+    """Whether to go on with the run in `folder`; with ``resume=False`` it is put aside.
+
+    Raises:
+        UserError: if there is nothing to go on with although asked to, or if the run was started
+            with other settings, which are named.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is not a folder: give another --out")
+    if resume is False and latest(folder) is not None:
+        folder.rename(_unused(folder))
+    if latest(folder) is None:
+        if resume:
+            raise UserError(f"no checkpoint in {folder} to resume; leave out --resume")
+        return False
+    started = parse_config(load_checkpoint(folder, optimizer=True).config, str(folder))
+    changed = _differences(started, config)
+    if changed:
+        names = ", ".join(changed)
+        raise UserError(f"the run in {folder} has other {names}: give --fresh or another --out")
+    return True
+
+
+def _unused(folder: Path) -> Path:
+    """The first of NAME.1, NAME.2, ... that is not there."""
+    number = 1
+    while (path := folder.with_name(f"{folder.name}.{number}")).exists():
+        number += 1
+    return path
+
+
+def _differences(a: RunConfig, b: RunConfig) -> list[str]:
+    """Names of settings, as in ``train.steps``, in which two runs differ and must not."""
+    first, second = a.model_dump(), b.model_dump()
+    return [
+        f"{section}.{name}"
+        for section in ("model", "diffusion", "train")
+        for name, value in first[section].items()
+        if value != second[section][name] and name not in FREE_SETTINGS
+    ]
