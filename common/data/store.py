@@ -9,6 +9,7 @@ import json
 import math
 import os
 import struct
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -200,7 +201,9 @@ def _element(atomic_number: int) -> Element:
 
 @lru_cache(maxsize=200_000)
 def _formula(counts: tuple[tuple[int, int], ...]) -> str:
-    return str(Composition({_element(z): n for z, n in counts}).reduced_formula)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # elements without electronegativity
+        return str(Composition({_element(z): n for z, n in counts}).reduced_formula)
 
 
 def _uniform_hash(text: str) -> float:

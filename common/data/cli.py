@@ -1,0 +1,156 @@
+"""`uni-mdm data`: import, fingerprint, split and describe data sets."""
+
+from collections import Counter
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from common.data.importer import ImportReport, import_dataset
+from common.data.locations import cache_dir, dataset_path
+from common.data.sources import open_source
+from common.data.store import (
+    PROPERTIES,
+    Record,
+    read_metadata,
+    read_records,
+    split_by_formula,
+    write_records,
+)
+from common.errors import UserError
+
+app = typer.Typer(help="Import, split and describe data sets.", no_args_is_help=True)
+
+Data = Annotated[str, typer.Argument(help="train, val, extra, or a CSV or Parquet file.")]
+
+
+class Format(StrEnum):
+    """What a source is made of."""
+
+    auto = "auto"
+    csv = "csv"
+    cif = "cif"
+    mp = "mp"
+
+
+@app.command("import")
+def import_command(
+    source: Annotated[
+        str,
+        typer.Option(help="CSV file (.csv, .csv.gz) or its URL, CIF file or folder, or 'mp'."),
+    ],
+    out: Annotated[Path, typer.Option(help="Parquet file to write.")],
+    workers: Annotated[int | None, typer.Option(help="Processes; default: all CPUs.")] = None,
+    max_atoms: Annotated[
+        int | None, typer.Option(help="Refuse cells with more atoms than this.")
+    ] = None,
+    format_: Annotated[Format, typer.Option("--format", help="Kind of source.")] = Format.auto,
+) -> None:
+    """Label a source's structures; rows that cannot be used go to OUT.quarantine.jsonl."""
+    opened = open_source(source, cache_dir(), format_.value, max_atoms, show_progress=True)
+    report = import_dataset(opened, out, workers, max_atoms, cache_dir())
+    Console().print(_report_table(report))
+
+
+@app.command()
+def fingerprint(data: Data) -> None:
+    """Print the SHA-256 of a data set's rows, whatever their order."""
+    typer.echo(read_metadata(dataset_path(data))["fingerprint"])
+
+
+@app.command()
+def split(
+    data: Data,
+    out: Annotated[Path, typer.Option(help="Folder for train, val and test.parquet.")],
+    fractions: Annotated[
+        str, typer.Option(help="Fractions for train, val and test.")
+    ] = "0.8,0.1,0.1",
+    seed: Annotated[int, typer.Option(help="Another seed gives another split.")] = 0,
+) -> None:
+    """Part a data set so that no reduced formula is in two parts."""
+    path = dataset_path(data)
+    names = ("train", "val", "test")
+    parts = split_by_formula(read_records(path), _fractions(fractions, len(names)), seed)
+    metadata = read_metadata(path)
+    for name, part in zip(names, parts, strict=True):
+        origin = {"split": name, "fractions": fractions, "seed": seed}
+        origin |= {"of": metadata["fingerprint"], "source": metadata["source"]}
+        write_records(part, out / f"{name}.parquet", origin)
+        typer.echo(f"{out / name}.parquet: {len(part)} rows")
+
+
+@app.command()
+def info(data: Data) -> None:
+    """Describe a data set in a table."""
+    path = dataset_path(data)
+    Console().print(_info_table(path, read_records(path)))
+
+
+def _fractions(text: str, count: int) -> list[float]:
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise UserError(f"fractions {text!r}: give {count} numbers, as in 0.8,0.1,0.1") from error
+    if len(values) != count:
+        raise UserError(f"fractions {text!r}: give {count} numbers, as in 0.8,0.1,0.1")
+    return values
+
+
+def _report_table(report: ImportReport) -> Table:
+    table = _table(str(report.path))
+    table.add_row("rows read", str(report.rows))
+    table.add_row("rows written", str(report.written))
+    for reason, count in report.reasons.items():
+        table.add_row(f"refused: {reason}", str(count))
+    if report.reasons:
+        table.add_row("refused rows in", str(report.quarantine_path))
+    origin = " (from the cache)" if report.from_cache else ""
+    table.add_row("time", f"{report.seconds:.1f} s{origin}")
+    return table
+
+
+def _info_table(path: Path, records: list[Record]) -> Table:
+    metadata = read_metadata(path)
+    table = _table(str(path))
+    table.add_row("rows", str(len(records)))
+    table.add_row("fingerprint", metadata["fingerprint"])
+    for key in ("kind", "name", "sha256"):
+        if key in metadata["source"]:
+            table.add_row(f"source {key}", str(metadata["source"][key]))
+    if not records:
+        return table
+    table.add_row("reduced formulas", str(len({record.reduced_formula for record in records})))
+    groups = Counter(record.crystal.space_group for record in records)
+    common = ", ".join(f"{group} ({count})" for group, count in groups.most_common(5))
+    table.add_row("space groups", f"{len(groups)}; most frequent {common}")
+    cells = [len(record.cell.atomic_numbers) for record in records if record.cell is not None]
+    quantities = {
+        "sites": [len(record.crystal.sites) for record in records],
+        "free coordinates": [record.crystal.num_free_coords for record in records],
+        "atoms, conventional cell": [record.crystal.num_atoms for record in records],
+        "atoms, cell as given": cells,
+    }
+    for name, values in quantities.items():
+        table.add_row(name, _range(values))
+    units = {"band_gap": "eV", "formation_energy": "eV/atom", "e_above_hull": "eV/atom"}
+    for name in PROPERTIES:
+        known = [v for r in records if (v := r.properties[name]) is not None]
+        table.add_row(f"{name} ({units[name]})", f"{len(known)} known, {_range(known)}")
+    return table
+
+
+def _range(values: list[int] | list[float]) -> str:
+    if not values:
+        return "none"
+    return f"{min(values):.4g} to {max(values):.4g}, mean {np.mean(values):.4g}"
+
+
+def _table(title: str) -> Table:
+    table = Table(title=title, show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    return table

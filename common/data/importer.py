@@ -1,0 +1,477 @@
+"""From a source to labelled crystals on disk; rows that cannot be used go to a quarantine file.
+
+Rows are parsed and labelled in worker processes and written in the order of the source, so the
+result does not depend on the number of workers. Results are cached under a key made of the source's
+content, the code's versions and the options.
+"""
+
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+import shutil
+import threading
+import time
+import warnings
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
+from itertools import islice, product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pymatgen.core import Structure
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # ships no types
+
+from common.crystal.structure import Crystal
+from common.data.cif import CifError, parse_cif
+from common.data.label import (
+    LABEL_REASONS,
+    LABEL_VERSION,
+    MIN_DISTANCE,
+    LabelError,
+    label_structure,
+)
+from common.data.sources import RawEntry, Source, file_sha256, printable
+from common.data.store import SCHEMA_VERSION, Cell, Record, reduced_formula, write_records
+from common.errors import UserError
+from common.files import atomic_path, write_atomic
+
+#: Part of the key of cached imports: raise it when the same rows give another result.
+IMPORT_VERSION = 1
+#: Properties that a row must have if its source offers them.
+LABELS = ("band_gap", "formation_energy")
+#: Why a row can be refused.
+REASONS = (
+    "malformed_row",
+    "no_id",
+    "duplicate_id",
+    "unparsable",
+    "missing_label",
+    "bad_label",
+    "not_finite",
+    "too_many_atoms",
+    "crash",
+    *(reason for reason in LABEL_REASONS if reason != "not_finite"),
+)
+
+_CHUNK = 64
+_CHUNKS_AHEAD = 4  # per worker
+
+Labeller = Callable[[Structure], Crystal]
+
+
+@dataclass(frozen=True)
+class ImportOptions:
+    """What decides which rows are taken and how they are labelled.
+
+    Attributes:
+        max_atoms: largest number of atoms in the cell as given; None for no limit.
+        require: properties without which a row is refused.
+        label: a function from a structure to its crystal, importable by worker processes.
+    """
+
+    max_atoms: int | None = None
+    require: tuple[str, ...] = LABELS
+    label: Labeller = label_structure
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """A row that was refused: why, what was found, where it stands in the source."""
+
+    material_id: str
+    reason: str
+    detail: str
+    origin: str
+
+
+@dataclass(frozen=True)
+class ImportReport:
+    """What an import did. `reasons` counts the refused rows; `seconds` is wall time."""
+
+    path: Path
+    quarantine_path: Path
+    rows: int
+    written: int
+    reasons: dict[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
+    from_cache: bool = False
+
+
+def import_dataset(
+    source: Source,
+    out_path: str | os.PathLike[str],
+    workers: int | None = None,
+    max_atoms: int | None = None,
+    cache: Path | None = None,
+    require: Sequence[str] | None = None,
+    label: Labeller = label_structure,
+    show_progress: bool = True,
+) -> ImportReport:
+    """Label every row of a source and write `out_path` and `<out_path>.quarantine.jsonl`.
+
+    A property of LABELS that the source offers must be there in every row; `require` names others.
+    With a folder `cache`, an import with the same source and options is copied from there.
+    `workers` (default: the number of CPUs) changes the time alone. Both files appear whole or not
+    at all.
+
+    Raises UserError when the source cannot be read or a file cannot be written.
+    """
+    out = Path(out_path)
+    started = time.monotonic()
+    options = _options(source, max_atoms, require, label)
+    if cache is None:
+        return _run(source, out, options, _workers(workers), show_progress)
+    kept = import_cached(source, cache, workers, max_atoms, require, label, show_progress)
+    for origin, target in ((kept.quarantine_path, quarantine_path(out)), (kept.path, out)):
+        with atomic_path(target) as temporary:
+            shutil.copyfile(origin, temporary)
+    return replace(
+        kept,
+        path=out,
+        quarantine_path=quarantine_path(out),
+        seconds=time.monotonic() - started,
+    )
+
+
+def import_cached(
+    source: Source,
+    cache: Path,
+    workers: int | None = None,
+    max_atoms: int | None = None,
+    require: Sequence[str] | None = None,
+    label: Labeller = label_structure,
+    show_progress: bool = True,
+) -> ImportReport:
+    """The same, into the folder `cache`, unless it is there already.
+
+    The paths of the report lie in `cache`: read them, do not change them.
+    """
+    started = time.monotonic()
+    options = _options(source, max_atoms, require, label)
+    key = json.dumps(_provenance(source, options), sort_keys=True)
+    out = cache / "imports" / f"{hashlib.sha256(key.encode()).hexdigest()}.parquet"
+    report = _read_report(out)
+    if report is None:
+        report = _run(source, out, options, _workers(workers), show_progress)
+        _write_report(report)
+        return report
+    return replace(report, seconds=time.monotonic() - started, from_cache=True)
+
+
+def quarantine_path(out_path: str | os.PathLike[str]) -> Path:
+    """The file of refused rows beside a data set."""
+    path = Path(out_path)
+    return path.with_name(path.name + ".quarantine.jsonl")
+
+
+def process_entry(entry: RawEntry, options: ImportOptions) -> Record | Rejection:
+    """Parse, check and label one row; never raises on what a row holds."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return _record(entry, options)
+    except LabelError as error:
+        return _rejection(entry, error.reason, error.detail)
+    except _Refused as error:
+        return _rejection(entry, error.reason, error.detail)
+    # A labelling library can raise anything on a strange structure; the row is reported, not lost.
+    except Exception as error:
+        return _rejection(entry, "symmetry", f"{type(error).__name__}: {error}")
+
+
+class _Refused(Exception):
+    """A row that the importer itself refuses."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        assert reason in REASONS
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+
+def _options(
+    source: Source, max_atoms: int | None, require: Sequence[str] | None, label: Labeller
+) -> ImportOptions:
+    if max_atoms is not None and max_atoms < 1:
+        raise UserError(f"max atoms {max_atoms}: give a number of at least 1")
+    required = [name for name in LABELS if name in source.offers] if require is None else require
+    return ImportOptions(max_atoms, tuple(sorted(required)), label)
+
+
+def _workers(workers: int | None) -> int:
+    if workers is not None and workers < 1:
+        raise UserError(f"workers {workers}: give a number of at least 1")
+    return workers or len(os.sched_getaffinity(0))
+
+
+def _provenance(source: Source, options: ImportOptions) -> dict[str, Any]:
+    """All that the result depends on; stored in the file and hashed for the cache."""
+    return {
+        **source.description,
+        "max_atoms": options.max_atoms,
+        "require": list(options.require),
+        "label": f"{options.label.__module__}.{options.label.__qualname__}",
+        "label_version": LABEL_VERSION,
+        "import_version": IMPORT_VERSION,
+        "schema_version": SCHEMA_VERSION,
+        "versions": {name: version(name) for name in ("numpy", "pymatgen", "spglib", "pyarrow")},
+    }
+
+
+def _run(
+    source: Source, out: Path, options: ImportOptions, workers: int, show_progress: bool
+) -> ImportReport:
+    started = time.monotonic()
+    records: dict[str, Record] = {}
+    rejections: list[Rejection] = []
+    with _progress(show_progress) as progress:
+        task = progress.add_task(f"labelling {source.description['name']}", total=len(source))
+        for entry, outcome in _outcomes(source, options, workers):
+            if isinstance(outcome, Rejection):
+                rejections.append(outcome)
+            elif outcome.material_id in records:
+                rejections.append(_rejection(entry, "duplicate_id", "an earlier row has this id"))
+            else:
+                records[outcome.material_id] = outcome
+            progress.advance(task)
+    lines = [json.dumps(asdict(rejection), sort_keys=True) + "\n" for rejection in rejections]
+    write_atomic(quarantine_path(out), "".join(lines))
+    write_records(records.values(), out, _provenance(source, options))
+    reasons = Counter(rejection.reason for rejection in rejections)
+    return ImportReport(
+        out,
+        quarantine_path(out),
+        len(records) + len(rejections),
+        len(records),
+        dict(sorted(reasons.items())),
+        time.monotonic() - started,
+    )
+
+
+def _progress(show: bool) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True, quiet=not show),
+    )
+
+
+def _read_report(out: Path) -> ImportReport | None:
+    """The report of a finished import in the cache; written last, so that it proves completion."""
+    try:
+        data = json.loads(_report_path(out).read_text("utf-8"))
+        if _digests(out) != data.pop("files"):
+            return None
+        return ImportReport(out, quarantine_path(out), **data)
+    except (OSError, UserError, ValueError, TypeError, KeyError, AttributeError):
+        return None
+
+
+def _write_report(report: ImportReport) -> None:
+    data = {
+        "files": _digests(report.path),
+        "rows": report.rows,
+        "written": report.written,
+        "reasons": report.reasons,
+    }
+    write_atomic(_report_path(report.path), json.dumps(data, sort_keys=True))
+
+
+def _digests(out: Path) -> list[str]:
+    return [file_sha256(path) for path in (out, quarantine_path(out))]
+
+
+def _report_path(out: Path) -> Path:
+    return out.with_name(out.name + ".report.json")
+
+
+# One row.
+
+
+def _record(entry: RawEntry, options: ImportOptions) -> Record:
+    if entry.problem:
+        raise _Refused("malformed_row", entry.problem)
+    if not entry.material_id:
+        raise _Refused("no_id", "empty material_id")
+    properties = _properties(entry.properties, options.require)
+    structure = _structure(entry.content)
+    if options.max_atoms is not None and len(structure) > options.max_atoms:
+        raise _Refused("too_many_atoms", f"{len(structure)} atoms, limit {options.max_atoms}")
+    _check_periodic_images(structure)
+    crystal = options.label(structure)
+    cell = Cell.from_structure(structure)
+    numbers = Counter(cell.atomic_numbers.tolist())
+    if reduced_formula(crystal.formula_counts) != reduced_formula(numbers):
+        raise _Refused("sites", "the labelled crystal has another composition")
+    # A new Crystal: the labelled one may hold cached tables, which are slow to send.
+    crystal = Crystal(crystal.space_group, crystal.sites, np.asarray(crystal.lattice))
+    return Record(entry.material_id, crystal, cell, properties)
+
+
+def _structure(content: str | Structure | Mapping[str, Any] | None) -> Structure:
+    if content is None:
+        raise _Refused("unparsable", "no structure given")
+    if isinstance(content, Structure):
+        return content
+    try:
+        return (
+            parse_cif(content) if isinstance(content, str) else Structure.from_dict(dict(content))
+        )
+    except CifError as error:
+        raise _Refused("unparsable", str(error)) from error
+    # The dict comes from a server: anything may be wrong with it.
+    except Exception as error:
+        raise _Refused("unparsable", f"{type(error).__name__}: {error}") from error
+
+
+def _properties(raw: Mapping[str, Any], require: Iterable[str]) -> dict[str, float | None]:
+    required = set(require)
+    values = {name: _number(name, value, name in required) for name, value in raw.items()}
+    missing = sorted(name for name in required if values.get(name) is None)
+    if missing:
+        raise _Refused("missing_label", f"no value for {', '.join(missing)}")
+    return values
+
+
+def _number(name: str, value: Any, required: bool) -> float | None:
+    """A finite number, or None where there is none; NaN counts as none if not required."""
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return None
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise _Refused("bad_label", f"{name} is {str(value)[:50]!r}, not a number") from error
+    if math.isfinite(number):
+        return number
+    if math.isnan(number) and not required:
+        return None
+    raise _Refused("not_finite", f"{name} is {number}")
+
+
+def _check_periodic_images(structure: Structure) -> None:
+    """Refuse a cell so skewed that an atom overlaps its own image along a diagonal."""
+    steps = np.array([step for step in product((-1, 0, 1), repeat=3) if any(step)])
+    nearest = float(np.linalg.norm(steps @ structure.lattice.matrix, axis=1).min())
+    if nearest < MIN_DISTANCE:
+        raise _Refused("overlap", f"an atom is {nearest:.3f} A from its own periodic image")
+
+
+def _rejection(entry: RawEntry, reason: str, detail: str) -> Rejection:
+    line = " ".join(printable(detail).split())[:300]
+    return Rejection(printable(entry.material_id), reason, line, printable(entry.origin))
+
+
+# Many rows.
+
+
+def _outcomes(
+    entries: Iterable[RawEntry], options: ImportOptions, workers: int
+) -> Iterator[tuple[RawEntry, Record | Rejection]]:
+    """Every row with what became of it, in the order of the rows."""
+    chunks = _chunks(entries)
+    if workers == 1:
+        with threadpool_limits(1):
+            for chunk in chunks:
+                yield from zip(chunk, _process_chunk(chunk, options), strict=True)
+    else:
+        for chunk, outcomes in _parallel(chunks, options, workers):
+            yield from zip(chunk, outcomes, strict=True)
+
+
+def _chunks(entries: Iterable[RawEntry]) -> Iterator[list[RawEntry]]:
+    iterator = iter(entries)
+    while chunk := list(islice(iterator, _CHUNK)):
+        yield chunk
+
+
+def _process_chunk(chunk: list[RawEntry], options: ImportOptions) -> list[Record | Rejection]:
+    return [process_entry(entry, options) for entry in chunk]
+
+
+Outcomes = list[Record | Rejection]
+
+
+def _parallel(
+    chunks: Iterator[list[RawEntry]], options: ImportOptions, workers: int
+) -> Iterator[tuple[list[RawEntry], Outcomes]]:
+    """Chunks with their outcomes, in order, a bounded number of them in work at a time.
+
+    If a worker process dies, the chunks in work are done again, each on its own, to find the row.
+    """
+    pool = _pool(workers)
+    pending: deque[tuple[list[RawEntry], Future[Outcomes]]] = deque()
+    try:
+        while True:
+            for chunk in islice(chunks, workers * _CHUNKS_AHEAD - len(pending)):
+                pending.append((chunk, _submit(pool, chunk, options)))
+            if not pending:
+                return
+            chunk, future = pending[0]
+            try:
+                outcomes = future.result()
+            except BrokenProcessPool:
+                pool.shutdown(cancel_futures=True)
+                for waiting, _ in pending:
+                    yield waiting, _isolated(waiting, options)
+                pending.clear()
+                pool = _pool(workers)
+                continue
+            pending.popleft()
+            yield chunk, outcomes
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _submit(
+    pool: ProcessPoolExecutor, chunk: list[RawEntry], options: ImportOptions
+) -> Future[Outcomes]:
+    """Hand a chunk to the pool; a pool that is broken already gives a failed future."""
+    try:
+        return pool.submit(_process_chunk, chunk, options)
+    except BrokenProcessPool as error:
+        failed: Future[Outcomes] = Future()
+        failed.set_exception(error)
+        return failed
+
+
+def _isolated(chunk: list[RawEntry], options: ImportOptions) -> Outcomes:
+    """Process a chunk in a process of its own; a row that kills its process is refused."""
+    with _pool(1) as pool:
+        try:
+            return pool.submit(_process_chunk, chunk, options).result()
+        except BrokenProcessPool:
+            if len(chunk) == 1:
+                return [_rejection(chunk[0], "crash", "this row ends the process that labels it")]
+    half = len(chunk) // 2
+    return _isolated(chunk[:half], options) + _isolated(chunk[half:], options)
+
+
+def _pool(workers: int) -> ProcessPoolExecutor:
+    """Fresh processes (not forked: forking a process that runs threads can lock up)."""
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
+
+
+def _start_worker() -> None:
+    threadpool_limits(1)
+    warnings.simplefilter("ignore")
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """End this process when the importing one is gone, however it ended."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

@@ -1,0 +1,51 @@
+"""Where data sets and caches live on this machine."""
+
+import os
+from pathlib import Path
+
+from common.data.importer import import_cached
+from common.data.sources import is_url, open_source
+from common.data.store import Record, read_records
+from common.errors import UserError
+
+DATASETS = {
+    "train": "mp_20/train.csv.gz",
+    "val": "mp_20/val.csv.gz",
+    "extra": "mp_extra.csv.gz",
+}
+_REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def data_dir() -> Path:
+    """Folder of the MP-20 data: $UNI_MDM_DATA, by default ../shared/data beside the repository."""
+    given = os.environ.get("UNI_MDM_DATA")
+    return Path(given) if given else _REPOSITORY.parent / "shared" / "data"
+
+
+def cache_dir() -> Path:
+    """Folder for what can be made again: $UNI_MDM_CACHE, by default ~/.cache/uni-mdm."""
+    given = os.environ.get("UNI_MDM_CACHE")
+    return Path(given) if given else Path.home() / ".cache" / "uni-mdm"
+
+
+def dataset_path(name: str | os.PathLike[str], workers: int | None = None) -> Path:
+    """The Parquet file of a data set: train, val, extra, or the path of a CSV or Parquet file.
+
+    A CSV is labelled once and kept in the cache; `workers` as in `import_dataset`.
+
+    Raises UserError when there is no such data set.
+    """
+    text = os.fspath(name)
+    location = data_dir() / DATASETS[text] if text in DATASETS else Path(text)
+    if not is_url(text) and not location.exists():
+        hint = "set UNI_MDM_DATA" if text in DATASETS else f"or one of {', '.join(DATASETS)}"
+        raise UserError(f"no data set at {location}: give a CSV or Parquet file, {hint}")
+    if location.suffix == ".parquet":
+        return location
+    source = open_source(text if is_url(text) else location, cache_dir())
+    return import_cached(source, cache_dir(), workers=workers).path
+
+
+def dataset(name: str | os.PathLike[str], workers: int | None = None) -> list[Record]:
+    """The records of a data set, see `dataset_path`."""
+    return read_records(dataset_path(name, workers))
