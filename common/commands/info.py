@@ -1,6 +1,7 @@
 """`uni-mdm info`: what is installed and found here."""
 
 import platform
+import re
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
@@ -70,7 +71,7 @@ def _described(checkpoint: Path) -> str:
 
 def _packages() -> list[tuple[str, str]]:
     """The packages that the project pins, and their versions here."""
-    names = sorted({line.partition("==")[0] for line in requires("uni-mdm") or ()})
+    names = sorted({re.split(r"[^\w.-]", line)[0] for line in requires("uni-mdm") or ()})
     return [(name, _version(name)) for name in names]
 
 
