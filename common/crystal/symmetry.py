@@ -9,17 +9,29 @@ functions of the variables x, y, z of the orbit's first position:
 are singular; the variables that really occur are marked in ``free_mask``.
 """
 
+import csv
+import importlib.util
+import re
 import warnings
+from ast import literal_eval
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cache, cached_property
 from itertools import product
+from pathlib import Path
+from string import ascii_lowercase
 
 import numpy as np
+import spglib
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
 NUM_SPACE_GROUPS = 230
+NUM_HALL_SYMBOLS = 530
+# What spglib calls our settings, see above.
+_STANDARD_CHOICES = ("", "b", "b1", "2", "H")
+_LETTERS = ascii_lowercase + "A"
 # Integer translations that can separate two points of one unit cell after an operation.
 _LATTICE_STEPS = np.array(list(product((0, 1, -1, 2, -2), repeat=3)), dtype=float)
 
@@ -43,7 +55,6 @@ class WyckoffPosition:
         space_group: number 1-230.
         letter: Wyckoff letter; ``A`` follows ``z`` in group 47.
         multiplicity: atoms of the orbit in the conventional cell, M.
-        site_symmetry: its symbol.
         rotations, translations: [M,3,3] and [M,3], see the module.
         free_mask: [3], which of x, y, z occur.
         frames: [M,3,3], rotation of a space-group operation that takes the first atom to atom m.
@@ -53,7 +64,6 @@ class WyckoffPosition:
     space_group: int
     letter: str
     multiplicity: int
-    site_symmetry: str
     rotations: Array
     translations: Array
     free_mask: NDArray[np.bool_]
@@ -64,6 +74,17 @@ class WyckoffPosition:
     def dof(self) -> int:
         """Number of free coordinates."""
         return int(self.free_mask.sum())
+
+    @cached_property
+    def site_symmetry(self) -> str:
+        """Symbol of the site symmetry, oriented as in International Tables."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from pyxtal.symmetry import Wyckoff_position  # slow to import, seldom needed
+
+            position = Wyckoff_position.from_group_and_letter(self.space_group, self.letter)
+            position.get_site_symmetry()
+        return str(position.site_symm)
 
     @cached_property
     def _left_inverse(self) -> Array:
@@ -209,10 +230,52 @@ def _primitive_atoms(rotations: Array, translations: Array, centering: Array) ->
     return np.flatnonzero(same.argmax(axis=1) == np.arange(len(rotations)))
 
 
-def _operations(position: object) -> tuple[Array, Array]:
-    matrices = np.array([op.affine_matrix for op in position.ops])  # type: ignore[attr-defined]
-    # Tables hold thirds to a few digits: twenty-fourths are exact for every group.
-    return np.rint(matrices[:, :3, :3]), np.rint(matrices[:, :3, 3] * 24) / 24
+@cache
+def _affine(coordinate: str) -> tuple[Array, float]:
+    """Coefficients [3] of x, y, z and the constant of one coordinate, as ``-x+y+1/2``."""
+    linear, constant = np.zeros(3), Fraction(0)
+    for term in re.findall(r"[+-]?[^+-]+", coordinate):
+        if term[-1] in "xyz":
+            factor = term[:-1]
+            linear["xyz".index(term[-1])] += int(
+                f"{factor}1" if factor in ("", "+", "-") else factor
+            )
+        else:
+            constant += Fraction(term)
+    return linear, float(constant)
+
+
+def _parse(coordinates: list[str]) -> tuple[Array, Array]:
+    """Matrices [M,3,3] and constants [M,3] of points written as ``x, -y+1/2, 0``."""
+    rows = [_affine(part.strip()) for point in coordinates for part in point.split(",")]
+    linear = np.array([row[0] for row in rows]).reshape(-1, 3, 3)
+    return linear, np.array([row[1] for row in rows]).reshape(-1, 3)
+
+
+@cache
+def _coordinate_table() -> list[str]:
+    """pyxtal's table of Wyckoff positions, one row per group.
+
+    Read as a file: importing pyxtal takes seconds.
+    """
+    package = importlib.util.find_spec("pyxtal")
+    assert package is not None
+    assert package.submodule_search_locations is not None
+    path = Path(package.submodule_search_locations[0]) / "database" / "wyckoff_list.csv"
+    with path.open(newline="") as file:
+        return [row[1] for row in csv.reader(file) if row[0].isdigit()]
+
+
+@cache
+def _standard_settings() -> dict[int, spglib.SpaceGroupType]:
+    """spglib's entry of every group's standard setting."""
+    settings: dict[int, spglib.SpaceGroupType] = {}
+    for hall_number in range(1, NUM_HALL_SYMBOLS + 1):
+        entry = spglib.get_spacegroup_type(hall_number)
+        assert entry is not None
+        if entry.choice in _STANDARD_CHOICES:
+            settings.setdefault(entry.number, entry)
+    return settings
 
 
 @cache
@@ -224,38 +287,42 @@ def space_group(number: int) -> SpaceGroup:
     """
     if not 1 <= number <= NUM_SPACE_GROUPS:
         raise ValueError(f"space group {number} is not in 1-{NUM_SPACE_GROUPS}")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from pyxtal.symmetry import Group
-
-        table = Group(number)
-        positions = list(reversed(table.Wyckoff_positions))
-    group = _operations(positions[-1])
+    # The table starts with an empty row for group 0, and each row with the general position.
+    positions = [_parse(points) for points in literal_eval(_coordinate_table()[number])]
+    group = positions[0]
     centering = _centering(*group)
-    wyckoff = {}
-    for position in positions:
-        rotations, translations = _operations(position)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            position.get_site_symmetry()
-        wyckoff[position.letter] = WyckoffPosition(
-            space_group=number,
-            letter=position.letter,
-            multiplicity=len(rotations),
-            site_symmetry=str(position.site_symm),
-            rotations=rotations,
-            translations=wrap(translations),
-            free_mask=(np.abs(rotations[0]) > 0).any(axis=0),
-            frames=_frames(rotations, translations, group),
-            primitive=_primitive_atoms(rotations, translations, centering),
-        )
+    wyckoff = {
+        letter: _wyckoff_position(number, letter, position, group, centering)
+        for letter, position in zip(_LETTERS, reversed(positions), strict=False)
+    }
+    setting = _standard_settings()[number]
     return SpaceGroup(
         number=number,
-        symbol=table.symbol,
-        hall_number=int(table.hall_number),
+        symbol=setting.international_short.replace("_", ""),
+        hall_number=setting.hall_number,
         rotations=group[0],
         translations=wrap(group[1]),
         centering=centering,
         to_primitive=np.linalg.inv(_primitive_basis(centering).T),
         wyckoff=wyckoff,
+    )
+
+
+def _wyckoff_position(
+    number: int,
+    letter: str,
+    position: tuple[Array, Array],
+    group: tuple[Array, Array],
+    centering: Array,
+) -> WyckoffPosition:
+    rotations, translations = position
+    return WyckoffPosition(
+        space_group=number,
+        letter=letter,
+        multiplicity=len(rotations),
+        rotations=rotations,
+        translations=wrap(translations),
+        free_mask=(np.abs(rotations[0]) > 0).any(axis=0),
+        frames=_frames(rotations, translations, group),
+        primitive=_primitive_atoms(rotations, translations, centering),
     )
