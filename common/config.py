@@ -1,0 +1,156 @@
+"""Every setting of a run, as frozen models of the YAML files in ``configs/``."""
+
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from common.data.batch import PROPERTY_NAMES
+from common.errors import UserError
+
+PropertyName = Literal["band_gap", "formation_energy"]
+
+
+class Settings(BaseModel):
+    """Base of all settings: nothing unknown, nothing changed later."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelConfig(Settings):
+    """The Crystal DiT."""
+
+    cell: Literal["asymmetric", "conventional"] = Field(
+        "asymmetric", description="One token per site, or per atom of the conventional cell."
+    )
+    layers: int = Field(4, ge=1, description="Blocks.")
+    width: int = Field(192, ge=8, description="Width of a token.")
+    edge_width: int = Field(96, ge=8, description="Width of an edge's geometry.")
+    heads: int = Field(8, ge=1, description="Attention heads, of edges and of the crystal.")
+    feed_forward: int = Field(2, ge=1, description="Feed-forward width over token width.")
+    frequencies: int = Field(8, ge=1, description="Fourier frequencies per axis, eq. 6.")
+    frames: bool = Field(True, description="Edges are seen from both atoms' frames.")
+    distances: bool = Field(True, description="Edges know distances to the nearest images (A).")
+    attention: bool = Field(True, description="Crystal multi-head attention, eqs. 8 and 9.")
+    aggregation: Literal["softmax", "mean"] = Field(
+        "softmax", description="Weights of the edges in the sum of eq. 7."
+    )
+    properties: tuple[PropertyName, ...] = Field(
+        ("formation_energy",), description="Properties that condition the network."
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.width % self.heads or self.width % 2:
+            raise ValueError("width must be even and a multiple of heads")
+        if self.cell == "conventional" and self.frames:
+            raise ValueError("frames are all alike in the conventional cell: set frames to false")
+        if len(set(self.properties)) != len(self.properties):
+            raise ValueError(f"properties must differ; known: {', '.join(PROPERTY_NAMES)}")
+        return self
+
+
+class DiffusionConfig(Settings):
+    """What is learned, and how it is sampled."""
+
+    kind: Literal["flow", "score"] = Field(
+        "flow", description="Flow matching, or DiffCSP++'s score matching and DDPM."
+    )
+    origin_tries: int = Field(
+        4, ge=1, description="Origins tried for the description nearest to the noise (flow)."
+    )
+    timesteps: int = Field(1000, ge=2, description="Noise levels T (score).")
+    sigma_min: float = Field(0.005, gt=0, description="Smallest sigma, in cells (score).")
+    sigma_max: float = Field(0.5, gt=0, description="Largest sigma, in cells (score).")
+    coordinate_weight: float = Field(1.0, gt=0, description="Weight of the coordinate loss.")
+    lattice_weight: float = Field(0.5, gt=0, description="Weight of the lattice loss.")
+    steps: int = Field(50, ge=1, description="Network calls per sample (flow).")
+    step_lr: float = Field(1e-5, gt=0, description="Langevin step of the corrector (score).")
+    velocity_boost: float = Field(
+        0.0, ge=0, description="Speeds coordinates up by 1 + boost * t (flow), as in FlowMM."
+    )
+
+
+class TrainConfig(Settings):
+    """Optimisation."""
+
+    data: str = Field("train", description="A known data set, or a path to CSV or Parquet.")
+    validation: str = Field("val", description="Likewise; only its loss is watched.")
+    validation_rows: int = Field(1024, ge=1, description="Rows of it, the first ones.")
+    validation_every: int = Field(1000, ge=1, description="Steps between validations.")
+    steps: int = Field(12000, ge=1, description="Optimiser steps.")
+    batch_size: int = Field(256, ge=1, description="Crystals in a batch, at most.")
+    edge_budget: int = Field(16384, ge=64, description="Padded edges in a batch, at most.")
+    learning_rate: float = Field(1e-3, gt=0)
+    warmup: int = Field(300, ge=0, description="Steps of linear warm-up.")
+    final_rate: float = Field(0.01, ge=0, le=1, description="Cosine end over peak rate.")
+    weight_decay: float = Field(0.01, ge=0)
+    clip_norm: float = Field(1.0, gt=0, description="Largest norm of the gradient.")
+    ema: float = Field(0.999, ge=0, lt=1, description="Decay of the averaged weights.")
+    property_dropout: float = Field(0.1, ge=0, le=1, description="Rows trained without property.")
+    precision: Literal["float32", "bfloat16"] = Field("float32", description="Of autocast.")
+    compile: bool = Field(False, description="torch.compile the network.")
+    init_from: str | None = Field(None, description="Checkpoint whose weights to start from.")
+    checkpoint_every: int = Field(1000, ge=1, description="Steps between checkpoints.")
+    log_every: int = Field(50, ge=1, description="Steps between lines of the log.")
+    seed: int = Field(0, ge=0)
+
+
+class RunConfig(Settings):
+    """One run: network, diffusion, training."""
+
+    name: str = Field(description="Of the run and of its checkpoint.")
+    model: ModelConfig = ModelConfig()
+    diffusion: DiffusionConfig = DiffusionConfig()
+    train: TrainConfig = TrainConfig()
+
+
+def load_config(path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
+    """Reads a run's YAML.
+
+    Args:
+        path: the file.
+        overrides: ``section.key=value``, the value as YAML.
+
+    Raises:
+        UserError: if the file cannot be read, or a setting is unknown or out of its range.
+    """
+    try:
+        data = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: a mapping of settings is expected")
+    for override in overrides:
+        _apply_override(data, override)
+    return parse_config(data, str(path))
+
+
+def parse_config(data: dict[str, Any], where: str) -> RunConfig:
+    """Checks a run's settings; UserError names every wrong one and where it stands."""
+    try:
+        return RunConfig.model_validate(data)
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{'.'.join(str(part) for part in item['loc']) or 'settings'}: {item['msg']}"
+            for item in error.errors()
+        )
+        raise UserError(f"{where}: {problems}") from error
+
+
+def _apply_override(data: dict[str, Any], override: str) -> None:
+    key, separator, value = override.partition("=")
+    if not separator or not key:
+        raise UserError(f"override '{override}': write section.key=value")
+    *sections, name = key.split(".")
+    for section in sections:
+        data = data.setdefault(section, {})
+        if not isinstance(data, dict):
+            raise UserError(f"override '{override}': '{section}' is no section")
+    try:
+        data[name] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UserError(f"override '{override}': the value is not YAML") from error

@@ -1,0 +1,189 @@
+"""Flow matching on the torus of free coordinates, and on the standardised lattice numbers.
+
+A path runs straight from noise at t = 0 (uniform on the torus; normal for the lattice) to a crystal
+at t = 1, the short way round the torus; the network learns its velocity (flow matching: Lipman et
+al., arXiv:2210.02747; on tori for crystals: FlowMM, arXiv:2406.04713).
+
+One crystal has many descriptions: any atom of an orbit can stand for it, and the origin can move
+along the group's normaliser. Each noise is joined to the description nearest to it, so that paths
+are short and seldom cross. The noise stays uniform, and every description is a true one.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from itertools import product
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.crystal.symmetry import WyckoffPosition, nearest_zero, space_group, wrap
+from common.data.batch import LETTERS, Batch
+
+Array = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Path:
+    """Points on straight paths and the velocities there.
+
+    free_params [B,S,3] in [0,1), free_velocity [B,S,3] (cells per unit time), lattice and
+    lattice_velocity [B,6] in standardised units; t [B].
+    """
+
+    t: Array
+    free_params: Array
+    lattice: Array
+    free_velocity: Array
+    lattice_velocity: Array
+
+
+def make_path(
+    free_params: Array,
+    lattice: Array,
+    free_noise: Array,
+    lattice_noise: Array,
+    t: Array,
+) -> Path:
+    """The points at times t on the paths from noise to crystals.
+
+    Args:
+        free_params, lattice: [B,S,3] and [B,6], the crystals (lattice standardised).
+        free_noise, lattice_noise: likewise, uniform in [0,1) and standard normal.
+        t: [B] in [0,1].
+    """
+    free_velocity = nearest_zero(free_params - free_noise)
+    lattice_velocity = lattice - lattice_noise
+    return Path(
+        t=t,
+        free_params=wrap(free_noise + t[:, None, None] * free_velocity).astype(np.float32),
+        lattice=(lattice_noise + t[:, None] * lattice_velocity).astype(np.float32),
+        free_velocity=free_velocity.astype(np.float32),
+        lattice_velocity=lattice_velocity.astype(np.float32),
+    )
+
+
+class Descriptions:
+    """The equivalent descriptions of every crystal of a data set, ready for fast look-up.
+
+    Args:
+        batch: the crystals.
+        max_origins: at most so many discrete origin shifts are kept for a crystal.
+    """
+
+    def __init__(self, batch: Batch, max_origins: int = 8) -> None:
+        self._free_mask = batch.free_mask
+        keys = np.where(batch.site_mask, batch.space_group[:, None] * 64 + batch.letter, 64)
+        unique, position = np.unique(keys, return_inverse=True)
+        self._position = position.reshape(keys.shape)
+        positions = [_position(int(key) // 64, int(key) % 64) for key in unique]
+        maps = [p.equivalents for p in positions]
+        self._count = np.array([len(linear) for linear, _ in maps])
+        self._start = np.concatenate([[0], np.cumsum(self._count)[:-1]])
+        self._linear = np.concatenate([linear for linear, _ in maps]).astype(np.float32)
+        self._offset = np.concatenate([offset for _, offset in maps]).astype(np.float32)
+        self._inverse = np.array([np.linalg.pinv(p.rotations[0]) for p in positions], np.float32)
+        groups = [normalizer_translations(int(number)) for number in batch.space_group]
+        self._polar = np.array([polar for _, polar in groups], np.float32)
+        self._origins = self._all_origins(batch, max_origins)
+
+    def _all_origins(self, batch: Batch, max_origins: int) -> Array:
+        """Free parameters after every discrete origin shift that keeps all letters: [B,O,S,3].
+
+        Crystals with fewer shifts repeat theirs.
+        """
+        free = np.where(batch.free_mask, batch.free_params, 0.0).astype(np.float32)
+        result = np.repeat(free[:, None], max_origins, axis=1)
+        for row, number in enumerate(batch.space_group):
+            letters = batch.letter[row, batch.site_mask[row]]
+            shifts = _site_shifts(int(number), tuple(letters.tolist()))[:max_origins]
+            for k in range(max_origins):
+                linear, offset = shifts[k % len(shifts)]
+                moved = np.einsum("sij,sj->si", linear, free[row, : len(letters)]) + offset
+                result[row, k, : len(letters)] = wrap(moved)
+        return result
+
+    def nearest(self, rows: NDArray[np.int64], noise: Array, draws: Array) -> Array:
+        """The free parameters, among those of equivalent descriptions, nearest to some noise.
+
+        Args:
+            rows: [B], which crystals.
+            noise: [B,S,3] in [0,1).
+            draws: [B,O,4] uniform in [0,1), each picks one origin to try: a discrete one, and a
+                shift along the polar directions.
+
+        Returns:
+            [B,S,3] in [0,1), zero where not free.
+        """
+        picks = (draws[..., 0] * self._origins.shape[1]).astype(int)
+        params = self._origins[rows[:, None], picks]  # [B,O,S,3]
+        shifts = np.einsum("boj,bji->boi", draws[..., 1:], self._polar[rows])
+        position = self._position[rows]
+        params = params + np.einsum("bsij,boj->bosi", self._inverse[position], shifts)
+        count = self._count[position]
+        index = self._start[position][..., None] + np.arange(count.max()) % count[..., None]
+        # [B,O,S,E,3]: every equivalent of every site for every origin
+        images = np.einsum("bseij,bosj->bosei", self._linear[index], params, optimize=True)
+        images += self._offset[index][:, None]
+        mask = self._free_mask[rows]
+        difference = nearest_zero(images - noise[:, None, :, None])
+        distance = np.where(mask[:, None, :, None], difference**2, 0.0).sum(axis=-1)
+        equivalent = distance.argmin(axis=3)
+        cost = np.take_along_axis(distance, equivalent[..., None], axis=3)[..., 0].sum(axis=2)
+        origin = cost.argmin(axis=1)
+        batch_rows, sites = np.arange(len(rows)), np.arange(mask.shape[1])
+        chosen = images[batch_rows[:, None], origin[:, None], sites, equivalent[batch_rows, origin]]
+        return np.where(mask, wrap(chosen), 0.0).astype(np.float32)
+
+
+@cache
+def _position(number: int, letter: int) -> WyckoffPosition:
+    return space_group(number).wyckoff[LETTERS[letter]]
+
+
+@cache
+def _site_shifts(number: int, letters: tuple[int, ...]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Maps [S,3,3], [S,3] of all sites' variables, one per discrete shift that keeps letters."""
+    result = []
+    for shift in normalizer_translations(number)[0]:
+        maps = [_letter_shift(number, letter, tuple(shift.tolist())) for letter in letters]
+        if all(step is not None for step in maps):
+            kept = [step for step in maps if step is not None]
+            result.append((np.stack([m[0] for m in kept]), np.stack([m[1] for m in kept])))
+    return result
+
+
+@cache
+def _letter_shift(
+    number: int, letter: int, shift: tuple[float, ...]
+) -> tuple[np.ndarray, np.ndarray] | None:
+    linear, offset = _position(number, letter).equivalents_after(np.array(shift))
+    return (linear[0], offset[0]) if len(linear) else None
+
+
+@cache
+def normalizer_translations(number: int) -> tuple[np.ndarray, np.ndarray]:
+    """Translations that leave a space group as it is.
+
+    Returns:
+        [n,3], the discrete ones modulo the group's own (zero first), and [3,3], a projector (acting
+        on rows) onto the polar directions, in which any translation does.
+    """
+    group = space_group(number)
+    polar = group.rotations.mean(axis=0).T
+    twelfths = np.array([0, 3, 4, 6, 8, 9]) / 12
+    grid = np.array(list(product(twelfths, repeat=3)))
+    grid = grid[np.abs(grid @ polar).max(axis=1) < 1e-6]
+    moved = np.einsum("gij,nj->gni", group.rotations - np.eye(3), grid)
+    keeps = _is_lattice_vector(moved, group.centering).all(axis=0)
+    kept: list[np.ndarray] = []
+    for shift in grid[keeps]:
+        if not any(_is_lattice_vector(shift - other, group.centering) for other in kept):
+            kept.append(shift)
+    return np.array(kept), polar
+
+
+def _is_lattice_vector(vectors: np.ndarray, centering: np.ndarray) -> NDArray[np.bool_]:
+    """Whether fractional vectors [...,3] are sums of lattice and centring vectors."""
+    rest = nearest_zero(vectors[..., None, :] - centering)
+    result: NDArray[np.bool_] = (np.abs(rest) < 1e-6).all(axis=-1).any(axis=-1)
+    return result

@@ -1,0 +1,246 @@
+"""Crystal DiT: velocities (or scores) of a crystal's free coordinates and lattice numbers.
+
+Shapes: B crystals, S sites, T tokens, A atoms, D width, E edge width, P properties.
+"""
+
+from itertools import product
+
+import torch
+from torch import Tensor, nn
+
+from common.config import ModelConfig
+from common.crystal.lattice import LATTICE_BASIS
+from torch_impl.layers import (
+    LAYER_NORM_EPS,
+    MLP,
+    RADIAL_CENTERS,
+    CrystalAttention,
+    EdgeEmbedding,
+    EdgeFusion,
+    fourier_features,
+    image_distances,
+    lattice_matrix,
+    modulate,
+    radial_features,
+    sinusoidal_embedding,
+)
+from torch_impl.tensors import TensorBatch
+
+NUM_ELEMENTS = 119
+NUM_SPACE_GROUPS = 231
+NUM_LETTERS = 27
+TIME_WIDTH = 128
+#: Sines of the relative position that carry the output along edges.
+HEAD_FREQUENCIES = 2
+
+
+class PropertyEmbedding(nn.Module):
+    """P_emb of eqs. 8 and 9: an MLP of the standardised property, or a learned null."""
+
+    def __init__(self, properties: int, width: int) -> None:
+        super().__init__()
+        self.null = nn.Parameter(torch.zeros(properties, width))
+        self.mlp = nn.ModuleList(MLP(1, width, width) for _ in range(properties))
+
+    def forward(self, values: Tensor, mask: Tensor) -> Tensor:
+        """[B,P] standardised, [B,P] -> [B,D], the sum over properties."""
+        total = values.new_zeros(values.shape[0], self.null.shape[1])
+        for index, mlp in enumerate(self.mlp):
+            given = mask[:, index, None]
+            total = total + torch.where(given, mlp(values[:, index, None]), self.null[index])
+        return total
+
+
+class TokenEmbedding(nn.Module):
+    """Embedding module of Figure 3(b): element, Wyckoff position and its directions."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.element = nn.Embedding(NUM_ELEMENTS, width)
+        self.letter = nn.Embedding(NUM_LETTERS, width)
+        self.position = nn.Linear(14, width)
+
+    def forward(self, batch: TensorBatch) -> Tensor:
+        """[B,T,D]."""
+        site = batch.token_site
+        multiplicity = torch.gather(batch.multiplicity, 1, site).float()
+        total = batch.num_atoms.float()[:, None]
+        directions = torch.cat(
+            [
+                batch.token_rot.flatten(-2),
+                batch.token_trans,
+                torch.log1p(multiplicity)[..., None],
+                (multiplicity / total)[..., None],
+            ],
+            dim=-1,
+        )  # [B,T,14]
+        element = self.element(torch.gather(batch.atomic_numbers, 1, site))
+        letter = self.letter(torch.gather(batch.letter, 1, site))
+        return element + letter + self.position(directions)
+
+
+class Block(nn.Module):
+    """Edge fusion, crystal attention and a feed-forward part, each behind an adaptive norm."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width = config.width
+        self.parts = 3 if config.attention else 2
+        self.norms = nn.ModuleList(
+            nn.LayerNorm(width, eps=LAYER_NORM_EPS, elementwise_affine=False)
+            for _ in range(self.parts)
+        )
+        self.modulation = nn.Linear(width, 3 * self.parts * width)
+        self.fusion = EdgeFusion(width, config.edge_width, config.heads, config.aggregation)
+        self.attention = CrystalAttention(width, config.heads) if config.attention else None
+        self.feed_forward = MLP(width, config.feed_forward * width, width)
+
+    def forward(
+        self,
+        nodes: Tensor,
+        edges: Tensor,
+        condition: Tensor,
+        prop: Tensor,
+        batch: TensorBatch,
+        sender_index: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """nodes [B,T,D], edges [B,T,A,E], condition [B,D], property [B,D] -> nodes, messages."""
+        chunks = self.modulation(condition).chunk(3 * self.parts, dim=-1)  # 3 x parts x [B,D]
+
+        def normed(part: int) -> Tensor:
+            return modulate(self.norms[part](nodes), chunks[3 * part], chunks[3 * part + 1])
+
+        def gate(part: int) -> Tensor:
+            return chunks[3 * part + 2][:, None]
+
+        update, messages = self.fusion(normed(0), edges, sender_index, batch.atom_mask)
+        nodes = nodes + gate(0) * update  # eq. 7
+        if self.attention is not None:
+            update = self.attention(normed(1), prop, batch.token_mask)  # eqs. 8, 9
+            nodes = nodes + gate(1) * update
+        last = self.parts - 1
+        return nodes + gate(last) * self.feed_forward(normed(last)), messages
+
+
+class CrystalDiT(nn.Module):
+    """The network: noisy free coordinates and lattice numbers in, their velocities out."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.width
+        self.register_buffer("basis", torch.tensor(LATTICE_BASIS, dtype=torch.float32), False)
+        shifts = torch.tensor(list(product((-1, 0, 1), repeat=3)), dtype=torch.float32)
+        self.register_buffer("shifts", shifts, False)
+        self.tokens = TokenEmbedding(width)
+        self.time = MLP(TIME_WIDTH, width, width)
+        self.space_group = nn.Embedding(NUM_SPACE_GROUPS, width)
+        self.lattice_in = nn.Linear(12, width)
+        self.property = PropertyEmbedding(len(config.properties), width)
+        frames = 2 if config.frames else 1
+        features = frames * 6 * config.frequencies
+        features += 2 * RADIAL_CENTERS if config.distances else 0
+        self.edges = EdgeEmbedding(features, config.edge_width)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.coordinate_head = MLP(width, width, 3)
+        self.edge_head = nn.Linear(width, HEAD_FREQUENCIES)
+        self.lattice_head = MLP(2 * width, width, 6)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Every residual branch and the outputs start at zero (adaLN-zero)."""
+        for embedding in (self.tokens.element, self.tokens.letter, self.space_group):
+            nn.init.normal_(embedding.weight, std=0.5)
+        for block in self.blocks:
+            nn.init.zeros_(block.modulation.weight)
+            nn.init.zeros_(block.modulation.bias)
+        for layer in (self.coordinate_head.output, self.edge_head, self.lattice_head.output):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(
+        self, batch: TensorBatch, free_params: Tensor, lattice: Tensor, t: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Velocities of the free coordinates and of the lattice.
+
+        Args:
+            batch: the symmetry and the properties.
+            free_params: [B,S,3], noisy, in [0,1).
+            lattice: [B,6], noisy, standardised.
+            t: [B] in [0,1].
+
+        Returns:
+            [B,S,3] in units of the coordinate noise, zero where not free, and [B,6] standardised.
+        """
+        k = batch.lattice_center + batch.lattice_scale * lattice  # [B,6]
+        features, difference = self.geometry(batch, free_params, k)
+        edges = self.edges(features, k - batch.lattice_center)  # [B,T,A,E]
+        nodes = self.tokens(batch)  # [B,T,D]
+        prop = self.property(batch.properties, batch.property_mask)  # [B,D]
+        condition = torch.nn.functional.silu(
+            self.time(sinusoidal_embedding(t, TIME_WIDTH))
+            + self.space_group(batch.space_group)
+            + self.lattice_in(torch.cat([lattice * batch.k_mask, k], dim=-1))
+            + prop
+        )  # [B,D]
+        sender_index = batch.atom_token[..., None].expand(-1, -1, nodes.shape[-1])
+        messages = nodes.new_zeros(())
+        for block in self.blocks:
+            nodes, messages = block(nodes, edges, condition, prop, batch, sender_index)
+        nodes = self.norm(nodes)
+        return (
+            self.coordinates(batch, nodes, messages, difference),
+            self.lattice_velocity(batch, nodes, condition),
+        )
+
+    def geometry(self, batch: TensorBatch, free_params: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Edge features [B,T,A,.] and differences [B,T,A,3].
+
+        The differences are fractional in the conventional cell, from token to atom.
+        """
+        at_token = torch.gather(free_params, 1, batch.token_site[..., None].expand(-1, -1, 3))
+        at_atom = torch.gather(free_params, 1, batch.atom_site[..., None].expand(-1, -1, 3))
+        token = (batch.token_rot @ at_token[..., None])[..., 0] + batch.token_trans  # [B,T,3]
+        atom = (batch.orbit_rot @ at_atom[..., None])[..., 0] + batch.orbit_trans  # [B,A,3]
+        difference = atom[:, None] - token[:, :, None]  # [B,T,A,3]
+        to_primitive = batch.to_primitive.transpose(1, 2)[:, None]  # [B,1,3,3]
+        primitive = difference @ to_primitive
+        parts = [fourier_features(primitive, self.config.frequencies)]
+        if self.config.frames:
+            # The same edge as the atom's own representative sees it.
+            turn = batch.to_primitive[:, None] @ batch.frame_inverse  # [B,A,3,3]
+            seen = -torch.einsum("baij,btaj->btai", turn, difference)
+            parts.append(fourier_features(seen, self.config.frequencies))
+        if self.config.distances:
+            lattice = torch.linalg.solve(
+                batch.to_primitive.transpose(1, 2), lattice_matrix(k, self.basis)
+            )  # [B,3,3], rows of the primitive lattice
+            metric = lattice @ lattice.transpose(1, 2)
+            distances = image_distances(primitive, metric, self.shifts)
+            parts.append(radial_features(distances).flatten(-2))
+        return torch.cat(parts, dim=-1), difference
+
+    def coordinates(
+        self, batch: TensorBatch, nodes: Tensor, messages: Tensor, difference: Tensor
+    ) -> Tensor:
+        """[B,S,3]: from the nodes, and along the edges as sines of the relative position."""
+        weights = self.edge_head(messages) * batch.atom_mask[:, None, :, None]  # [B,T,A,F]
+        along = torch.zeros_like(difference[:, :, 0])
+        for n in range(HEAD_FREQUENCIES):
+            wave = torch.sin(2 * torch.pi * (n + 1) * difference)
+            along = along + (weights[..., n : n + 1] * wave).sum(dim=2)
+        vector = self.coordinate_head(nodes) + along  # [B,T,3]
+        shares = (batch.token_to_free @ vector[..., None])[..., 0] * batch.token_mask[..., None]
+        if self.config.cell == "conventional":
+            index = batch.token_site[..., None].expand(-1, -1, 3)
+            shares = torch.zeros_like(shares).scatter_add(1, index, shares)
+        return shares * batch.free_mask
+
+    def lattice_velocity(self, batch: TensorBatch, nodes: Tensor, condition: Tensor) -> Tensor:
+        """[B,6] from the atoms' mean and the condition."""
+        site = batch.token_site
+        weights = torch.gather(batch.multiplicity, 1, site).float() * batch.token_mask
+        weights = weights / weights.sum(dim=1, keepdim=True)
+        pooled = (weights[..., None] * nodes).sum(dim=1)
+        return self.lattice_head(torch.cat([pooled, condition], dim=-1)) * batch.k_mask
