@@ -97,6 +97,35 @@ class WyckoffPosition:
             + self.translations
         )
 
+    @cached_property
+    def _pivots(self) -> tuple[NDArray[np.int64], Array]:
+        """For each variable a row of the first position that holds it alone, [3], and its sign."""
+        first = self.rotations[0]
+        alone = (np.abs(first).sum(axis=1, keepdims=True) == 1) & (first != 0)
+        assert (alone.any(axis=0) == self.free_mask).all(), "a variable never stands alone"
+        rows = alone.argmax(axis=0)
+        return rows, first[rows, range(3)] * self.free_mask
+
+    def solve(self, frac_coords: Array) -> tuple[Array, Array]:
+        """Variables that bring the orbit's first position nearest to points.
+
+        Args:
+            frac_coords: [...,3].
+
+        Returns:
+            variables [...,3] in [0,1), zero where not free, and the largest fractional deviation
+            that they leave, [...].
+        """
+        first, shift = self.rotations[0], self.translations[0]
+        targets = np.asarray(frac_coords, dtype=float) - shift
+        rows, signs = self._pivots
+        # Whole numbers drop out: the matrix has integer entries, and each pivot is a unit.
+        params = targets[..., rows] * signs
+        residual = nearest_zero(targets - params @ first.T)
+        correction = residual @ self._left_inverse.T
+        deviation = np.abs(residual - correction @ first.T).max(axis=-1)
+        return np.where(self.free_mask, wrap(params + correction), 0.0), deviation
+
     def free_params(self, frac_coords: Array, tolerance: float = 1e-3) -> Array | None:
         """Variables that put the orbit's first position onto a point of it, or None.
 
@@ -105,16 +134,10 @@ class WyckoffPosition:
             tolerance: largest fractional deviation accepted.
 
         Returns:
-            [3] in [0,1), zero where not free; None if no atom of the position can be there.
+            [3] in [0,1), zero where not free; None if the first position cannot be there.
         """
-        first, shift = self.rotations[0], self.translations[0]
-        targets = np.asarray(frac_coords) - shift + _LATTICE_STEPS
-        params = targets @ self._left_inverse.T
-        deviation = np.abs(params @ first.T - targets).max(axis=1)
-        best = int(np.argmin(deviation))
-        if deviation[best] > tolerance:
-            return None
-        return np.where(self.free_mask, wrap(params[best]), 0.0)
+        params, deviation = self.solve(frac_coords)
+        return None if deviation > tolerance else params
 
     @cached_property
     def equivalents(self) -> tuple[Array, Array]:

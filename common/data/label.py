@@ -2,26 +2,28 @@
 
 Two ways give the same crystal. ``label_structure_reference`` is the protocol of the paper and of
 DiffCSP++: Niggli reduction, pymatgen's ``SpacegroupAnalyzer`` at symprec 0.1, then pyxtal.
-``label_structure`` calls spglib directly and reads the sites off its standardised cell, hundreds of
-times a second.
+``label_structure`` reads the sites off the standardised cell of moyopy, or of spglib where the
+symmetry depends on the tolerance, hundreds of times a second.
 """
 
+import logging
 import warnings
 from collections import Counter
 
+import moyopy
 import numpy as np
 import spglib
 from numpy.typing import NDArray
 from pymatgen.core import Structure
 
 from common.crystal.structure import Crystal, Site
-from common.crystal.symmetry import WyckoffPosition, nearest_zero, space_group
+from common.crystal.symmetry import SpaceGroup, nearest_zero, space_group
 
 Array = NDArray[np.float64]
 Cell = tuple[Array, Array, NDArray[np.int64]]
 
 #: Part of the key of cached labels: raise it when labels change.
-LABEL_VERSION = 1
+LABEL_VERSION = 2
 #: Why a structure can have no label.
 LABEL_REASONS = ("disorder", "not_finite", "overlap", "symmetry", "sites")
 #: Atoms nearer than this (A) overlap.
@@ -31,6 +33,11 @@ SYMPREC = 0.1
 ANGLE_TOLERANCE = 5.0
 # Tolerances of the second search, on the refined cell: pyxtal's, then the one to fall back on.
 _SITE_TOLERANCES = (0.01, 1e-4)
+# Tolerances, as parts of symprec, between which a group must not change to count as clear.
+_CLEAR_FACTORS = (0.1, 4.0)
+
+# It reports each operation that a loose search drops; the group found is all that is used of it.
+logging.getLogger("moyo").setLevel(logging.ERROR)
 
 
 class LabelError(ValueError):
@@ -60,35 +67,88 @@ def label_structure(structure: Structure, symprec: float = SYMPREC) -> Crystal:
             consistent symmetry is found.
     """
     check_structure(structure)
-    cell = (
-        structure.lattice.matrix,
-        structure.frac_coords,
-        np.array([site.specie.Z for site in structure]),
-    )
-    refined = _standard_cell(_dataset(cell, symprec))
-    problems = []
-    for tolerance in _SITE_TOLERANCES:
-        try:
-            return _crystal(refined, tolerance)
-        except LabelError as error:
-            problems.append(error)
-    raise problems[0]
+    cell = structure.lattice.matrix, structure.frac_coords, np.array(structure.atomic_numbers)
+    return _clear_symmetry(cell, symprec) or _spglib_symmetry(cell, symprec)
 
 
 def check_structure(structure: Structure) -> None:
     """Raises LabelError if a structure is disordered, not finite or has overlapping atoms."""
     if not structure.is_ordered:
         raise LabelError("disorder", "a site is partially occupied or shared by elements")
-    finite = (
-        np.isfinite(structure.frac_coords).all() and np.isfinite(structure.lattice.matrix).all()
-    )
-    if not finite or structure.volume <= 0:
+    lattice, frac_coords = structure.lattice.matrix, structure.frac_coords
+    if not (np.isfinite(frac_coords).all() and np.isfinite(lattice).all()):
         raise LabelError("not_finite", "a coordinate or the lattice is not finite")
-    distances = structure.distance_matrix
-    pairs = distances[np.triu_indices(len(structure), k=1)]
-    nearest = min(pairs.min(initial=np.inf), min(structure.lattice.abc))
+    if structure.volume <= 0:
+        raise LabelError("not_finite", "the lattice has no volume")
+    nearest = _shortest_distance(structure)
     if nearest < MIN_DISTANCE:
         raise LabelError("overlap", f"two atoms are {nearest:.3f} A apart")
+
+
+def _shortest_distance(structure: Structure) -> float:
+    """Between two atoms, images included, in A; right wherever it is below MIN_DISTANCE."""
+    thickness = 1 / np.linalg.norm(np.linalg.inv(structure.lattice.matrix), axis=0)
+    if thickness.min() > 2 * MIN_DISTANCE:
+        # Then only differences wrapped to +-0.5 can be that short.
+        coords = structure.frac_coords
+        vectors = nearest_zero(coords[:, None] - coords) @ structure.lattice.matrix
+        distances = np.sqrt((vectors**2).sum(axis=2))
+        images = thickness.min()
+    else:
+        distances = structure.distance_matrix
+        images = min(structure.lattice.get_lll_reduced_lattice().abc)
+    pairs = distances[np.triu_indices(len(structure), k=1)]
+    return float(pairs.min(initial=images))
+
+
+def _clear_symmetry(cell: Cell, symprec: float) -> Crystal | None:
+    """The crystal by moyopy where its group does not hang on the tolerance, else None.
+
+    Where a tight and a loose search find the same group, any program finds it in between; moyopy
+    is ten times faster than spglib.
+    """
+    arguments = moyopy.Cell(*(array.tolist() for array in cell))
+    tight, loose = (_moyo_dataset(arguments, factor * symprec) for factor in _CLEAR_FACTORS)
+    if tight is None or loose is None or tight.number != loose.number:
+        return None
+    standard = tight.prim_std_cell
+    atoms: dict[int, tuple[int, str]] = {}  # of the primitive standard cell: orbit and letter
+    for index, orbit, letter in zip(
+        tight.mapping_std_prim, tight.orbits, tight.wyckoffs, strict=True
+    ):
+        atoms.setdefault(index, (orbit, letter))
+    group = space_group(tight.number)
+    to_standard = np.linalg.inv(tight.std_linear)
+    positions = (
+        np.array(standard.positions) @ np.transpose(tight.prim_std_linear)
+        + np.subtract(tight.prim_std_origin_shift, tight.std_origin_shift)
+    ) @ to_standard.T
+    labels = [atoms[index] for index in range(len(positions))]
+    try:
+        sites = _sites(group, positions, np.array(standard.numbers), labels)
+    except LabelError:
+        return None
+    return Crystal(group.number, sites, np.array(tight.std_cell.basis))
+
+
+def _moyo_dataset(cell: moyopy.Cell, symprec: float) -> moyopy.MoyoDataset | None:
+    try:
+        return moyopy.MoyoDataset(cell, symprec=symprec, setting=moyopy.Setting.standard())
+    except ValueError:  # no symmetry found at this tolerance
+        return None
+
+
+def _spglib_symmetry(cell: Cell, symprec: float) -> Crystal:
+    """The crystal by spglib, as ``SpacegroupAnalyzer`` and pyxtal use it."""
+    dataset = _dataset(cell, symprec)
+    refined = dataset.std_lattice, dataset.std_positions, dataset.std_types
+    problems = []
+    for tolerance in _SITE_TOLERANCES:
+        try:
+            return _refined_crystal(refined, tolerance)
+        except LabelError as error:
+            problems.append(error)
+    raise problems[0]
 
 
 def _dataset(cell: Cell, symprec: float, hall_number: int = 0) -> spglib.SpglibDataset:
@@ -105,11 +165,7 @@ def _dataset(cell: Cell, symprec: float, hall_number: int = 0) -> spglib.SpglibD
     return dataset
 
 
-def _standard_cell(dataset: spglib.SpglibDataset) -> Cell:
-    return dataset.std_lattice, dataset.std_positions, dataset.std_types
-
-
-def _crystal(refined: Cell, tolerance: float) -> Crystal:
+def _refined_crystal(refined: Cell, tolerance: float) -> Crystal:
     """Sites of a refined cell, from the symmetry found there at a tight tolerance."""
     dataset = _dataset(refined, tolerance)
     group = space_group(dataset.number)
@@ -117,7 +173,6 @@ def _crystal(refined: Cell, tolerance: float) -> Crystal:
         dataset = _dataset(refined, tolerance, group.hall_number)
     if dataset.number != group.number:
         raise LabelError("symmetry", f"no standard setting of group {group.number} fits")
-    lattice, positions, numbers = _standard_cell(dataset)
     # The letters belong to the input's atoms: carry them over through the primitive cell.
     by_primitive = dict(
         zip(
@@ -126,25 +181,42 @@ def _crystal(refined: Cell, tolerance: float) -> Crystal:
             strict=True,
         )
     )
-    labels = [by_primitive[index] for index in dataset.std_mapping_to_primitive]
-    orbits: dict[int, list[int]] = {}
-    for atom, (orbit, _) in enumerate(labels):
-        orbits.setdefault(orbit, []).append(atom)
+    primitive, first = np.unique(dataset.std_mapping_to_primitive, return_index=True)
+    labels = [by_primitive[index] for index in primitive]
+    sites = _sites(group, dataset.std_positions[first], dataset.std_types[first], labels)
+    return Crystal(group.number, sites, np.asarray(dataset.std_lattice))
+
+
+def _sites(
+    group: SpaceGroup,
+    positions: Array,
+    numbers: NDArray[np.int64],
+    labels: list[tuple[int, str]],
+) -> tuple[Site, ...]:
+    """Sites of atoms [P] of one primitive cell.
+
+    Args:
+        positions: [P,3], fractional coordinates in the conventional standard cell.
+        labels: [P], a name of the atom's orbit, and its letter.
+    """
+    orbits: dict[tuple[int, str], list[int]] = {}
+    for atom, label in enumerate(labels):
+        orbits.setdefault(label, []).append(atom)
     sites = []
-    for atoms in orbits.values():
-        letter = labels[atoms[0]][1]
-        params = orbit_params(group.wyckoff[letter], positions[atoms])
+    for (_, letter), atoms in orbits.items():
+        params = orbit_params(group, letter, positions[atoms])
         sites.append(Site(int(numbers[atoms[0]]), letter, tuple(params.tolist())))
-    return Crystal(group.number, tuple(sites), np.asarray(lattice))
+    return tuple(sites)
 
 
-def orbit_params(position: WyckoffPosition, atoms: Array, tolerance: float = 1e-3) -> Array:
+def orbit_params(group: SpaceGroup, letter: str, atoms: Array, tolerance: float = 1e-3) -> Array:
     """Variables of a Wyckoff position that give an orbit's atoms.
 
     Args:
-        position: the Wyckoff position.
-        atoms: [M,3], fractional coordinates of the whole orbit.
-        tolerance: largest fractional deviation of any atom.
+        group, letter: the Wyckoff position.
+        atoms: [Mp,3], fractional coordinates (conventional cell) of the orbit's atoms modulo the
+            centring translations.
+        tolerance: largest fractional deviation of any atom, in the primitive basis.
 
     Returns:
         [3], see ``Site``.
@@ -152,18 +224,19 @@ def orbit_params(position: WyckoffPosition, atoms: Array, tolerance: float = 1e-
     Raises:
         LabelError: if no variables give these atoms.
     """
-    if len(atoms) != position.multiplicity:
-        raise LabelError(
-            "sites", f"{len(atoms)} atoms on position {position.multiplicity}{position.letter}"
-        )
-    for atom in atoms:
-        params = position.free_params(atom, tolerance)
-        if params is None:
-            continue
-        distances = np.abs(nearest_zero(position.positions(params)[:, None] - atoms)).max(axis=2)
-        if (distances.min(axis=1) < tolerance).all() and (distances.min(axis=0) < tolerance).all():
-            return params
-    raise LabelError("sites", f"atoms do not fit position {position.multiplicity}{position.letter}")
+    position = group.wyckoff[letter]
+    name = f"{position.multiplicity}{letter}"
+    if len(atoms) != len(position.primitive):
+        raise LabelError("sites", f"{len(atoms)} atoms per primitive cell on position {name}")
+    images = (atoms[:, None] + group.centering).reshape(-1, 3)
+    params, deviation = position.solve(images)
+    for candidate in params[deviation < tolerance]:
+        orbit = position.positions(candidate)[position.primitive]
+        difference = nearest_zero((orbit[:, None] - atoms) @ group.to_primitive.T)
+        near = np.abs(difference).max(axis=2) < tolerance
+        if near.any(axis=1).all() and near.any(axis=0).all():
+            return np.asarray(candidate)
+    raise LabelError("sites", f"atoms do not fit position {name}")
 
 
 def label_structure_reference(structure: Structure, symprec: float = SYMPREC) -> Crystal:
