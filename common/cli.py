@@ -85,7 +85,14 @@ def main() -> None:
     The exit code is 0, or 2 after a user's mistake, which is one line on stderr, or 130 after an
     interruption.
     """
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        # What is still buffered would fail once more when the interpreter ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = code or _report(f"cannot write the output: {error.strerror}")
+    sys.exit(code)
 
 
 def run(arguments: list[str]) -> int:
@@ -112,8 +119,8 @@ def run(arguments: list[str]) -> int:
     except OSError as error:
         if error.errno not in _REFUSALS:
             raise
-        where = f"{os.fsdecode(error.filename)}: " if error.filename else ""
-        return _report(f"{where}{error.strerror}; free or choose another place")
+        where = os.fsdecode(error.filename) + ": " if error.filename else "the output: "
+        return _report(f"cannot write {where}{error.strerror}; free or choose another place")
 
 
 def _report(message: str) -> int:
