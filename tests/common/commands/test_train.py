@@ -1,0 +1,78 @@
+"""Starting, resuming and replacing runs, before any framework is involved."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from common.checkpoint import latest, save_step
+from common.commands.train import prepare
+from common.config import RunConfig
+from common.errors import UserError
+
+CONFIG = RunConfig(name="example")
+
+
+def start_run(folder: Path, config: RunConfig = CONFIG) -> None:
+    save_step(
+        folder,
+        10,
+        config=config.model_dump(mode="json"),
+        model={"w": np.ones(2, dtype=np.float32)},
+        optimizer={"m": np.ones(2)},
+        state={"step": 10},
+    )
+
+
+def changed(**settings: object) -> RunConfig:
+    data = CONFIG.model_dump()
+    data["train"] |= settings
+    return RunConfig.model_validate(data)
+
+
+def test_new_run(tmp_path: Path) -> None:
+    assert not prepare(tmp_path / "run", CONFIG, None)
+    assert not prepare(tmp_path / "run", CONFIG, False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_run_goes_on(tmp_path: Path) -> None:
+    start_run(tmp_path / "run")
+    assert prepare(tmp_path / "run", CONFIG, None)
+    assert prepare(tmp_path / "run", CONFIG, True)
+
+
+def test_nothing_to_resume(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no checkpoint"):
+        prepare(tmp_path / "run", CONFIG, True)
+
+
+def test_fresh_run_puts_the_old_one_aside(tmp_path: Path) -> None:
+    for number in (1, 2):
+        start_run(tmp_path / "run")
+        assert not prepare(tmp_path / "run", CONFIG, False)
+        assert not (tmp_path / "run").exists()
+        assert latest(tmp_path / f"run.{number}") is not None
+
+
+def test_fresh_leaves_folders_alone_that_are_no_runs(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    assert not prepare(tmp_path, CONFIG, False)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_other_settings_are_refused(tmp_path: Path) -> None:
+    start_run(tmp_path)
+    with pytest.raises(UserError, match=r"other train\.steps, train\.seed: "):
+        prepare(tmp_path, changed(steps=5, seed=1), None)
+
+
+def test_settings_without_influence_may_change(tmp_path: Path) -> None:
+    start_run(tmp_path)
+    assert prepare(tmp_path, changed(log_every=1, checkpoint_every=2), None)
+
+
+def test_out_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("text")
+    with pytest.raises(UserError, match="not a folder"):
+        prepare(tmp_path / "run", CONFIG, None)
