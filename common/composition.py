@@ -1,0 +1,258 @@
+"""Formulas and Wyckoff sites as a user types them.
+
+A formula is either reduced (``SrTiO3``: any number of formula units per cell) or has the cell's
+real count (``Sr2Ti2O6``: two formula units in the primitive or in the conventional cell).
+Everything that is not such a formula is refused with one line that says why.
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from pymatgen.core import Element
+
+from common.errors import UserError
+
+#: Largest number of atoms a formula may count; the networks are trained on cells of up to 20.
+MAX_FORMULA_ATOMS = 120
+#: Largest number of atoms in the primitive cell that is generated.
+MAX_PRIMITIVE_ATOMS = 120
+
+_MAX_TEXT = 400
+_SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
+_SIGNS = "+-^\N{MINUS SIGN}\N{SUPERSCRIPT PLUS SIGN}\N{SUPERSCRIPT MINUS}"
+_BRACKETS = {")": "(", "]": "["}
+_TOKEN = re.compile(r"(?P<element>[A-Z][a-z]*)|(?P<bracket>[()\[\]])|(?P<space>[ \t]+)")
+_COUNT = re.compile(r"[0-9]+")
+_SITE = re.compile(r"(?P<element>[A-Za-z]+):(?P<multiplicity>[0-9]{0,4})(?P<letter>[a-zA])")
+_ATOMIC_NUMBERS: dict[str, int] = {
+    element.symbol: element.Z for element in Element if element.symbol not in ("D", "T")
+}
+
+#: Multiplicity and number of free coordinates of every Wyckoff letter of one group.
+WyckoffTable = Mapping[str, tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Formula:
+    """A parsed formula.
+
+    Attributes:
+        reduced: atomic number and count of every element in one formula unit, by atomic number.
+        units: formula units the text counted; 1 means reduced, so any number per cell will do.
+    """
+
+    reduced: tuple[tuple[int, int], ...]
+    units: int = 1
+
+    @cached_property
+    def counts(self) -> dict[int, int]:
+        """Atoms of each atomic number in one formula unit."""
+        return dict(self.reduced)
+
+    @property
+    def num_atoms(self) -> int:
+        """Atoms in one formula unit."""
+        return sum(self.counts.values())
+
+    @property
+    def text(self) -> str:
+        """The reduced formula as pymatgen writes it."""
+        from common.data.store import reduced_formula
+
+        return reduced_formula(self.counts)
+
+
+@dataclass(frozen=True)
+class SiteRequest:
+    """One site of a user's list: ``O:3c``; without a multiplicity (``O:c``) it is None."""
+
+    atomic_number: int
+    letter: str
+    multiplicity: int | None = None
+
+    def __str__(self) -> str:
+        symbol = Element.from_Z(self.atomic_number).symbol
+        return f"{symbol}:{self.multiplicity or ''}{self.letter}"
+
+
+def parse_formula(text: str) -> Formula:
+    """The formula of a user's text; parentheses may be nested.
+
+    Raises:
+        UserError: if it is empty, too long, or holds an unknown element, deuterium, a charge, a
+            count that is not a positive integer, or brackets that do not pair.
+    """
+    if not isinstance(text, str) or not text.strip():
+        raise UserError("the formula is empty: give one such as SrTiO3 or Sr2Ti2O6")
+    if len(text) > _MAX_TEXT:
+        raise UserError(f"the formula has {len(text)} characters: at most {_MAX_TEXT} are read")
+    counts = _count_atoms(text.strip().translate(_SUBSCRIPTS), text)
+    total = sum(counts.values())
+    if total > MAX_FORMULA_ATOMS:
+        raise UserError(
+            f"formula {_shown(text)} counts {total} atoms: "
+            f"at most {MAX_FORMULA_ATOMS} are supported"
+        )
+    units = math.gcd(*counts.values())
+    return Formula(tuple(sorted((z, n // units) for z, n in counts.items())), units)
+
+
+def _count_atoms(formula: str, text: str) -> Counter[int]:
+    """Atoms of each element; the brackets still open are a stack of partial counts."""
+    stack: list[tuple[str, Counter[int]]] = [("", Counter())]
+    position = 0
+    while position < len(formula):
+        token = _TOKEN.match(formula, position)
+        if token is None:
+            raise UserError(_why_not(formula[position:], text))
+        position = token.end()
+        if token["space"]:
+            continue
+        if token["bracket"] and token["bracket"] not in _BRACKETS:
+            stack.append((token["bracket"], Counter()))
+            continue
+        if token["element"]:
+            group = Counter({_atomic_number(token["element"], text): 1})
+        else:
+            opened, group = stack.pop()
+            if opened != _BRACKETS[token["bracket"]] or not group:
+                raise UserError(f"formula {_shown(text)}: '{token['bracket']}' closes nothing")
+        count, position = _read_count(formula, position, text)
+        for atomic_number, number in group.items():
+            stack[-1][1][atomic_number] += number * count
+    if len(stack) > 1:
+        raise UserError(f"formula {_shown(text)}: '{stack[-1][0]}' is never closed")
+    return stack[0][1]
+
+
+def _read_count(formula: str, position: int, text: str) -> tuple[int, int]:
+    """The count that starts here (1 without one), and where it ends."""
+    digits = _COUNT.match(formula, position)
+    if digits is None:
+        return 1, position
+    if len(digits[0].lstrip("0")) > 5:
+        raise UserError(f"formula {_shown(text)}: the count {digits[0][:12]}... is too large")
+    if int(digits[0]) == 0:
+        raise UserError(f"formula {_shown(text)}: a count is zero; leave the element out")
+    following = formula[digits.end() : digits.end() + 1]
+    if following and following in ".,/":
+        raise UserError(f"formula {_shown(text)}: counts must be whole numbers")
+    return int(digits[0]), digits.end()
+
+
+def _why_not(rest: str, text: str) -> str:
+    """What to say about text that is no formula, where `rest` is what could not be read."""
+    shown = f"formula {_shown(text)}"
+    if rest[0] in _SIGNS:
+        return f"{shown}: charges and signs are not part of it; write SO4, not SO4^2-"
+    if rest[0] in "0123456789":
+        return f"{shown}: a count must follow an element or a bracket"
+    if rest[0] in ".,/":
+        return f"{shown}: counts must be whole numbers"
+    if rest[0] in "·*•":
+        return f"{shown}: write hydrates in one piece, CuSO4(H2O)5"
+    return f"{shown}: cannot read {_shown(rest[:12])}; write elements and counts, SrTiO3"
+
+
+def _atomic_number(symbol: str, text: str) -> int:
+    """The element of a symbol."""
+    if symbol in ("D", "T"):
+        raise UserError(
+            f"formula {_shown(text)}: isotopes are not told apart; write H, not {symbol}"
+        )
+    if symbol not in _ATOMIC_NUMBERS:
+        raise UserError(
+            f"formula {_shown(text)}: unknown element '{symbol[:12]}' (upper and lower case matter)"
+        )
+    return _ATOMIC_NUMBERS[symbol]
+
+
+def _shown(text: str) -> str:
+    """A user's text, printable and on one line."""
+    return repr(text if len(text) <= 60 else text[:57] + "...")
+
+
+def parse_sites(text: str) -> tuple[SiteRequest, ...]:
+    """Sites of a text such as ``Sr:1a Ti:1b O:3c`` (separated by blanks, commas or semicolons).
+
+    Raises:
+        UserError: if a part is not element, colon, multiplicity (optional) and letter.
+    """
+    parts = [part for part in re.split(r"[\s,;]+", text) if part] if text else []
+    if not parts:
+        raise UserError("the list of sites is empty: give one such as 'Sr:1a Ti:1b O:3c'")
+    if len(parts) > MAX_PRIMITIVE_ATOMS:
+        raise UserError(f"{len(parts)} sites: at most {MAX_PRIMITIVE_ATOMS} are supported")
+    sites = []
+    for part in parts:
+        match = _SITE.fullmatch(part)
+        if match is None:
+            raise UserError(
+                f"site {_shown(part)}: write element:multiplicity and letter, as in O:3c"
+            )
+        if match["element"] not in _ATOMIC_NUMBERS:
+            raise UserError(f"site {_shown(part)}: unknown element '{match['element'][:12]}'")
+        multiplicity = int(match["multiplicity"]) if match["multiplicity"] else None
+        sites.append(SiteRequest(_ATOMIC_NUMBERS[match["element"]], match["letter"], multiplicity))
+    return tuple(sites)
+
+
+def wyckoff_table(space_group_number: int) -> dict[str, tuple[int, int]]:
+    """Multiplicity (conventional cell) and free coordinates of every letter of a group.
+
+    Raises:
+        ValueError: if the number is not in 1-230.
+    """
+    from common.crystal.symmetry import space_group
+
+    group = space_group(space_group_number)
+    return {
+        letter: (position.multiplicity, position.dof) for letter, position in group.wyckoff.items()
+    }
+
+
+def check_sites(
+    sites: Sequence[SiteRequest], table: WyckoffTable, space_group_number: int, formula: Formula
+) -> int:
+    """The number of formula units per conventional cell of a list of sites.
+
+    Args:
+        sites: as the user gave them.
+        table: the group's positions.
+        space_group_number: named in errors.
+        formula: what the sites must add up to.
+
+    Raises:
+        UserError: if a letter does not exist, has another multiplicity, has no freedom and is used
+            twice, or the sites do not add up to the formula.
+    """
+    used: Counter[str] = Counter()
+    counts: Counter[int] = Counter()
+    for site in sites:
+        if site.letter not in table:
+            raise UserError(
+                f"site {site}: space group {space_group_number} has no Wyckoff letter "
+                f"'{site.letter}'; it has {', '.join(table)}"
+            )
+        multiplicity, freedom = table[site.letter]
+        if site.multiplicity not in (None, multiplicity):
+            raise UserError(
+                f"site {site}: position {site.letter} of space group {space_group_number} "
+                f"has multiplicity {multiplicity}"
+            )
+        used[site.letter] += 1
+        if freedom == 0 and used[site.letter] > 1:
+            raise UserError(
+                f"site {site}: position {multiplicity}{site.letter} of space group "
+                f"{space_group_number} has no freedom and can be occupied only once"
+            )
+        counts[site.atomic_number] += multiplicity
+    units, rest = divmod(sum(counts.values()), formula.num_atoms)
+    if rest or dict(counts) != {z: n * units for z, n in formula.reduced}:
+        found = " ".join(f"{Element.from_Z(z).symbol}{n}" for z, n in sorted(counts.items()))
+        raise UserError(f"the sites hold {found}, which is no multiple of {formula.text}")
+    return units

@@ -1,0 +1,143 @@
+"""Wyckoff letters that a change of origin or axes exchanges.
+
+The same crystal can be described in one setting of its space group with different letters: SrTiO3
+has Sr on 1a and Ti on 1b, or the reverse. The changes of basis that leave the group as it is form
+its affine normaliser; each of them permutes the letters. Derived here from the operations alone.
+"""
+
+from functools import cache
+from itertools import product
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.crystal.lattice import crystal_system
+from common.crystal.symmetry import SpaceGroup, nearest_zero, space_group, wrap
+
+Array = NDArray[np.float64]
+
+# Origin shifts of normalisers are multiples of 1/8 and 1/3 of the cell's axes.
+_SHIFTS = np.array(list(product(range(24), repeat=3))) / 24
+_STEPS = np.array(list(product(range(-2, 3), repeat=3)), dtype=float)
+_GENERIC = np.array([0.1357, 0.2719, 0.4283])
+
+
+def _linear_parts(group: SpaceGroup) -> list[Array]:
+    """Changes of axes [3,3] that keep the lattice and the point group, enough to generate all."""
+    system = crystal_system(group.number)
+    if system == 0:
+        candidates = [m for m in _matrices(np.ones((3, 3))) if np.count_nonzero(m) <= 4]
+    elif system == 1:
+        candidates = _matrices(np.array([[2, 0, 2], [0, 1, 0], [2, 0, 2]]))
+    elif system == 4:
+        candidates = _matrices(np.array([[1, 1, 0], [1, 1, 0], [0, 0, 1]]))
+    else:
+        candidates = [m for m in _matrices(np.ones((3, 3))) if np.count_nonzero(m) == 3]
+    lattice = group.to_primitive
+    inverse = np.linalg.inv(lattice)
+    points = {rotation.astype(int).tobytes() for rotation in group.rotations}
+    kept = []
+    for matrix in candidates:
+        in_primitive = lattice @ matrix @ inverse
+        if np.abs(in_primitive - np.rint(in_primitive)).max() > 1e-6:
+            continue
+        back = np.linalg.inv(matrix)
+        images = np.rint(matrix @ group.rotations @ back).astype(int)
+        if all(image.tobytes() in points for image in images):
+            kept.append(matrix)
+    return kept
+
+
+def _matrices(largest: Array) -> list[Array]:
+    """Integer matrices of determinant 1 or -1 whose entries are no larger than these."""
+    ranges = [range(-int(x), int(x) + 1) for x in largest.ravel()]
+    matrices = np.array(list(product(*ranges)), dtype=float).reshape(-1, 3, 3)
+    determinants = np.abs(np.linalg.det(matrices))
+    return list(matrices[np.abs(determinants - 1) < 1e-6])
+
+
+def _generators(group: SpaceGroup) -> tuple[Array, Array]:
+    """One operation per rotation; with the lattice's translations they make up the group."""
+    _, first = np.unique(group.rotations.reshape(-1, 9), axis=0, return_index=True)
+    return group.rotations[first], group.translations[first]
+
+
+def _shifts(group: SpaceGroup, linear: Array, only_first: bool) -> Array:
+    """Origin shifts [N,3] that make a change of axes conjugate the group to itself.
+
+    (W,w) (R,t) (W,w)^-1 = (R', W t + w - R' w) with R' = W R W^-1 must be in the group.
+    """
+    rotations, translations = _generators(group)
+    images = np.rint(linear @ rotations @ np.linalg.inv(linear))
+    order = [int(np.flatnonzero((rotations == image).all(axis=(1, 2)))[0]) for image in images]
+    targets = translations[order]
+    candidates = _SHIFTS
+    for image, translation, target in zip(images, translations, targets, strict=True):
+        moved = linear @ translation + candidates - candidates @ image.T - target
+        off_lattice = np.abs(nearest_zero(moved @ group.to_primitive.T)).max(axis=1)
+        candidates = candidates[off_lattice < 1e-6]
+    return candidates[:1] if only_first else candidates
+
+
+def _permutation(group: SpaceGroup, linear: Array, shift: Array) -> tuple[int, ...]:
+    """Where a change of basis takes each letter, as indices in the order of the letters."""
+    positions = list(group.wyckoff.values())
+    images = []
+    for position in positions:
+        point = linear @ (position.rotations[0] @ _GENERIC + position.translations[0]) + shift
+        images.append(
+            next(
+                index
+                for index, other in enumerate(positions)
+                if (other.multiplicity, other.dof) == (position.multiplicity, position.dof)
+                and _lies_on(point, other.rotations, other.translations)
+            )
+        )
+    return tuple(images)
+
+
+def _lies_on(point: Array, rotations: Array, translations: Array) -> bool:
+    """Whether an atom of an orbit can be at a point, up to whole translations."""
+    for rotation, translation in zip(rotations, translations, strict=True):
+        targets = wrap(point) - translation + _STEPS
+        off_position = targets - targets @ (rotation @ np.linalg.pinv(rotation)).T
+        if (np.abs(off_position).max(axis=1) < 1e-6).any():
+            return True
+    return False
+
+
+@cache
+def letter_permutations(number: int) -> tuple[str, ...]:
+    """All relabellings of a group's letters by its affine normaliser, the identity first.
+
+    Each is a string of letters: the k-th is what the k-th letter of the group becomes.
+    """
+    group = space_group(number)
+    letters = list(group.wyckoff)
+    if len(letters) == 1:
+        return (letters[0],)
+    identity = tuple(range(len(letters)))
+    generators = {identity}
+    for shift in _shifts(group, np.eye(3), only_first=False):
+        generators.add(_permutation(group, np.eye(3), shift))
+    for linear in _linear_parts(group):
+        for shift in _shifts(group, linear, only_first=True):
+            generators.add(_permutation(group, linear, shift))
+    closed = _closure(sorted(generators), identity)
+    return tuple("".join(letters[i] for i in permutation) for permutation in closed)
+
+
+def _closure(generators: list[tuple[int, ...]], identity: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """All products of permutations, the identity first."""
+    found = {identity}
+    frontier = [identity]
+    while frontier:
+        following = []
+        for permutation in frontier:
+            for generator in generators:
+                composed = tuple(generator[i] for i in permutation)
+                if composed not in found:
+                    found.add(composed)
+                    following.append(composed)
+        frontier = following
+    return [identity, *sorted(found - {identity})]

@@ -1,0 +1,139 @@
+"""Symmetries without their elements: which letters each role of a stoichiometry occupies.
+
+A *role* is an element's place in an anonymous formula: SrTiO3 is (1,1,3), with three roles, two of
+which have the same count and can be exchanged. A *template* is a space group, the formula units per
+conventional cell and the letters of every role, up to relabelling by the group's normaliser and to
+exchange of equal roles.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from itertools import groupby, permutations, product
+
+from common.crystal.structure import Crystal
+from common.crystal.wyckoff import wyckoff_summary
+
+#: Counts of an anonymous formula unit, ascending.
+Stoichiometry = tuple[int, ...]
+#: Letters of every role, as one sorted string each.
+RoleLetters = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Template:
+    """See the module.
+
+    Attributes:
+        stoichiometry: counts of the roles.
+        space_group, units: number, and formula units per conventional cell.
+        letters: of each role, the smallest of the equivalent descriptions.
+    """
+
+    stoichiometry: Stoichiometry
+    space_group: int
+    units: int
+    letters: RoleLetters
+
+    @property
+    def automorphisms(self) -> tuple[tuple[int, ...], ...]:
+        """Permutations of the roles that give the same template, the identity first."""
+        return _automorphisms(self.stoichiometry, self.space_group, self.letters)
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """A crystal's template, and the atomic number in each role of it.
+
+    ``as_labelled`` are the letters as the crystal itself has them, role by role.
+    """
+
+    template: Template
+    roles: tuple[int, ...]
+    as_labelled: RoleLetters
+
+
+def reduce_counts(counts: Mapping[int, int]) -> tuple[dict[int, int], int]:
+    """One formula unit, and how many of them there are."""
+    units = math.gcd(*counts.values())
+    return {z: n // units for z, n in counts.items()}, units
+
+
+def role_order(counts: Mapping[int, int]) -> list[int]:
+    """Atomic numbers by count in the formula unit, then by themselves."""
+    return sorted(counts, key=lambda z: (counts[z], z))
+
+
+@cache
+def role_permutations(stoichiometry: Stoichiometry) -> tuple[tuple[int, ...], ...]:
+    """All permutations of the roles that keep their counts, the identity first."""
+    blocks = [
+        list(permutations([role for role, _ in block]))
+        for _, block in groupby(enumerate(stoichiometry), key=lambda item: item[1])
+    ]
+    return tuple(tuple(x for part in parts for x in part) for parts in product(*blocks))
+
+
+def assign(crystal: Crystal) -> Assignment:
+    """The template of a crystal."""
+    counts, units = reduce_counts(crystal.formula_counts)
+    order = role_order(counts)
+    of_element: dict[int, list[str]] = {z: [] for z in order}
+    for site in crystal.sites:
+        of_element[site.atomic_number].append(site.letter)
+    letters = tuple("".join(sorted(of_element[z])) for z in order)
+    stoichiometry = tuple(counts[z] for z in order)
+    canonical, permutation = _canonical(stoichiometry, crystal.space_group, letters)
+    return Assignment(
+        Template(stoichiometry, crystal.space_group, units, canonical),
+        tuple(order[role] for role in permutation),
+        tuple(letters[role] for role in permutation),
+    )
+
+
+@lru_cache(maxsize=100_000)
+def _canonical(
+    stoichiometry: Stoichiometry, space_group: int, letters: RoleLetters
+) -> tuple[RoleLetters, tuple[int, ...]]:
+    """The smallest equivalent letters, and which of the given roles takes each place in them."""
+    best: tuple[RoleLetters, tuple[int, ...]] | None = None
+    for relabelled in _relabelled(space_group, letters):
+        # Equal roles may be exchanged: sort them by their letters.
+        order = sorted(range(len(letters)), key=lambda r: (stoichiometry[r], relabelled[r], r))
+        candidate = tuple(relabelled[r] for r in order), tuple(order)
+        if best is None or candidate < best:
+            best = candidate
+    assert best is not None
+    return best
+
+
+def _automorphisms(
+    stoichiometry: Stoichiometry, space_group: int, letters: RoleLetters
+) -> tuple[tuple[int, ...], ...]:
+    images = _relabelled(space_group, letters)
+    return tuple(
+        permutation
+        for permutation in role_permutations(stoichiometry)
+        if tuple(letters[role] for role in permutation) in images
+    )
+
+
+def _relabelled(space_group: int, letters: RoleLetters) -> set[RoleLetters]:
+    """All descriptions of the same letters, role by role."""
+    summary = wyckoff_summary(space_group)
+    names = list(summary.letters)
+    images = set()
+    for permutation in summary.permutations:
+        table = str.maketrans(dict(zip(names, permutation, strict=True)))
+        images.add(tuple("".join(sorted(role.translate(table))) for role in letters))
+    return images
+
+
+def template_sites(
+    roles: Sequence[int], letters: RoleLetters, space_group: int
+) -> tuple[tuple[int, str], ...]:
+    """Atomic number and letter of every site, in the order of the letters."""
+    order = {letter: index for index, letter in enumerate(wyckoff_summary(space_group).letters)}
+    sites = [(z, letter) for z, role in zip(roles, letters, strict=True) for letter in role]
+    return tuple(sorted(sites, key=lambda site: (order[site[1]], site[0])))
