@@ -1,0 +1,187 @@
+"""`uni-mdm generate`: crystals for a formula and a target property."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from common.errors import UserError
+
+if TYPE_CHECKING:
+    from common.pipeline import Progress, Query
+    from common.runs import Outcome
+
+
+def command(
+    formula: Annotated[
+        str | None,
+        typer.Option(help="SrTiO3, or with the cell's real count Sr2Ti2O6."),
+    ] = None,
+    band_gap: Annotated[float | None, typer.Option(help="Wanted band gap, eV.")] = None,
+    formation_energy: Annotated[
+        float | None, typer.Option(help="Wanted formation energy, eV/atom.")
+    ] = None,
+    space_group: Annotated[int | None, typer.Option(help="Number 1-230.")] = None,
+    sites: Annotated[str | None, typer.Option(help='As in "Sr:1a Ti:1b O:3c".')] = None,
+    z: Annotated[
+        int | None, typer.Option("--z", help="Formula units in the conventional cell.")
+    ] = None,
+    input_file: Annotated[
+        Path | None,
+        typer.Option("--input", help="CSV or JSONL of many requests, instead of --formula."),
+    ] = None,
+    top: Annotated[int, typer.Option(help="Symmetries per request.")] = 5,
+    num_samples: Annotated[
+        int, typer.Option(help="Crystals sampled per symmetry, of which one is chosen.")
+    ] = 8,
+    seed: Annotated[int, typer.Option(help="Same seed, same bytes.")] = 0,
+    steps: Annotated[
+        int | None, typer.Option(help="Network calls per crystal; the checkpoint's own number.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the results; runs/FORMULA. Never overwritten."),
+    ] = None,
+    backend: Annotated[str, typer.Option(help="auto, torch or mindspore.")] = "auto",
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Checkpoint folder; the shipped one for the property.")
+    ] = None,
+) -> None:
+    """Crystals for a formula and a target property, the most probable symmetry first."""
+    single = {
+        "--band-gap": band_gap,
+        "--formation-energy": formation_energy,
+        "--space-group": space_group,
+        "--sites": sites,
+        "--z": z,
+    }
+    if (formula is None) == (input_file is None):
+        raise UserError("give --formula or --input, one of them: --formula SrTiO3")
+    if input_file is not None and any(value is not None for value in single.values()):
+        given = next(name for name, value in single.items() if value is not None)
+        raise UserError(f"{given} does not go with --input: write it into the file")
+    from common.pipeline import Settings, make_query
+
+    settings = Settings(top, num_samples, seed, steps)
+    if input_file is not None:
+        from common.requests import read_requests
+
+        queries = read_requests(input_file)
+        folder = out or Path("runs") / input_file.stem
+    else:
+        assert formula is not None
+        query = make_query(
+            formula, band_gap, formation_energy, space_group=space_group, sites=sites, z=z
+        )
+        queries = [query]
+        folder = out or Path("runs") / query.formula.text
+    console = Console()
+    with _progress(console) as report:
+        report("Loading", 0, 1)
+        from common.runs import generate_many
+
+        outcome = generate_many(
+            queries, folder, settings, backend=backend, checkpoint=checkpoint, progress=report
+        )
+    _show(console, queries, outcome)
+
+
+@contextmanager
+def _progress(console: Console) -> "Iterator[Progress]":
+    """Bars, one per kind of work, that vanish when all is done."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    bars = Progress(
+        TextColumn("{task.description:<10}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+    )
+    tasks: dict[str, Any] = {}
+    with bars:
+
+        def report(stage: str, done: int, total: int) -> None:
+            if "Loading" in tasks and stage != "Loading":
+                bars.update(tasks["Loading"], completed=1)
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        yield report
+
+
+def _show(console: Console, queries: "list[Query]", outcome: "Outcome") -> None:
+    """The table of a single request, or how many were answered; and where everything is."""
+    entries = outcome.entries
+    if len(entries) == 1:
+        _show_table(console, entries[0])
+    else:
+        done = len(entries) - len(outcome.failed)
+        console.print(f"{done} of {len(entries)} requests answered", highlight=False)
+    for entry in outcome.failed[:10]:
+        console.print(
+            f"[red]request {entry['index'] + 1}[/red]: {escape(entry['error'])}", highlight=False
+        )
+    if outcome.resumed:
+        console.print(f"{outcome.resumed} of them had been answered before", highlight=False)
+    console.print(
+        f"[bold]{escape(str(outcome.folder))}[/bold]: report.html, results.json, results.extxyz, "
+        "one CIF per candidate",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _show_table(console: Console, entry: dict[str, Any]) -> None:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=_title(entry["query"]), title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("#", justify="right")
+    table.add_column("Space group", no_wrap=True)
+    table.add_column("Wyckoff sites", overflow="fold")
+    table.add_column("Prob.", justify="right", no_wrap=True)
+    table.add_column("g/cm3", justify="right", no_wrap=True)
+    table.add_column("Nearest known", no_wrap=True)
+    table.add_column("rms", justify="right", no_wrap=True)
+    for row in entry["crystals"]:
+        nearest = row["nearest"]
+        table.add_row(
+            str(row["rank"]),
+            f"{row['space_group_symbol']} ({row['space_group']})",
+            _short_sites(row["sites"]),
+            f"{row['probability']:.3f}",
+            f"{row['density']:.2f}",
+            "none" if nearest is None else _nearest(nearest, row["formula"]),
+            "" if nearest is None else f"{nearest['distance']:.3f}",
+        )
+    console.print(table)
+    for row in entry["crystals"]:
+        for note in row["warnings"]:
+            console.print(f"[yellow]{row['rank']}[/yellow]: {escape(note)}", highlight=False)
+
+
+def _title(query: dict[str, Any]) -> str:
+    for name, unit in (("band_gap", "eV"), ("formation_energy", "eV/atom")):
+        if query[name] is not None:
+            return f"{query['formula']}, {name.replace('_', ' ')} {query[name]:g} {unit}"
+    return str(query["formula"])
+
+
+def _short_sites(sites: str) -> str:
+    """Sites with repeated ones counted: ``Zn:3a x9``."""
+    from collections import Counter
+
+    counts = Counter(sites.split())
+    return " ".join(f"{site} x{n}" if n > 1 else site for site, n in counts.items())
+
+
+def _nearest(nearest: dict[str, Any], formula: str) -> str:
+    name = str(nearest["material_id"])
+    return name if nearest["formula"] == formula else f"{name} {nearest['formula']}"

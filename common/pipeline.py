@@ -1,0 +1,513 @@
+"""From a formula and a property to crystals: rank symmetries, sample, choose, describe.
+
+Knows no framework: what samples is a backend, see ``common.backend``. ``generate`` is the one call;
+``common.runs`` writes what it returns.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from pymatgen.core import Element, Structure
+
+from common.backend import Generator, SampleRequest, load_generator
+from common.checkpoint import load_checkpoint, shipped
+from common.composition import (
+    MAX_PRIMITIVE_ATOMS,
+    Formula,
+    SiteRequest,
+    check_sites,
+    parse_formula,
+    parse_sites,
+)
+from common.crystal.structure import Crystal
+from common.crystal.wyckoff import Sites, wyckoff_summary
+from common.errors import UserError
+from common.selection import Choice, choose_sample
+
+if TYPE_CHECKING:
+    from common.prior import SymmetryCandidate, TemplatePrior
+    from common.reference import Nearest
+
+#: Property names, as batches and checkpoints know them: unit, and the values that make sense.
+PROPERTIES = {"band_gap": ("eV", 0.0, 25.0), "formation_energy": ("eV/atom", -10.0, 10.0)}
+DEFAULT_SAMPLES = 8
+_LIMITS = {"top": (1, 100), "num_samples": (1, 256), "seed": (0, 2**31 - 1), "steps": (1, 10_000)}
+
+#: Called with what is being done, how much of it is done, and how much there is.
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Query:
+    """One checked request.
+
+    Attributes:
+        formula: what to make.
+        properties: ``band_gap`` (eV) or ``formation_energy`` (eV/atom); at most one.
+        space_group, sites, z: what is fixed of the symmetry; z is formula units in the
+            conventional cell.
+        name: what the user calls it.
+    """
+
+    formula: Formula
+    properties: dict[str, float] = field(default_factory=dict)
+    space_group: int | None = None
+    sites: tuple[SiteRequest, ...] | None = None
+    z: int | None = None
+    name: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON types; equal queries give equal dictionaries."""
+        return {
+            "name": self.name,
+            "formula": self.formula.text,
+            "formula_units": self.formula.units if self.formula.units > 1 else None,
+            **{name: self.properties.get(name) for name in PROPERTIES},
+            "space_group": self.space_group,
+            "sites": " ".join(map(str, self.sites)) if self.sites else None,
+            "z": self.z,
+        }
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How queries are answered.
+
+    Attributes:
+        top: symmetries per query.
+        num_samples: crystals sampled for each symmetry, of which one is chosen.
+        seed: of all noise.
+        steps: network calls per crystal; the checkpoint's own number without it.
+    """
+
+    top: int = 5
+    num_samples: int = DEFAULT_SAMPLES
+    seed: int = 0
+    steps: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, (low, high) in _LIMITS.items():
+            value = getattr(self, name)
+            if name == "steps" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | np.integer):
+                raise UserError(f"{name} is {value!r}: give a whole number")
+            if not low <= value <= high:
+                raise UserError(f"{name} is {value}: give {low} to {high}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON types."""
+        return {name: getattr(self, name) for name in ("top", "num_samples", "seed", "steps")}
+
+
+@dataclass(frozen=True, eq=False)
+class GeneratedCrystal:
+    """A crystal and where it comes from.
+
+    Attributes:
+        rank: 1 is the most probable symmetry of the query.
+        structure: conventional cell.
+        crystal: the same as group, sites and free variables.
+        symmetry: the candidate it was sampled for, with its probability.
+        query, settings: what was asked.
+        choice: which sample this is, and why it was chosen.
+        checkpoint: name and hash of the network's weights.
+        nearest: the training structure most like it, None if none is within tolerance.
+        found_groups: space group by program, at symprec 0.01 A.
+        composition_exact: whether the cell holds exactly z formula units.
+        min_distance: between two atoms, A.
+        density: g/cm^3.
+        warnings: what to be careful about.
+    """
+
+    rank: int
+    structure: Structure
+    crystal: Crystal
+    symmetry: "SymmetryCandidate"
+    query: Query
+    settings: Settings
+    choice: Choice
+    checkpoint: dict[str, str]
+    nearest: "Nearest | None"
+    found_groups: dict[str, int]
+    composition_exact: bool
+    min_distance: float
+    density: float
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def formula(self) -> str:
+        """Reduced formula."""
+        return self.query.formula.text
+
+    @property
+    def symbol(self) -> str:
+        """Short symbol of the requested space group."""
+        return wyckoff_summary(self.crystal.space_group).symbol
+
+    @property
+    def name(self) -> str:
+        """File name without suffix: rank, formula, space group."""
+        return f"{self.rank:02d}_{self.formula}_{self.crystal.space_group}"
+
+    def to_cif(self) -> str:
+        """Symmetrised CIF."""
+        return self.crystal.to_cif(self.name)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as JSON types."""
+        lattice = self.structure.lattice
+        return {
+            "rank": self.rank,
+            "formula": self.formula,
+            "space_group": self.crystal.space_group,
+            "space_group_symbol": self.symbol,
+            "sites": self.crystal.sites_string,
+            "z": self.symmetry.z,
+            "probability": self.symmetry.probability,
+            "symmetry_source": self.symmetry.source,
+            "num_atoms": self.crystal.num_atoms,
+            "num_atoms_primitive": self.crystal.num_primitive_atoms,
+            "num_free_coords": self.crystal.num_free_coords,
+            "lattice_abc": [round(x, 6) for x in lattice.abc],
+            "lattice_angles": [round(x, 6) for x in lattice.angles],
+            "volume": round(lattice.volume, 6),
+            "density": round(self.density, 6),
+            "min_distance": round(self.min_distance, 6),
+            "composition_exact": self.composition_exact,
+            "found_space_groups": self.found_groups,
+            "nearest": None if self.nearest is None else self.nearest.to_dict(),
+            "choice": self.choice.to_dict(),
+            "warnings": list(self.warnings),
+            "query": self.query.to_dict(),
+            "settings": self.settings.to_dict(),
+            "checkpoint": self.checkpoint,
+            "crystal": self.crystal.to_dict(),
+        }
+
+
+def make_query(
+    formula: str,
+    band_gap: float | None = None,
+    formation_energy: float | None = None,
+    *,
+    space_group: int | None = None,
+    sites: str | None = None,
+    z: int | None = None,
+    name: str = "",
+) -> Query:
+    """Checks one request.
+
+    Raises:
+        UserError: if the formula or the sites cannot be read, both properties are given, a number
+            is not finite or out of its range, or the sites do not fit the formula and the group.
+    """
+    parsed = parse_formula(formula)
+    properties = {
+        key: _checked_property(key, value)
+        for key, value in (("band_gap", band_gap), ("formation_energy", formation_energy))
+        if value is not None
+    }
+    if len(properties) > 1:
+        raise UserError("give band gap or formation energy, not both: a network knows one of them")
+    if space_group is not None and not 1 <= space_group <= 230:
+        raise UserError(f"space group {space_group}: give a number from 1 to 230")
+    if z is not None and z < 1:
+        raise UserError(f"z is {z}: give a positive number of formula units per conventional cell")
+    requested = None if sites is None else parse_sites(sites)
+    query = Query(parsed, properties, space_group, requested, z, name)
+    _check_symmetry(query)
+    return query
+
+
+def _checked_property(name: str, value: float) -> float:
+    unit, low, high = PROPERTIES[name]
+    label = name.replace("_", " ")
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number):
+        raise UserError(f"{label} is {value!r}: give a number ({unit})")
+    if not math.isfinite(value) or not low <= value <= high:
+        raise UserError(f"{label} is {value}: give a number from {low:g} to {high:g} {unit}")
+    return float(value)
+
+
+def _check_symmetry(query: Query) -> None:
+    """Refuses cells that are too large, and sites that the group or the formula forbids."""
+    number, units = query.space_group, query.z
+    if query.sites is not None and number is not None:
+        units = check_sites(query.sites, wyckoff_summary(number).letters, number, query.formula)
+        if query.z not in (None, units):
+            raise UserError(f"the sites hold {units} formula units per cell, but z is {query.z}")
+    if units is not None:
+        centering = wyckoff_summary(number).centering if number else 4
+        if units * query.formula.num_atoms > MAX_PRIMITIVE_ATOMS * centering:
+            raise UserError(
+                f"z = {units} makes {units * query.formula.num_atoms} atoms in the conventional "
+                f"cell: at most {MAX_PRIMITIVE_ATOMS} in the primitive cell are supported"
+            )
+
+
+def rank_symmetries(query: Query, prior: "TemplatePrior", top: int) -> list["SymmetryCandidate"]:
+    """The likeliest symmetries of a query.
+
+    Raises:
+        UserError: if nothing legal fits what the query fixes.
+    """
+    from common.prior import SymmetryCandidate
+
+    if query.sites is not None and query.space_group is not None:
+        table = wyckoff_summary(query.space_group).letters
+        units = check_sites(query.sites, table, query.space_group, query.formula)
+        sites = _plain_sites(query)
+        assert sites is not None
+        return [SymmetryCandidate(query.space_group, sites, units, 1.0, "given")]
+    candidates = prior.rank(
+        query.formula.counts,
+        query.properties,
+        space_group=query.space_group,
+        z=query.z,
+        units=query.formula.units if query.formula.units > 1 and query.z is None else None,
+        sites=_plain_sites(query),
+        top=top,
+    )
+    if not candidates:
+        raise UserError(_nothing_legal(query))
+    return candidates
+
+
+def _plain_sites(query: Query) -> Sites | None:
+    if query.sites is None:
+        return None
+    return tuple(sorted(((s.atomic_number, s.letter) for s in query.sites), key=lambda s: s[::-1]))
+
+
+def _nothing_legal(query: Query) -> str:
+    """One line that says what cannot be done."""
+    fixed = [f"space group {query.space_group}"] if query.space_group else []
+    fixed += [f"z = {query.z}"] if query.z else []
+    fixed += [f"sites {' '.join(map(str, query.sites))}"] if query.sites else []
+    if query.formula.units > 1:
+        fixed += [f"{query.formula.units} formula units per cell"]
+    return (
+        f"{query.formula.text} cannot be placed with {', '.join(fixed) or 'these sites'}: "
+        "no Wyckoff positions add up to it; leave something free"
+    )
+
+
+@lru_cache(maxsize=2)
+def load_prior(path: Path | None = None) -> "TemplatePrior":
+    """The template prior of a path, or the shipped one; kept for the next call."""
+    from common.prior import SHIPPED, TemplatePrior
+
+    return TemplatePrior.load(path or SHIPPED)
+
+
+def find_checkpoint(properties: Sequence[str], path: Path | None = None) -> Path:
+    """The checkpoint for a property: the given one, or the shipped one that knows it.
+
+    Without a property the band gap's is taken, and samples with the null property.
+
+    Raises:
+        UserError: if there is none, or the given one does not know the property.
+    """
+    wanted = next(iter(properties), None)
+    if path is not None:
+        known = load_checkpoint(path).config["model"]["properties"]
+        if wanted and wanted not in known:
+            raise UserError(
+                f"checkpoint {path} was trained with {', '.join(known) or 'no property'}, "
+                f"not with {wanted}; give another --checkpoint"
+            )
+        return path
+    for folder in shipped().values():
+        if (wanted or "band_gap") in load_checkpoint(folder).config["model"]["properties"]:
+            return folder
+    raise UserError(f"no checkpoint for {wanted or 'band_gap'} is installed; give --checkpoint")
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A loaded network and prior, with what identifies them."""
+
+    generator: Generator
+    prior: "TemplatePrior"
+    checkpoint: dict[str, str]
+
+
+def load_engine(
+    properties: Sequence[str],
+    backend: str = "auto",
+    checkpoint: Path | None = None,
+    prior: "TemplatePrior | Path | None" = None,
+) -> Engine:
+    """Loads what is needed to answer queries with a property (or none).
+
+    Raises:
+        UserError: if a file is missing or damaged, or the backend is not there.
+    """
+    folder = find_checkpoint(properties, checkpoint)
+    loaded = load_checkpoint(folder)
+    identity = {
+        "name": folder.name,
+        "hash": loaded.hash,
+        "training_fingerprint": loaded.fingerprint,
+    }
+    if prior is None or isinstance(prior, Path):
+        prior = load_prior(prior)
+    return Engine(load_generator(folder, backend), prior, identity)
+
+
+def generate(
+    formula: str,
+    band_gap: float | None = None,
+    formation_energy: float | None = None,
+    *,
+    space_group: int | None = None,
+    sites: str | None = None,
+    z: int | None = None,
+    top: int = 5,
+    num_samples: int | None = None,
+    seed: int = 0,
+    steps: int | None = None,
+    backend: str = "auto",
+    checkpoint: Path | None = None,
+    prior: "TemplatePrior | Path | None" = None,
+    progress: Progress | None = None,
+) -> list[GeneratedCrystal]:
+    """Crystals of a formula with a wanted property, the most probable symmetry first.
+
+    Args:
+        formula: ``SrTiO3``, or with the cell's real count ``Sr2Ti2O6``.
+        band_gap: eV.
+        formation_energy: eV/atom; at most one property.
+        space_group: number 1-230.
+        sites: ``Sr:1a Ti:1b O:3c``.
+        z: formula units in the conventional cell.
+        top: symmetries.
+        num_samples: crystals sampled per symmetry; see ``common.selection`` for the choice.
+        seed: same seed, same crystals.
+        steps: network calls per crystal; the checkpoint's own number without it.
+        backend: ``auto``, ``torch`` or ``mindspore``.
+        checkpoint: folder; the shipped one for the property without it.
+        prior: symmetry prior; the shipped one without it.
+        progress: told what is done.
+
+    Raises:
+        UserError: if anything asked for is not possible.
+    """
+    settings = Settings(top, DEFAULT_SAMPLES if num_samples is None else num_samples, seed, steps)
+    query = make_query(
+        formula, band_gap, formation_energy, space_group=space_group, sites=sites, z=z
+    )
+    if prior is None or isinstance(prior, Path):
+        prior = load_prior(prior)
+    candidates = rank_symmetries(query, prior, settings.top)
+    engine = load_engine(
+        tuple(query.properties), backend, None if checkpoint is None else Path(checkpoint), prior
+    )
+    return answer([(query, candidates)], engine, settings, progress)[0]
+
+
+def answer(
+    ranked: Sequence[tuple[Query, Sequence["SymmetryCandidate"]]],
+    engine: Engine,
+    settings: Settings,
+    progress: Progress | None = None,
+) -> list[list[GeneratedCrystal]]:
+    """Samples several queries in one batch and describes the chosen crystals."""
+    report = progress or (lambda *_: None)
+    requests = [
+        SampleRequest(c.space_group, c.sites, query.properties, _noise_key(query, c), sample)
+        for query, candidates in ranked
+        for c in candidates
+        for sample in range(settings.num_samples)
+    ]
+    done = 0
+
+    def advance(number: int) -> None:
+        nonlocal done
+        done += number
+        report("Sampling", done, len(requests))
+
+    report("Sampling", 0, len(requests))
+    crystals = iter(
+        engine.generator.sample(requests, settings.seed, steps=settings.steps, progress=advance)
+    )
+    total = sum(len(candidates) for _, candidates in ranked)
+    described = 0
+    answers = []
+    for query, candidates in ranked:
+        chosen = []
+        for rank, candidate in enumerate(candidates, start=1):
+            report("Comparing", described, total)
+            samples = [next(crystals) for _ in range(settings.num_samples)]
+            chosen.append(_describe(rank, candidate, samples, query, engine, settings))
+            described += 1
+        answers.append(chosen)
+    report("Comparing", total, total)
+    return answers
+
+
+def _noise_key(query: Query, candidate: "SymmetryCandidate") -> str:
+    """Names a symmetry of a formula, so that its noise depends on nothing else."""
+    sites = " ".join(f"{z}:{letter}" for z, letter in candidate.sites)
+    return f"{query.formula.text} {candidate.space_group} {sites}"
+
+
+def _describe(
+    rank: int,
+    candidate: "SymmetryCandidate",
+    samples: Sequence[Crystal],
+    query: Query,
+    engine: Engine,
+    settings: Settings,
+) -> GeneratedCrystal:
+    from common.evaluate.symmetry import composition_is_exact, found_space_groups
+    from common.evaluate.validity import min_distance
+
+    choice = choose_sample(samples)
+    crystal = samples[choice.sample]
+    structure = crystal.to_structure()
+    counts = {z: n * candidate.z for z, n in query.formula.reduced}
+    found = found_space_groups(structure)
+    distance = min_distance(structure)
+    return GeneratedCrystal(
+        rank=rank,
+        structure=structure,
+        crystal=crystal,
+        symmetry=candidate,
+        query=query,
+        settings=settings,
+        choice=choice,
+        checkpoint=engine.checkpoint,
+        nearest=engine.prior.nearest(crystal),
+        found_groups=found,
+        composition_exact=composition_is_exact(structure, counts),
+        min_distance=distance,
+        density=float(structure.density),
+        warnings=_warnings(query, candidate, found, distance, engine),
+    )
+
+
+def _warnings(
+    query: Query,
+    candidate: "SymmetryCandidate",
+    found: dict[str, int],
+    distance: float,
+    engine: Engine,
+) -> tuple[str, ...]:
+    notes = []
+    if distance < 1.0 and 1 not in query.formula.counts:
+        notes.append(f"two atoms are only {distance:.2f} A apart")
+    if set(found.values()) != {candidate.space_group}:
+        named = ", ".join(f"{program} {number}" for program, number in found.items())
+        notes.append(f"space group found: {named}")
+    strangers = sorted(set(query.formula.counts) - engine.prior.known_elements)
+    if strangers:
+        symbols = ", ".join(Element.from_Z(z).symbol for z in strangers)
+        notes.append(f"not in the training set: {symbols}")
+    return tuple(notes)

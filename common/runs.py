@@ -1,0 +1,334 @@
+"""Output folders of ``generate``: written as answers come, resumed after a kill, never overwritten.
+
+    run.json         what was asked, and whether it is finished
+    journal.jsonl    one line per answered request, as they were answered
+    *.cif            one symmetrised CIF per candidate; in a folder per request if there are several
+    results.json     everything, in the order of the requests
+    results.extxyz   the same structures, for ASE and others
+    report.html      to look at; opens without a network
+
+The last three are made from the journal at the end, so an interrupted run and an uninterrupted one
+give the same bytes.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.crystal.structure import Crystal
+from common.errors import UserError
+from common.files import write_atomic
+from common.pipeline import (
+    Engine,
+    GeneratedCrystal,
+    Progress,
+    Query,
+    Settings,
+    answer,
+    load_engine,
+    rank_symmetries,
+)
+
+FORMAT_VERSION = 1
+_RUN, _JOURNAL, _LOCK = "run.json", "journal.jsonl", ".lock"
+#: Crystals sampled together.
+_BATCH = 256
+_MAX_FOLDERS = 10_000
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run came to.
+
+    Attributes:
+        folder: where it is.
+        resumed: requests that an interrupted run had answered already.
+        entries: the journal's lines in the order of the requests.
+    """
+
+    folder: Path
+    resumed: int
+    entries: list[dict[str, Any]]
+
+    @property
+    def failed(self) -> list[dict[str, Any]]:
+        """Requests that could not be answered, with the reason."""
+        return [entry for entry in self.entries if entry["status"] != "done"]
+
+
+def generate_many(
+    queries: Sequence[Query],
+    out: Path,
+    settings: Settings | None = None,
+    *,
+    backend: str = "auto",
+    checkpoint: Path | None = None,
+    prior: Any = None,
+    progress: Progress | None = None,
+) -> Outcome:
+    """Answers requests into a folder.
+
+    The same call goes on where an interrupted one stopped; a finished run, or another one, is left
+    alone and a new folder (``out-2``, ``out-3``, ...) is taken.
+
+    Args:
+        queries: see ``common.pipeline.make_query`` and ``common.requests.read_requests``.
+        out: the folder.
+        settings: the same for all.
+        backend, checkpoint, prior: as in ``common.pipeline.generate``.
+        progress: told what is done.
+
+    Raises:
+        UserError: if a checkpoint, the prior or the folder cannot be used; before anything is
+            written where that can be known.
+    """
+    settings = settings or Settings()
+    engines = _load_engines(queries, backend, checkpoint, prior)
+    if len(queries) == 1:
+        first = engines[_kind(queries[0])]
+        rank_symmetries(queries[0], first.prior, settings.top)
+    description = _describe_run(queries, settings, engines)
+    with _open_folder(Path(out), description) as folder:
+        journal = _Journal(folder / _JOURNAL)
+        resumed = len(journal.entries)
+        _answer_all(queries, engines, settings, folder, journal, progress)
+        entries = [journal.entries[index] for index in range(len(queries))]
+        _finish(folder, description, entries)
+    return Outcome(folder, resumed, entries)
+
+
+def _kind(query: Query) -> str | None:
+    return next(iter(query.properties), None)
+
+
+def _load_engines(
+    queries: Sequence[Query], backend: str, checkpoint: Path | None, prior: Any
+) -> dict[str | None, Engine]:
+    engines: dict[str | None, Engine] = {}
+    for kind in sorted({_kind(query) for query in queries}, key=str):
+        engines[kind] = load_engine([kind] if kind else [], backend, checkpoint, prior)
+    return engines
+
+
+def _describe_run(
+    queries: Sequence[Query], settings: Settings, engines: dict[str | None, Engine]
+) -> dict[str, Any]:
+    """What makes two runs the same: requests, settings, weights, prior and program."""
+    first = next(iter(engines.values()))
+    return {
+        "format": "uni-mdm run",
+        "version": FORMAT_VERSION,
+        "created_by": f"uni-mdm {version('uni-mdm')}",
+        "settings": settings.to_dict(),
+        "checkpoints": [engine.checkpoint for engine in engines.values()],
+        "prior": {"hash": first.prior.hash, "source": first.prior.metadata["source"]},
+        "attribution": first.prior.metadata["attribution"],
+        "requests": len(queries),
+        "requests_sha256": _digest([query.to_dict() for query in queries]),
+    }
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+# The folder
+
+
+@contextmanager
+def _open_folder(out: Path, description: dict[str, Any]) -> Iterator[Path]:
+    """The folder of a run, locked: the same run's if it was interrupted, else a new one."""
+    for number in range(1, _MAX_FOLDERS):
+        folder = out if number == 1 else out.with_name(f"{out.name}-{number}")
+        lock = _try_folder(folder, description)
+        if lock is not None:
+            try:
+                yield folder
+            finally:
+                (folder / _LOCK).unlink(missing_ok=True)
+                os.close(lock)
+            return
+    raise UserError(f"{out} and its numbered siblings are all taken; give another --out")
+
+
+def _try_folder(folder: Path, description: dict[str, Any]) -> int | None:
+    """A lock on the folder if it is new, or holds this very run unfinished; else None."""
+    try:
+        if folder.exists() and (not folder.is_dir() or not _may_resume(folder, description)):
+            return None
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise UserError(f"cannot use {folder}: {error.strerror}; give another --out") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(lock)
+        return None  # the same run is going on right now
+    # Between the look and the lock the other one may have finished.
+    if not _may_resume(folder, description):
+        os.close(lock)
+        return None
+    write_atomic(folder / _RUN, _dump(description | {"status": "running"}))
+    return lock
+
+
+def _may_resume(folder: Path, description: dict[str, Any]) -> bool:
+    """Whether a folder is empty or holds this run, interrupted."""
+    if all(path.name == _LOCK for path in folder.iterdir()):
+        return True
+    try:
+        known = json.loads((folder / _RUN).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return bool(known == json.loads(_dump(description | {"status": "running"})))
+
+
+class _Journal:
+    """Answered requests by their index; a last line cut short by a kill is dropped."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.entries: dict[int, dict[str, Any]] = {}
+        whole = 0
+        if path.exists():
+            data = path.read_bytes()
+            for line in data.splitlines(keepends=True):
+                try:
+                    entry = json.loads(line) if line.endswith(b"\n") else None
+                except ValueError:
+                    entry = None
+                if entry is None:
+                    break
+                self.entries[entry["index"]] = entry
+                whole += len(line)
+            if whole < len(data):
+                os.truncate(path, whole)
+
+    def append(self, entries: Iterable[dict[str, Any]]) -> None:
+        """Adds lines and makes them durable."""
+        entries = list(entries)
+        try:
+            with open(self._path, "ab") as file:
+                for entry in entries:
+                    file.write(json.dumps(entry, separators=(",", ":")).encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise UserError(
+                f"cannot write {self._path}: {error.strerror}; make room and run again to go on"
+            ) from error
+        self.entries |= {entry["index"]: entry for entry in entries}
+
+
+# Answering
+
+
+def _answer_all(
+    queries: Sequence[Query],
+    engines: dict[str | None, Engine],
+    settings: Settings,
+    folder: Path,
+    journal: _Journal,
+    progress: Progress | None,
+) -> None:
+    report = progress or (lambda *_: None)
+    waiting = [index for index in range(len(queries)) if index not in journal.entries]
+    size = max(1, _BATCH // (settings.top * settings.num_samples))
+    for kind, engine in engines.items():
+        mine = [index for index in waiting if _kind(queries[index]) == kind]
+        for start in range(0, len(mine), size):
+            if len(queries) > 1:
+                report("Requests", len(journal.entries), len(queries))
+            chunk = {index: queries[index] for index in mine[start : start + size]}
+            journal.append(_answer_chunk(chunk, engine, settings, folder, len(queries), progress))
+    if len(queries) > 1:
+        report("Requests", len(queries), len(queries))
+
+
+def _answer_chunk(
+    chunk: dict[int, Query],
+    engine: Engine,
+    settings: Settings,
+    folder: Path,
+    total: int,
+    progress: Progress | None,
+) -> list[dict[str, Any]]:
+    entries = []
+    ranked = {}
+    for index, query in chunk.items():
+        try:
+            ranked[index] = (query, rank_symmetries(query, engine.prior, settings.top))
+        except UserError as error:
+            entry = {"index": index, "status": "failed", "error": str(error)}
+            entries.append(entry | {"query": query.to_dict(), "folder": "", "crystals": []})
+    answers = answer(list(ranked.values()), engine, settings, progress) if ranked else []
+    for (index, (query, _)), crystals in zip(ranked.items(), answers, strict=True):
+        place = "" if total == 1 else f"{index + 1:05d}_{query.formula.text}"
+        for crystal in crystals:
+            write_atomic(folder / place / f"{crystal.name}.cif", crystal.to_cif())
+        entries.append(_entry(index, query, place, crystals))
+    return entries
+
+
+def _entry(
+    index: int, query: Query, place: str, crystals: Sequence[GeneratedCrystal]
+) -> dict[str, Any]:
+    rows = []
+    for crystal in crystals:
+        row = crystal.to_dict()
+        del row["query"], row["settings"]  # the same for all rows, kept once
+        file = f"{crystal.name}.cif"
+        rows.append({"file": f"{place}/{file}" if place else file} | row)
+    return {
+        "index": index,
+        "status": "done",
+        "error": None,
+        "query": query.to_dict(),
+        "folder": place,
+        "crystals": rows,
+    }
+
+
+def _finish(folder: Path, description: dict[str, Any], entries: list[dict[str, Any]]) -> None:
+    from common.report import render_report
+
+    results = {**description, "format": "uni-mdm results", "results": entries}
+    write_atomic(folder / "results.json", _dump(results))
+    write_atomic(folder / "results.extxyz", "".join(_extxyz(row) for row in _rows(entries)))
+    write_atomic(folder / "report.html", render_report(results))
+    write_atomic(folder / _RUN, _dump(description | {"status": "finished"}))
+
+
+def _rows(entries: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    for entry in entries:
+        yield from entry["crystals"]
+
+
+def _dump(value: Any) -> str:
+    return json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _extxyz(row: dict[str, Any]) -> str:
+    """One structure (conventional cell, A) as extended XYZ."""
+    structure = Crystal.from_dict(row["crystal"]).to_structure()
+    lattice = " ".join(f"{x:.8f}" for x in np.asarray(structure.lattice.matrix).ravel())
+    comment = (
+        f'Lattice="{lattice}" Properties=species:S:1:pos:R:3 pbc="T T T" '
+        f'formula="{row["formula"]}" rank={row["rank"]} space_group={row["space_group"]} '
+        f'sites="{row["sites"]}" probability={row["probability"]:.6g} file="{row["file"]}"'
+    )
+    lines = [str(len(structure)), comment]
+    for site in structure:
+        x, y, z = site.coords
+        lines.append(f"{site.specie.symbol:<2} {x:14.8f} {y:14.8f} {z:14.8f}")
+    return "\n".join(lines) + "\n"
