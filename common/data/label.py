@@ -2,15 +2,13 @@
 
 Two ways give the same crystal. ``label_structure_reference`` is the protocol of the paper and of
 DiffCSP++: Niggli reduction, pymatgen's ``SpacegroupAnalyzer`` at symprec 0.1, then pyxtal.
-``label_structure`` reads the sites off the standardised cell of moyopy, or of spglib where the
-symmetry depends on the tolerance, hundreds of times a second.
+``label_structure`` calls spglib directly and reads the sites off its standardised cell, hundreds of
+times a second.
 """
 
-import logging
 import warnings
 from collections import Counter
 
-import moyopy
 import numpy as np
 import spglib
 from numpy.typing import NDArray
@@ -23,7 +21,7 @@ Array = NDArray[np.float64]
 Cell = tuple[Array, Array, NDArray[np.int64]]
 
 #: Part of the key of cached labels: raise it when labels change.
-LABEL_VERSION = 2
+LABEL_VERSION = 3
 #: Why a structure can have no label.
 LABEL_REASONS = ("disorder", "not_finite", "overlap", "symmetry", "sites")
 #: Atoms nearer than this (A) overlap.
@@ -33,11 +31,6 @@ SYMPREC = 0.1
 ANGLE_TOLERANCE = 5.0
 # Tolerances of the second search, on the refined cell: pyxtal's, then the one to fall back on.
 _SITE_TOLERANCES = (0.01, 1e-4)
-# Tolerances, as parts of symprec, between which a group must not change to count as clear.
-_CLEAR_FACTORS = (0.1, 4.0)
-
-# It reports each operation that a loose search drops; the group found is all that is used of it.
-logging.getLogger("moyo").setLevel(logging.ERROR)
 
 
 class LabelError(ValueError):
@@ -68,7 +61,7 @@ def label_structure(structure: Structure, symprec: float = SYMPREC) -> Crystal:
     """
     check_structure(structure)
     cell = structure.lattice.matrix, structure.frac_coords, np.array(structure.atomic_numbers)
-    return _clear_symmetry(cell, symprec) or _spglib_symmetry(cell, symprec)
+    return _spglib_symmetry(cell, symprec)
 
 
 def check_structure(structure: Structure) -> None:
@@ -99,43 +92,6 @@ def _shortest_distance(structure: Structure) -> float:
         images = min(structure.lattice.get_lll_reduced_lattice().abc)
     pairs = distances[np.triu_indices(len(structure), k=1)]
     return float(pairs.min(initial=images))
-
-
-def _clear_symmetry(cell: Cell, symprec: float) -> Crystal | None:
-    """The crystal by moyopy where its group does not hang on the tolerance, else None.
-
-    Where a tight and a loose search find the same group, any program finds it in between; moyopy
-    is ten times faster than spglib.
-    """
-    arguments = moyopy.Cell(*(array.tolist() for array in cell))
-    tight, loose = (_moyo_dataset(arguments, factor * symprec) for factor in _CLEAR_FACTORS)
-    if tight is None or loose is None or tight.number != loose.number:
-        return None
-    standard = tight.prim_std_cell
-    atoms: dict[int, tuple[int, str]] = {}  # of the primitive standard cell: orbit and letter
-    for index, orbit, letter in zip(
-        tight.mapping_std_prim, tight.orbits, tight.wyckoffs, strict=True
-    ):
-        atoms.setdefault(index, (orbit, letter))
-    group = space_group(tight.number)
-    to_standard = np.linalg.inv(tight.std_linear)
-    positions = (
-        np.array(standard.positions) @ np.transpose(tight.prim_std_linear)
-        + np.subtract(tight.prim_std_origin_shift, tight.std_origin_shift)
-    ) @ to_standard.T
-    labels = [atoms[index] for index in range(len(positions))]
-    try:
-        sites = _sites(group, positions, np.array(standard.numbers), labels)
-    except LabelError:
-        return None
-    return Crystal(group.number, sites, np.array(tight.std_cell.basis))
-
-
-def _moyo_dataset(cell: moyopy.Cell, symprec: float) -> moyopy.MoyoDataset | None:
-    try:
-        return moyopy.MoyoDataset(cell, symprec=symprec, setting=moyopy.Setting.standard())
-    except ValueError:  # no symmetry found at this tolerance
-        return None
 
 
 def _spglib_symmetry(cell: Cell, symprec: float) -> Crystal:
