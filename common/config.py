@@ -25,7 +25,7 @@ class ModelConfig(Settings):
         "asymmetric", description="One token per site, or per atom of the conventional cell."
     )
     layers: int = Field(4, ge=1, description="Blocks.")
-    width: int = Field(192, ge=8, description="Width of a token.")
+    width: int = Field(128, ge=8, description="Width of a token.")
     edge_width: int = Field(96, ge=8, description="Width of an edge's geometry.")
     heads: int = Field(8, ge=1, description="Attention heads, of edges and of the crystal.")
     feed_forward: int = Field(2, ge=1, description="Feed-forward width over token width.")
@@ -90,7 +90,7 @@ class TrainConfig(Settings):
     ema: float = Field(0.999, ge=0, lt=1, description="Decay of the averaged weights.")
     property_dropout: float = Field(0.1, ge=0, le=1, description="Rows trained without property.")
     precision: Literal["float32", "bfloat16"] = Field("float32", description="Of autocast.")
-    compile: bool = Field(False, description="torch.compile the network.")
+    compile: bool = Field(False, description="torch.compile the edge fusion.")
     init_from: str | None = Field(None, description="Checkpoint whose weights to start from.")
     checkpoint_every: int = Field(1000, ge=1, description="Steps between checkpoints.")
     log_every: int = Field(50, ge=1, description="Steps between lines of the log.")

@@ -174,7 +174,8 @@ class CrystalDiT(nn.Module):
             [B,S,3] in units of the coordinate noise, zero where not free, and [B,6] standardised.
         """
         k = batch.lattice_center + batch.lattice_scale * lattice  # [B,6]
-        features, difference = self.geometry(batch, free_params, k)
+        with torch.autocast(t.device.type, enabled=False):  # positions need every bit
+            features, difference = self.geometry(batch, free_params, k)
         edges = self.edges(features, k - batch.lattice_center)  # [B,T,A,E]
         nodes = self.tokens(batch)  # [B,T,D]
         prop = self.property(batch.properties, batch.property_mask)  # [B,D]
@@ -189,10 +190,12 @@ class CrystalDiT(nn.Module):
         for block in self.blocks:
             nodes, messages = block(nodes, edges, condition, prop, batch, sender_index)
         nodes = self.norm(nodes)
-        return (
-            self.coordinates(batch, nodes, messages, difference),
-            self.lattice_velocity(batch, nodes, condition),
-        )
+        weights = self.edge_head(messages).float()  # [B,T,A,F]
+        with torch.autocast(t.device.type, enabled=False):
+            return (
+                self.coordinates(batch, nodes.float(), weights, difference),
+                self.lattice_velocity(batch, nodes.float(), condition.float()),
+            )
 
     def geometry(self, batch: TensorBatch, free_params: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Edge features [B,T,A,.] and differences [B,T,A,3].
@@ -222,10 +225,10 @@ class CrystalDiT(nn.Module):
         return torch.cat(parts, dim=-1), difference
 
     def coordinates(
-        self, batch: TensorBatch, nodes: Tensor, messages: Tensor, difference: Tensor
+        self, batch: TensorBatch, nodes: Tensor, weights: Tensor, difference: Tensor
     ) -> Tensor:
         """[B,S,3]: from the nodes, and along the edges as sines of the relative position."""
-        weights = self.edge_head(messages) * batch.atom_mask[:, None, :, None]  # [B,T,A,F]
+        weights = weights * batch.atom_mask[:, None, :, None]  # [B,T,A,F]
         along = torch.zeros_like(difference[:, :, 0])
         for n in range(HEAD_FREQUENCIES):
             wave = torch.sin(2 * torch.pi * (n + 1) * difference)
