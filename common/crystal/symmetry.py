@@ -293,8 +293,10 @@ def _coordinate_table() -> list[str]:
 def _standard_settings() -> dict[int, spglib.SpaceGroupType]:
     """spglib's entry of every group's standard setting."""
     settings: dict[int, spglib.SpaceGroupType] = {}
-    for hall_number in range(1, NUM_HALL_SYMBOLS + 1):
-        entry = spglib.get_spacegroup_type(hall_number)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about spglib's way to report errors
+        entries = [spglib.get_spacegroup_type(hall) for hall in range(1, NUM_HALL_SYMBOLS + 1)]
+    for entry in entries:
         assert entry is not None
         if entry.choice in _STANDARD_CHOICES:
             settings.setdefault(entry.number, entry)
