@@ -16,9 +16,9 @@ from common.diffusion.noise import noise
 from common.diffusion.scaler import Standardizer
 from common.errors import UserError
 from torch_impl.crystal_dit import CrystalDiT
-from torch_impl.sampler import sample_flow
+from torch_impl.sampler import sample_flow, sample_predictor_corrector
 from torch_impl.tensors import TensorBatch
-from torch_impl.train_dit import STANDARDIZER_PREFIX, load_weights, train
+from torch_impl.train_dit import STANDARDIZER_PREFIX, load_weights, score_process, train
 
 __all__ = ["TorchGenerator", "load", "train"]
 
@@ -39,6 +39,7 @@ class TorchGenerator:
         self.model = model.to(device).eval().requires_grad_(False)
         self.standardizer = standardizer
         self.device = device
+        self.process = score_process(config.diffusion)
 
     @property
     def properties(self) -> tuple[str, ...]:
@@ -80,19 +81,25 @@ class TorchGenerator:
     ) -> list[Crystal]:
         sites = batch.free_params.shape[1]
 
-        def draw(field: str, shape: tuple[int, ...], uniform: bool) -> torch.Tensor:
+        def draw(field: str, level: int = 0, uniform: bool = False) -> torch.Tensor:
             kind = "uniform" if uniform else "normal"
-            rows = [noise(seed, r.key, r.sample, field, 0, shape, kind) for r in requests]
+            shape = (6,) if field == "lattice" else (sites, 3)
+            rows = [noise(seed, r.key, r.sample, field, level, shape, kind) for r in requests]
             return torch.from_numpy(np.stack(rows)).to(self.device)
 
-        free, lattice = sample_flow(
-            self.model,
-            TensorBatch.from_batch(batch, self.standardizer, self.properties, self.device),
-            draw("free", (sites, 3), uniform=True),
-            draw("lattice", (6,), uniform=False),
-            steps or self.config.diffusion.steps,
-            self.config.diffusion,
-        )
+        settings = self.config.diffusion
+        tensors = TensorBatch.from_batch(batch, self.standardizer, self.properties, self.device)
+        start = draw("free", uniform=True), draw("lattice")
+        if self.process is None:
+            free, lattice = sample_flow(
+                self.model, tensors, *start, steps or settings.steps, settings
+            )
+        else:
+            process = self.process if steps is None else score_process(settings, steps)
+            assert process is not None
+            free, lattice = sample_predictor_corrector(
+                self.model, tensors, *start, process, settings, draw
+            )
         scale = self.standardizer.lattice_scales(batch)
         k = self.standardizer.lattice_center(batch) + scale * lattice.numpy(force=True)
         lattices = k_to_lattice(k)

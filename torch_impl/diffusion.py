@@ -4,31 +4,30 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from common.config import DiffusionConfig
-from common.diffusion.flow import Path
+from common.diffusion.noisy import NoisyCrystals
+from torch_impl.crystal_dit import CrystalDiT
 from torch_impl.tensors import TensorBatch
-
-#: A uniform difference on the unit torus has variance 1/12: velocities times this have unit size.
-VELOCITY_SCALE = 12**0.5
 
 
 @dataclass(frozen=True)
-class PathTensors:
-    """``common.diffusion.flow.Path`` as tensors, velocities in the network's units."""
+class NoisyTensors:
+    """``common.diffusion.noisy.NoisyCrystals`` as tensors."""
 
     t: Tensor
     free_params: Tensor
     lattice: Tensor
-    free_velocity: Tensor
-    lattice_velocity: Tensor
+    coordinate_target: Tensor
+    lattice_target: Tensor
 
     @classmethod
-    def from_path(cls, path: Path, device: torch.device | str = "cpu") -> "PathTensors":
-        """Copies a path to a device."""
-        arrays = {f.name: np.ascontiguousarray(getattr(path, f.name)) for f in fields(cls)}
-        arrays["free_velocity"] = arrays["free_velocity"] * np.float32(VELOCITY_SCALE)
+    def from_arrays(
+        cls, noisy: NoisyCrystals, device: torch.device | str = "cpu"
+    ) -> "NoisyTensors":
+        """Copies noisy crystals to a device."""
+        arrays = {f.name: np.ascontiguousarray(getattr(noisy, f.name)) for f in fields(cls)}
         return cls(**{name: torch.from_numpy(array).to(device) for name, array in arrays.items()})
 
 
@@ -47,21 +46,21 @@ class Loss:
     has_free: Tensor
 
 
-def flow_loss(
-    model: nn.Module, batch: TensorBatch, path: PathTensors, config: DiffusionConfig
+def denoising_loss(
+    model: CrystalDiT, batch: TensorBatch, noisy: NoisyTensors, config: DiffusionConfig
 ) -> Loss:
-    """Squared error of the velocities, mean over all free numbers of the batch.
+    """Squared error of the targets, mean over all free numbers of the batch.
 
     Args:
         model: the network.
         batch: B crystals.
-        path: where they stand at their times.
+        noisy: the crystals with noise.
         config: weights.
     """
-    coordinates, lattice = model(batch, path.free_params, path.lattice, path.t)
+    coordinates, lattice = model(batch, noisy.free_params, noisy.lattice, noisy.t)
     free = batch.free_mask.float()
-    coordinate_error = (coordinates.float() - path.free_velocity) ** 2 * free
-    lattice_error = (lattice.float() - path.lattice_velocity) ** 2 * batch.k_mask
+    coordinate_error = (coordinates.float() - noisy.coordinate_target) ** 2 * free
+    lattice_error = (lattice.float() - noisy.lattice_target) ** 2 * batch.k_mask
     coordinate = coordinate_error.sum() / free.sum().clamp(min=1)
     lattice_loss = lattice_error.sum() / batch.k_mask.float().sum()
     return Loss(

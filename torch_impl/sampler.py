@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from common.config import DiffusionConfig
-from torch_impl.diffusion import VELOCITY_SCALE
+from common.diffusion.flow import VELOCITY_SCALE
+from common.diffusion.score import ScoreProcess
 from torch_impl.tensors import TensorBatch
 
 #: (batch, free_params, lattice, t) -> velocities, as ``CrystalDiT``.
@@ -45,4 +46,48 @@ def sample_flow(
         boost = 1 + config.velocity_boost * t
         free = (free + boost * free_velocity / (VELOCITY_SCALE * steps)) % 1.0
         lattice = lattice + lattice_velocity / steps
+    return free, lattice
+
+
+def sample_predictor_corrector(
+    model: Network,
+    batch: TensorBatch,
+    free_noise: Tensor,
+    lattice_noise: Tensor,
+    process: ScoreProcess,
+    config: DiffusionConfig,
+    draw: Callable[[str, int], Tensor],
+) -> tuple[Tensor, Tensor]:
+    """DiffCSP++'s sampler: per level a Langevin step on the coordinates, then an ancestral step.
+
+    Two network calls per level, 2 T in all (arXiv:2402.03992, algorithm 2).
+
+    Args:
+        model, batch, free_noise, lattice_noise: as in ``sample_flow``.
+        process: the noise levels.
+        config: ``step_lr`` of the Langevin step.
+        draw: standard normal noise by field and level: ``corrector`` and ``predictor`` [B,S,3],
+            ``lattice`` [B,6].
+
+    Returns:
+        As ``sample_flow``.
+    """
+    free, lattice = free_noise, lattice_noise
+    sigmas, ddpm = process.coordinates, process.lattice
+    corrector = sigmas.corrector_step(config.step_lr, "diffcsp_pp")
+    for level in range(process.timesteps, 0, -1):
+        time = torch.full((free.shape[0],), level / process.timesteps, device=free.device)
+        norm = float(sigmas.sigma_norm[level]) ** 0.5
+        if level > 1:
+            step = float(corrector[level])
+            score, _ = model(batch, free, lattice, time)
+            free = (free + step * norm * score + (2 * step) ** 0.5 * draw("corrector", level)) % 1.0
+        score, noise = model(batch, free, lattice, time)
+        free = free + float(sigmas.predictor_step[level]) * norm * score
+        beta, alpha = float(ddpm.betas[level]), float(ddpm.alphas[level])
+        lattice = (lattice - beta / float(ddpm.noise_scale[level]) * noise) / alpha**0.5
+        if level > 1:
+            free = free + float(sigmas.predictor_std[level]) * draw("predictor", level)
+            lattice = lattice + float(ddpm.posterior_std[level]) * draw("lattice", level)
+        free = free % 1.0
     return free, lattice

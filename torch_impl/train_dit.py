@@ -21,17 +21,19 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from common.checkpoint import latest, load_checkpoint, save_checkpoint, save_step
-from common.config import RunConfig
-from common.data.batch import BatchItem, collate
-from common.data.loader import BatchPlan, BucketedData
+from common.config import DiffusionConfig, RunConfig
+from common.data.batch import Batch, BatchItem, collate
+from common.data.loader import BatchPlan, Bucket, BucketedData
 from common.data.locations import dataset
 from common.data.store import Record, fingerprint
 from common.diffusion.draws import TrainingDraws
 from common.diffusion.flow import make_path
+from common.diffusion.noisy import NoisyCrystals
 from common.diffusion.scaler import Standardizer
+from common.diffusion.score import ScoreProcess
 from common.errors import UserError
 from torch_impl.crystal_dit import CrystalDiT
-from torch_impl.diffusion import Loss, PathTensors, flow_loss
+from torch_impl.diffusion import Loss, NoisyTensors, denoising_loss
 from torch_impl.tensors import TensorBatch
 
 MODEL_PREFIX = "model."
@@ -75,6 +77,7 @@ class Trainer:
             settings.batch_size,
             settings.edge_budget,
         )
+        self.score_process = score_process(config.diffusion)
         torch.manual_seed(settings.seed)
         self.model = CrystalDiT(config.model).to(self.device)
         if settings.compile:
@@ -116,18 +119,27 @@ class Trainer:
         if stream == "train":
             keep = draws.keep_property >= settings.property_dropout
             batch = batch.replace(property_mask=batch.property_mask & keep[:, None])
-        free = group.descriptions.nearest(plan.rows, draws.free, draws.origins)
-        lattice = self.standardizer.lattice(batch)
-        path = make_path(free, lattice, draws.free, draws.lattice, draws.t)
+        noisy = self._add_noise(group, batch, plan, draws)
         tensors = TensorBatch.from_batch(
             batch, self.standardizer, self.config.model.properties, self.device
         )
         with torch.autocast(
             self.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"
         ):
-            return flow_loss(
-                self.model, tensors, PathTensors.from_path(path, self.device), diffusion
+            return denoising_loss(
+                self.model, tensors, NoisyTensors.from_arrays(noisy, self.device), diffusion
             )
+
+    def _add_noise(
+        self, group: Bucket, batch: Batch, plan: BatchPlan, draws: TrainingDraws
+    ) -> NoisyCrystals:
+        lattice = self.standardizer.lattice(batch)
+        if self.score_process is not None:
+            return self.score_process.make_noisy(
+                batch.free_params, lattice, draws.free_normal, draws.lattice, draws.t
+            )
+        free = group.descriptions.nearest(plan.rows, draws.free, draws.origins)
+        return make_path(free, lattice, draws.free, draws.lattice, draws.t)
 
     def train_step(self, plan: BatchPlan) -> dict[str, float]:
         """One optimiser step; returns what to log."""
@@ -230,6 +242,19 @@ class Trainer:
 
     def _start_from(self, folder: Path) -> None:
         load_weights(self.model, load_checkpoint(folder).model, str(folder))
+
+
+def score_process(config: DiffusionConfig, calls: int | None = None) -> ScoreProcess | None:
+    """The noise levels of score matching, or None for flow matching.
+
+    Args:
+        config: of the run.
+        calls: network calls of the sampler, two per level, for fewer levels than were trained.
+    """
+    if config.kind == "flow":
+        return None
+    levels = config.timesteps if calls is None else max(2, calls // 2)
+    return ScoreProcess.of(levels, config.sigma_min, config.sigma_max)
 
 
 def batch_items(records: list[Record]) -> list[BatchItem]:

@@ -9,7 +9,6 @@ along the group's normaliser. Each noise is joined to the description nearest to
 are short and seldom cross. The noise stays uniform, and every description is a true one.
 """
 
-from dataclasses import dataclass
 from functools import cache
 from itertools import product
 
@@ -18,23 +17,13 @@ from numpy.typing import NDArray
 
 from common.crystal.symmetry import WyckoffPosition, nearest_zero, space_group, wrap
 from common.data.batch import LETTERS, Batch
+from common.diffusion.noisy import NoisyCrystals
 
 Array = NDArray[np.float32]
 
 
-@dataclass(frozen=True)
-class Path:
-    """Points on straight paths and the velocities there.
-
-    free_params [B,S,3] in [0,1), free_velocity [B,S,3] (cells per unit time), lattice and
-    lattice_velocity [B,6] in standardised units; t [B].
-    """
-
-    t: Array
-    free_params: Array
-    lattice: Array
-    free_velocity: Array
-    lattice_velocity: Array
+#: A uniform difference on the unit torus has variance 1/12: velocities times this have unit size.
+VELOCITY_SCALE = float(np.sqrt(12))
 
 
 def make_path(
@@ -43,22 +32,24 @@ def make_path(
     free_noise: Array,
     lattice_noise: Array,
     t: Array,
-) -> Path:
-    """The points at times t on the paths from noise to crystals.
+) -> NoisyCrystals:
+    """The points at times t on the paths from noise to crystals; targets are the velocities.
+
+    The coordinates' velocity is in cells per unit time, times ``VELOCITY_SCALE``.
 
     Args:
         free_params, lattice: [B,S,3] and [B,6], the crystals (lattice standardised).
         free_noise, lattice_noise: likewise, uniform in [0,1) and standard normal.
         t: [B] in [0,1].
     """
-    free_velocity = nearest_zero(free_params - free_noise)
+    velocity = nearest_zero(free_params - free_noise)
     lattice_velocity = lattice - lattice_noise
-    return Path(
+    return NoisyCrystals(
         t=t,
-        free_params=wrap(free_noise + t[:, None, None] * free_velocity).astype(np.float32),
+        free_params=wrap(free_noise + t[:, None, None] * velocity).astype(np.float32),
         lattice=(lattice_noise + t[:, None] * lattice_velocity).astype(np.float32),
-        free_velocity=free_velocity.astype(np.float32),
-        lattice_velocity=lattice_velocity.astype(np.float32),
+        coordinate_target=(VELOCITY_SCALE * velocity).astype(np.float32),
+        lattice_target=lattice_velocity.astype(np.float32),
     )
 
 

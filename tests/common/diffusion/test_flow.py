@@ -8,7 +8,12 @@ from common.crystal.lattice import k_constraints, k_to_lattice
 from common.crystal.structure import Crystal, Site
 from common.crystal.symmetry import nearest_zero, space_group
 from common.data.batch import BatchItem, collate
-from common.diffusion.flow import Descriptions, make_path, normalizer_translations
+from common.diffusion.flow import (
+    VELOCITY_SCALE,
+    Descriptions,
+    make_path,
+    normalizer_translations,
+)
 
 GROUPS = [1, 2, 4, 8, 12, 14, 33, 38, 62, 70, 99, 122, 139, 146, 155, 160, 166, 186, 194]
 GROUPS += [198, 205, 216, 221, 225, 227, 230]
@@ -99,5 +104,5 @@ def test_path_is_straight_and_takes_the_short_way() -> None:
     np.testing.assert_allclose(nearest_zero(ends[2].free_params - free), 0, atol=1e-6)
     np.testing.assert_allclose(ends[2].lattice, lattice, atol=1e-6)
     half = nearest_zero(ends[1].free_params - ends[0].free_params)
-    np.testing.assert_allclose(half, ends[1].free_velocity / 2, atol=1e-6)
-    assert np.abs(ends[1].free_velocity).max() <= 0.5
+    np.testing.assert_allclose(half, ends[1].coordinate_target / (2 * VELOCITY_SCALE), atol=1e-6)
+    assert np.abs(ends[1].coordinate_target).max() <= 0.5 * VELOCITY_SCALE + 1e-6

@@ -1,0 +1,70 @@
+"""DiffCSP++'s two processes: score matching on the torus, and DDPM on the lattice numbers.
+
+Free coordinates take wrapped normal noise, and the network learns its score (paper, eqs. 4 and 5);
+lattice numbers are noised by DDPM, and the network learns the noise (eqs. 1-3). Unlike in
+DiffCSP++ (arXiv:2402.03992) the variables of the sites themselves are noised, not all coordinates
+and then projected, which keeps the noise isotropic on oblique special positions.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.crystal.symmetry import wrap
+from common.diffusion.noisy import NoisyCrystals
+from common.diffusion.schedule import CosineSchedule, SigmaSchedule
+from common.diffusion.wrapped_normal import score
+
+Array = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class ScoreProcess:
+    """The noise levels t = 1..T of coordinates and lattice."""
+
+    lattice: CosineSchedule
+    coordinates: SigmaSchedule
+
+    @classmethod
+    def of(cls, timesteps: int, sigma_min: float, sigma_max: float) -> "ScoreProcess":
+        """Cosine betas for the lattice, log-spaced sigmas (in cells) for the coordinates."""
+        return cls(CosineSchedule(timesteps), SigmaSchedule(timesteps, sigma_min, sigma_max))
+
+    @property
+    def timesteps(self) -> int:
+        """T."""
+        return self.coordinates.num_steps
+
+    def level(self, t: Array) -> NDArray[np.int64]:
+        """Noise levels 1..T of times in [0,1)."""
+        return np.minimum((t * self.timesteps).astype(np.int64) + 1, self.timesteps)
+
+    def make_noisy(
+        self,
+        free_params: Array,
+        lattice: Array,
+        free_noise: Array,
+        lattice_noise: Array,
+        t: Array,
+    ) -> NoisyCrystals:
+        """Noises crystals.
+
+        Args:
+            free_params, lattice: [B,S,3] and [B,6], the crystals (lattice standardised).
+            free_noise, lattice_noise: likewise, standard normal.
+            t: [B] in [0,1), which noise levels.
+        """
+        level = self.level(t)
+        sigma = self.coordinates.sigmas[level][:, None, None]
+        shift = sigma * free_noise
+        target = score(shift, sigma) / np.sqrt(self.coordinates.sigma_norm[level])[:, None, None]
+        signal = self.lattice.signal_scale[level][:, None]
+        noise = self.lattice.noise_scale[level][:, None]
+        return NoisyCrystals(
+            t=(level / self.timesteps).astype(np.float32),
+            free_params=wrap(free_params + shift).astype(np.float32),
+            lattice=(signal * lattice + noise * lattice_noise).astype(np.float32),
+            coordinate_target=target.astype(np.float32),
+            lattice_target=lattice_noise,
+        )
