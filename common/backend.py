@@ -47,6 +47,8 @@ class Generator(Protocol):
 
     #: Names of the properties that the checkpoint was trained with.
     properties: tuple[str, ...]
+    #: What samples, in words, for reports.
+    device_name: str
 
     def sample(
         self,

@@ -1,6 +1,7 @@
 """What this machine has."""
 
 import os
+import signal
 
 
 def cpu_count() -> int:
@@ -8,3 +9,11 @@ def cpu_count() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def start_worker() -> None:
+    """First call of a worker process: one thread each, and Ctrl-C is the parent's business."""
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threadpool_limits(1)

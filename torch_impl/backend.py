@@ -42,6 +42,13 @@ class TorchGenerator:
         self.process = score_process(config.diffusion)
 
     @property
+    def device_name(self) -> str:
+        """What samples, in words, for reports."""
+        if self.device == "cpu":
+            return f"cpu, {torch.get_num_threads()} threads"
+        return torch.cuda.get_device_name(self.device)
+
+    @property
     def properties(self) -> tuple[str, ...]:
         """Names of the properties that the checkpoint was trained with."""
         return self.config.model.properties

@@ -1,0 +1,252 @@
+"""An evaluation from data and checkpoint to result rows: the model, and the controls beside it."""
+
+import multiprocessing
+import resource
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+
+from pymatgen.core import Structure
+from rich.progress import Progress, track
+
+from common.backend import Generator, SampleRequest
+from common.crystal.structure import Crystal
+from common.data.store import Record
+from common.evaluate.controls import NearestTemplate, fit_standardizer, random_draw
+from common.evaluate.match import MatchItem, match_many
+from common.evaluate.report import EvaluationRow, Outcome, RunInfo
+from common.evaluate.strata import TrainingIndex
+from common.evaluate.symmetry import SymmetryLabel, composition_is_exact, symmetry_kept
+from common.machine import cpu_count, start_worker
+from common.selection import choose_sample
+
+#: Crystals per process below which none is started.
+_CHUNK = 16
+
+
+@dataclass(frozen=True)
+class Emitted:
+    """A crystal as a user gets it, read back from its CIF.
+
+    Attributes:
+        structure: None if the CIF cannot be read.
+        symmetry: what became of the requested group.
+        composition_exact: whether the cell holds the requested atoms.
+    """
+
+    structure: Structure | None
+    symmetry: SymmetryLabel
+    composition_exact: bool
+
+
+def read_back(crystal: Crystal) -> Emitted:
+    """Writes a crystal's CIF, reads it, and checks what was asked for."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            structure = Structure.from_str(crystal.to_cif(), fmt="cif")
+    except ValueError:
+        return Emitted(None, SymmetryLabel.LOST, False)
+    return Emitted(
+        structure,
+        symmetry_kept(structure, crystal.space_group),
+        composition_is_exact(structure, crystal.formula_counts),
+    )
+
+
+def read_back_many(crystals: Sequence[Crystal], workers: int | None = None) -> list[Emitted]:
+    """``read_back`` of many crystals over all processors, in their order."""
+    workers = min(workers or cpu_count(), 1 + len(crystals) // (4 * _CHUNK))
+    show = partial(track, description="Reading CIFs", total=len(crystals))
+    if workers <= 1:
+        return list(show(map(read_back, crystals)))
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, initializer=start_worker) as pool:
+        return list(show(pool.map(read_back, crystals, chunksize=_CHUNK)))
+
+
+class Evaluation:
+    """References, and what is known of the training set.
+
+    Args:
+        references: records with their original structures.
+        split: their name.
+        training: what the model and the controls learned from.
+        training_name: its name.
+        workers: processes for matching; one per processor without it.
+    """
+
+    def __init__(
+        self,
+        references: Sequence[Record],
+        split: str,
+        training: Sequence[Record],
+        training_name: str,
+        workers: int | None = None,
+    ) -> None:
+        self.references = list(references)
+        self.split = split
+        self.training = [record.crystal for record in training]
+        self.training_name = training_name
+        self.workers = workers
+        self._index = TrainingIndex.of(self.training)
+
+    def model(
+        self,
+        generator: Generator,
+        *,
+        name: str,
+        checkpoint: str,
+        k: int,
+        seed: int,
+        steps: int,
+        device: str,
+        given: Sequence[str],
+    ) -> EvaluationRow:
+        """The row of a model that is told the true symmetry.
+
+        With k > 1 the first candidate is the one that ``choose_sample`` picks.
+
+        Args:
+            generator: the loaded checkpoint.
+            name: of the row.
+            checkpoint: its hash.
+            k: samples per reference.
+            seed: of the noise.
+            steps: network calls per sample.
+            device: in words.
+            given: names of the properties that the model is told.
+        """
+        requests = [
+            SampleRequest(
+                record.crystal.space_group,
+                tuple((site.atomic_number, site.letter) for site in record.crystal.sites),
+                {p: v for p in given if (v := record.properties[p]) is not None},
+                key=record.material_id,
+                sample=sample,
+            )
+            for record in self.references
+            for sample in range(k)
+        ]
+        start = time.perf_counter()
+        crystals = _with_progress(generator, requests, seed, steps)
+        groups = [crystals[i : i + k] for i in range(0, len(crystals), k)]
+        ranked = [_ranked(group) for group in groups]
+        run = self._info(
+            name,
+            k,
+            ", ".join(["true symmetry", *given]),
+            checkpoint=checkpoint,
+            sampler=f"{steps} calls",
+            calls=steps,
+            seed=seed,
+            wall_time=time.perf_counter() - start,
+            device=device,
+        )
+        return self._row(run, ranked)
+
+    def controls(self, seed: int) -> list[EvaluationRow]:
+        """Random draw and nearest template, both told the true symmetry."""
+        crystals = [record.crystal for record in self.references]
+        keys = [record.material_id for record in self.references]
+        standardizer = fit_standardizer(self.training)
+        start = time.perf_counter()
+        drawn = random_draw(crystals, keys, standardizer, seed)
+        random_time = time.perf_counter() - start
+        start = time.perf_counter()
+        template = NearestTemplate(self.training, standardizer)
+        nearest = [template(crystal) for crystal in crystals]
+        # Where training has no such prototype, the draw stands in.
+        filled = [a if a is not None else b for a, b in zip(nearest, drawn, strict=True)]
+        template_time = time.perf_counter() - start
+        random_info = self._info(
+            "random draw", 1, "true symmetry", sampler="uniform", seed=seed, wall_time=random_time
+        )
+        template_info = self._info(
+            "nearest template", 1, "true symmetry", sampler="substitution", wall_time=template_time
+        )
+        return [
+            self._row(random_info, [[crystal] for crystal in drawn]),
+            self._row(template_info, [[crystal] for crystal in filled]),
+        ]
+
+    def _info(
+        self,
+        name: str,
+        k: int,
+        given: str,
+        *,
+        sampler: str,
+        wall_time: float,
+        checkpoint: str | None = None,
+        calls: int = 0,
+        seed: int | None = None,
+        device: str = "cpu",
+    ) -> RunInfo:
+        return RunInfo(
+            name=name,
+            split=self.split,
+            k=k,
+            given=given,
+            relaxed=False,
+            training_set=self.training_name,
+            training_size=len(self.training),
+            checkpoint=checkpoint,
+            sampler=sampler,
+            network_calls=calls,
+            seed=seed,
+            wall_time=wall_time,
+            device=device,
+            peak_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        )
+
+    def _row(self, run: RunInfo, candidates: Sequence[Sequence[Crystal]]) -> EvaluationRow:
+        """Reads the CIFs back, matches them and collects the outcomes."""
+        flat = [crystal for group in candidates for crystal in group]
+        emitted = iter(read_back_many(flat, self.workers))
+        groups = [[next(emitted) for _ in group] for group in candidates]
+        items = [
+            MatchItem(tuple(one.structure for one in group), _structure(record))
+            for record, group in zip(self.references, groups, strict=True)
+        ]
+        matches = match_many(items, self.workers)
+        return EvaluationRow(
+            run,
+            tuple(
+                Outcome(
+                    material_id=record.material_id,
+                    formula=record.reduced_formula,
+                    num_free_coords=record.crystal.num_free_coords,
+                    candidates=found,
+                    symmetry=tuple(one.symmetry for one in group),
+                    composition_exact=tuple(one.composition_exact for one in group),
+                    seen_composition=self._index.has_composition(record.crystal),
+                    seen_prototype=self._index.has_prototype(record.crystal),
+                )
+                for record, group, found in zip(self.references, groups, matches, strict=True)
+            ),
+        )
+
+
+def _structure(record: Record) -> Structure:
+    """The structure as its source gave it."""
+    return record.structure or record.crystal.to_structure(primitive=True)
+
+
+def _ranked(samples: Sequence[Crystal]) -> list[Crystal]:
+    if len(samples) == 1:
+        return list(samples)
+    first = choose_sample(samples).sample
+    return [samples[first], *samples[:first], *samples[first + 1 :]]
+
+
+def _with_progress(
+    generator: Generator, requests: Sequence[SampleRequest], seed: int, steps: int
+) -> list[Crystal]:
+    with Progress() as progress:
+        task = progress.add_task("Sampling", total=len(requests))
+        advance: Callable[[int], None] = partial(progress.advance, task)
+        return generator.sample(requests, seed, steps, advance)
