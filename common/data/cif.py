@@ -5,6 +5,7 @@ MP-20 holds tens of thousands of CIFs of one form: a P1 cell and a list of fully
 and leaves every other text to pymatgen.
 """
 
+import math
 import re
 import warnings
 from collections import Counter
@@ -13,7 +14,7 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 from pymatgen.core import Element, Lattice, Structure
-from pymatgen.core.periodic_table import Species
+from pymatgen.core.periodic_table import DummySpecies
 from pymatgen.io.cif import CifParser
 
 # Of pymatgen's parser: coordinates this near (relatively) to 1/3 or 2/3 are set to it, and cells
@@ -123,21 +124,26 @@ def _parse_with_pymatgen(text: str) -> Structure:
     if problem and problem.startswith(("Missing elements", "Incorrect stoichiometry")):
         raise CifError(f"atoms contradict the stated formula: {' '.join(problem.split())[:200]}")
     for specie in structures[0].composition:
-        if not isinstance(specie, Element | Species):
+        if isinstance(specie, DummySpecies):
             raise CifError(f"no chemical element: {specie}")
     return structures[0]
 
 
 @cache
 def _elements() -> dict[str, Element]:
-    """Elements by symbol; not D and T, which pymatgen treats apart."""
-    return {Element.from_Z(z).symbol: Element.from_Z(z) for z in range(1, 119)}
+    """Elements by symbol, in pymatgen's order of atoms.
+
+    Without D and T, which pymatgen treats apart, and without elements that have no
+    electronegativity, whose order it leaves to chance.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # pymatgen tells of every element without electronegativity
+        elements = (Element.from_Z(z) for z in range(1, 119))
+        ordered = sorted(element for element in elements if math.isfinite(element.X))
+    return {element.symbol: element for element in ordered}
 
 
 @cache
 def _rank() -> dict[str, int]:
-    """Place of each element in pymatgen's order of atoms (by electronegativity)."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # elements without electronegativity come last
-        ordered = sorted(_elements().values())
-    return {element.symbol: rank for rank, element in enumerate(ordered)}
+    """Place of each element in the order of atoms."""
+    return {symbol: rank for rank, symbol in enumerate(_elements())}

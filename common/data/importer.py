@@ -20,7 +20,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
-from itertools import islice, product
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,6 @@ from common.data.cif import CifError, parse_cif
 from common.data.label import (
     LABEL_REASONS,
     LABEL_VERSION,
-    MIN_DISTANCE,
     LabelError,
     label_structure,
 )
@@ -62,8 +61,11 @@ REASONS = (
     *(reason for reason in LABEL_REASONS if reason != "not_finite"),
 )
 
+_LIBRARIES = ("numpy", "pymatgen", "spglib", "moyopy", "pyarrow")
 _CHUNK = 64
 _CHUNKS_AHEAD = 4  # per worker
+#: Seconds after which a worker counts as caught in an endless loop. A row takes milliseconds.
+PATIENCE = 300.0
 
 Labeller = Callable[[Structure], Crystal]
 
@@ -156,12 +158,13 @@ def import_cached(
     The paths of the report lie in `cache`: read them, do not change them.
     """
     started = time.monotonic()
+    workers = _workers(workers)
     options = _options(source, max_atoms, require, label)
     key = json.dumps(_provenance(source, options), sort_keys=True)
     out = cache / "imports" / f"{hashlib.sha256(key.encode()).hexdigest()}.parquet"
     report = _read_report(out)
     if report is None:
-        report = _run(source, out, options, _workers(workers), show_progress)
+        report = _run(source, out, options, workers, show_progress)
         _write_report(report)
         return report
     return replace(report, seconds=time.monotonic() - started, from_cache=True)
@@ -223,7 +226,9 @@ def _provenance(source: Source, options: ImportOptions) -> dict[str, Any]:
         "label_version": LABEL_VERSION,
         "import_version": IMPORT_VERSION,
         "schema_version": SCHEMA_VERSION,
-        "versions": {name: version(name) for name in ("numpy", "pymatgen", "spglib", "pyarrow")},
+        "versions": {
+            name: version(name) for name in ("numpy", "pymatgen", "spglib", "moyopy", "pyarrow")
+        },
     }
 
 
@@ -308,7 +313,6 @@ def _record(entry: RawEntry, options: ImportOptions) -> Record:
     structure = _structure(entry.content)
     if options.max_atoms is not None and len(structure) > options.max_atoms:
         raise _Refused("too_many_atoms", f"{len(structure)} atoms, limit {options.max_atoms}")
-    _check_periodic_images(structure)
     crystal = options.label(structure)
     cell = Cell.from_structure(structure)
     numbers = Counter(cell.atomic_numbers.tolist())
@@ -359,14 +363,6 @@ def _number(name: str, value: Any, required: bool) -> float | None:
     raise _Refused("not_finite", f"{name} is {number}")
 
 
-def _check_periodic_images(structure: Structure) -> None:
-    """Refuse a cell so skewed that an atom overlaps its own image along a diagonal."""
-    steps = np.array([step for step in product((-1, 0, 1), repeat=3) if any(step)])
-    nearest = float(np.linalg.norm(steps @ structure.lattice.matrix, axis=1).min())
-    if nearest < MIN_DISTANCE:
-        raise _Refused("overlap", f"an atom is {nearest:.3f} A from its own periodic image")
-
-
 def _rejection(entry: RawEntry, reason: str, detail: str) -> Rejection:
     line = " ".join(printable(detail).split())[:300]
     return Rejection(printable(entry.material_id), reason, line, printable(entry.origin))
@@ -407,7 +403,7 @@ def _parallel(
 ) -> Iterator[tuple[list[RawEntry], Outcomes]]:
     """Chunks with their outcomes, in order, a bounded number of them in work at a time.
 
-    If a worker process dies, the chunks in work are done again, each on its own, to find the row.
+    If a worker process dies or does not end, the rows in work are done again one by one.
     """
     pool = _pool(workers)
     pending: deque[tuple[list[RawEntry], Future[Outcomes]]] = deque()
@@ -419,18 +415,18 @@ def _parallel(
                 return
             chunk, future = pending[0]
             try:
-                outcomes = future.result()
-            except BrokenProcessPool:
-                pool.shutdown(cancel_futures=True)
+                outcomes = future.result(PATIENCE)
+            except (BrokenProcessPool, TimeoutError):
+                _kill(pool)
                 for waiting, _ in pending:
-                    yield waiting, _isolated(waiting, options)
+                    yield waiting, _one_by_one(waiting, options)
                 pending.clear()
                 pool = _pool(workers)
-                continue
-            pending.popleft()
-            yield chunk, outcomes
+            else:
+                pending.popleft()
+                yield chunk, outcomes
     finally:
-        pool.shutdown(cancel_futures=True)
+        _kill(pool)
 
 
 def _submit(
@@ -445,16 +441,29 @@ def _submit(
         return failed
 
 
-def _isolated(chunk: list[RawEntry], options: ImportOptions) -> Outcomes:
-    """Process a chunk in a process of its own; a row that kills its process is refused."""
-    with _pool(1) as pool:
-        try:
-            return pool.submit(_process_chunk, chunk, options).result()
-        except BrokenProcessPool:
-            if len(chunk) == 1:
-                return [_rejection(chunk[0], "crash", "this row ends the process that labels it")]
-    half = len(chunk) // 2
-    return _isolated(chunk[:half], options) + _isolated(chunk[half:], options)
+def _one_by_one(chunk: list[RawEntry], options: ImportOptions) -> Outcomes:
+    """Outcomes of a chunk in which a row ends its process, or never ends: that row is refused."""
+    outcomes: Outcomes = []
+    pool = _ready_pool()
+    try:
+        for entry in chunk:
+            try:
+                outcomes += _submit(pool, [entry], options).result(PATIENCE)
+            except (BrokenProcessPool, TimeoutError) as error:
+                fate = "does not end" if isinstance(error, TimeoutError) else "ends its process"
+                outcomes.append(_rejection(entry, "crash", f"labelling this row {fate}"))
+                _kill(pool)
+                pool = _ready_pool()
+    finally:
+        _kill(pool)
+    return outcomes
+
+
+def _kill(pool: ProcessPoolExecutor) -> None:
+    """End a pool at once, also when a worker is caught in compiled code."""
+    for process in list((pool._processes or {}).values()):  # no public way before Python 3.14
+        process.kill()
+    pool.shutdown(cancel_futures=True)
 
 
 def _pool(workers: int) -> ProcessPoolExecutor:
@@ -463,9 +472,17 @@ def _pool(workers: int) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
 
 
+def _ready_pool() -> ProcessPoolExecutor:
+    """One process that has started, so that PATIENCE counts for the rows alone."""
+    pool = _pool(1)
+    pool.submit(os.getpid).result()
+    return pool
+
+
 def _start_worker() -> None:
     threadpool_limits(1)
     warnings.simplefilter("ignore")
+    os.environ["SPGLIB_WARNING"] = "OFF"  # a failed search is reported in the quarantine file
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

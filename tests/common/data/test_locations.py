@@ -1,0 +1,91 @@
+"""Data sets by name or path, and the commands of `uni-mdm data`."""
+
+import warnings
+from pathlib import Path
+
+import pytest
+from pymatgen.core import Lattice, Structure
+from pymatgen.io.cif import CifWriter
+from typer.testing import CliRunner
+
+from common.data import locations
+from common.data.cli import app
+from common.data.store import fingerprint, read_records
+from common.errors import UserError
+
+
+@pytest.fixture
+def csv_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A data folder with a validation set of four binary salts."""
+    monkeypatch.setenv("UNI_MDM_DATA", str(tmp_path / "data"))
+    monkeypatch.setenv("UNI_MDM_CACHE", str(tmp_path / "cache"))
+    file = tmp_path / "data" / "mp_20" / "val.csv.gz"
+    file.parent.mkdir(parents=True)
+    rows = ["material_id,band_gap,formation_energy_per_atom,cif"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for k, cation in enumerate(["Na", "K", "Rb", "Cs"]):
+            salt = Structure(Lattice.cubic(4.1), [cation, "Cl"], [[0, 0, 0], [0.5] * 3])
+            rows.append(f'mp-{k},{k},-2,"{CifWriter(salt)}"')
+    file.write_text("\n".join([*rows, "mp-9,1,-2,broken"]))
+    return file
+
+
+def test_data_set_by_name_and_by_path(csv_file: Path) -> None:
+    by_name = locations.dataset("val", workers=1)
+    assert [record.material_id for record in by_name] == ["mp-0", "mp-1", "mp-2", "mp-3"]
+    assert locations.dataset_path("val") == locations.dataset_path(csv_file)
+    assert locations.dataset_path("val").is_relative_to(locations.cache_dir())
+    parquet = locations.dataset_path("val")
+    assert locations.dataset_path(parquet) == parquet
+
+
+def test_missing_data_sets_are_user_errors(csv_file: Path) -> None:
+    with pytest.raises(UserError, match="UNI_MDM_DATA"):
+        locations.dataset("train")
+    with pytest.raises(UserError, match="one of train, val, extra"):
+        locations.dataset("nonsense")
+
+
+def test_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("UNI_MDM_DATA", "UNI_MDM_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    repository = Path(locations.__file__).resolve().parents[2]
+    assert locations.data_dir() == repository.parent / "shared" / "data"
+    assert locations.cache_dir() == Path.home() / ".cache" / "uni-mdm"
+
+
+def invoke(*arguments: object) -> str:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exception is not None:
+        raise result.exception
+    return result.output
+
+
+def test_commands(csv_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.parquet"
+    printed = invoke("import", "--source", csv_file, "--out", out, "--workers", 1)
+    assert "rows written" in printed
+    assert "refused: unparsable" in printed
+    assert out.with_name("out.parquet.quarantine.jsonl").read_text().count("\n") == 1
+    records = read_records(out)
+    assert invoke("fingerprint", out).strip() == fingerprint(records)
+    assert invoke("fingerprint", "val").strip() == fingerprint(records)
+    printed = invoke("info", out)
+    assert "221 (4)" in printed
+    assert "val.csv.gz" in printed
+    invoke("split", out, "--out", tmp_path / "parts", "--fractions", "0.5,0.25,0.25")
+    names = [tmp_path / "parts" / f"{part}.parquet" for part in ("train", "val", "test")]
+    parted = [record.material_id for name in names for record in read_records(name)]
+    assert sorted(parted) == ["mp-0", "mp-1", "mp-2", "mp-3"]
+
+
+def test_bad_options_are_user_errors(csv_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.parquet"
+    with pytest.raises(UserError, match="no such file"):
+        invoke("import", "--source", tmp_path / "no.csv", "--out", out)
+    with pytest.raises(UserError, match="fractions"):
+        invoke("split", csv_file, "--out", tmp_path, "--fractions", "0.5,x")
+    with pytest.raises(UserError, match="at least 1"):
+        invoke("import", "--source", csv_file, "--out", out, "--workers", 0)
+    assert not out.exists()

@@ -1,0 +1,250 @@
+"""Labelled crystals survive the disk bit by bit; damaged files are refused in one line."""
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pymatgen.core import Composition, Lattice, Structure
+
+from common.crystal.structure import Crystal, Site
+from common.data.store import (
+    PROPERTIES,
+    Cell,
+    Record,
+    fingerprint,
+    read_metadata,
+    read_records,
+    reduced_formula,
+    split_by_formula,
+    write_records,
+)
+from common.errors import UserError
+
+finite = st.floats(-1e6, 1e6)
+unit = st.floats(0, 1, exclude_max=True)
+ids = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
+
+
+@st.composite
+def records(draw: st.DrawFn) -> Record:
+    """Any P1 record: elements, positions, properties with gaps, perhaps no structure."""
+    numbers = draw(st.lists(st.integers(1, 118), min_size=1, max_size=5))
+    coords = [tuple(draw(unit) for _ in range(3)) for _ in numbers]
+    lattice = np.array(draw(st.lists(finite, min_size=9, max_size=9))).reshape(3, 3)
+    sites = tuple(Site(z, "a", c) for z, c in zip(numbers, coords, strict=True))
+    cell = Cell(lattice, np.array(numbers, dtype=np.int16), np.array(coords))
+    properties = {name: draw(st.none() | finite) for name in PROPERTIES}
+    kept = draw(st.sampled_from([cell, None]))
+    return Record(draw(ids), Crystal(1, sites, lattice), kept, properties)
+
+
+def perovskite(name: str = "mp-1", a: float = 3.905, gap: float | None = 1.8) -> Record:
+    structure = Structure.from_spacegroup(
+        221, Lattice.cubic(a), ["Sr", "Ti", "O"], [[0, 0, 0], [0.5] * 3, [0.5, 0.5, 0]]
+    )
+    sites = (Site(38, "a", (0.0,) * 3), Site(22, "b", (0.0,) * 3), Site(8, "c", (0.0,) * 3))
+    return Record(name, Crystal(221, sites, np.eye(3) * a), structure, {"band_gap": gap})
+
+
+def binary(index: int) -> Record:
+    """A P1 crystal whose formula is different for every index."""
+    numbers = [1 + index % 90, 1 + (index + 1 + index // 90) % 90]
+    sites = tuple(Site(z, "a", (0.1 * k, 0.2, 0.3)) for k, z in enumerate(numbers))
+    return Record(f"x-{index}", Crystal(1, sites, np.eye(3) * 4))
+
+
+def contents(record: Record) -> tuple[object, ...]:
+    cell = record.cell
+    return (
+        record.material_id,
+        record.reduced_formula,
+        record.crystal.space_group,
+        record.crystal.sites,
+        np.asarray(record.crystal.lattice).tolist(),
+        record.properties,
+        None if cell is None else (cell.lattice.tolist(), cell.atomic_numbers.tolist()),
+        None if cell is None else cell.frac_coords.tolist(),
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    return tmp_path_factory.mktemp("store")
+
+
+@settings(deadline=None, max_examples=30)
+@given(rows=st.lists(records(), max_size=6))
+def test_round_trip_is_exact(folder: Path, rows: list[Record]) -> None:
+    path = folder / "round.parquet"
+    write_records(rows, path)
+    again = read_records(path)
+    assert [contents(record) for record in again] == [contents(record) for record in rows]
+    assert fingerprint(again) == fingerprint(rows) == read_metadata(path)["fingerprint"]
+
+
+def test_structure_comes_back_as_pymatgen_gave_it(tmp_path: Path) -> None:
+    record = perovskite()
+    write_records([record], tmp_path / "a.parquet")
+    (again,) = read_records(tmp_path / "a.parquet")
+    expected = Structure.from_spacegroup(
+        221, Lattice.cubic(3.905), ["Sr", "Ti", "O"], [[0, 0, 0], [0.5] * 3, [0.5, 0.5, 0]]
+    )
+    assert again.structure == expected
+    assert again.structure is again.structure
+    assert again.reduced_formula == "SrTiO3"
+    assert again.properties == {"band_gap": 1.8, "formation_energy": None, "e_above_hull": None}
+
+
+def test_columns_are_those_documented(tmp_path: Path) -> None:
+    """Read with plain pyarrow: what other programs see."""
+    write_records([perovskite()], tmp_path / "a.parquet", {"kind": "csv", "name": "x.csv"})
+    (row,) = pq.read_table(tmp_path / "a.parquet").to_pylist()
+    assert row["space_group"] == 221
+    assert row["num_atoms"] == 5
+    assert (row["letters"], row["atomic_numbers"]) == ("abc", [38, 22, 8])
+    assert row["lattice"] == [3.905, 0, 0, 0, 3.905, 0, 0, 0, 3.905]
+    assert len(row["free_params"]) == 9
+    assert len(row["structure_frac_coords"]) == 15
+    assert row["formation_energy"] is None
+    assert read_metadata(tmp_path / "a.parquet")["source"] == {"kind": "csv", "name": "x.csv"}
+
+
+def test_same_rows_same_bytes(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_records([perovskite(), binary(3)], tmp_path / name, {"name": "x"})
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def intact(folder: Path) -> tuple[list[Record], bytes]:
+    rows = [perovskite(), binary(5), binary(6)]
+    write_records(rows, folder / "intact.parquet")
+    return rows, (folder / "intact.parquet").read_bytes()
+
+
+def refusal(path: Path) -> str | None:
+    """The message that reading gives, or None when it gives rows."""
+    try:
+        read_records(path)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+@settings(deadline=None, max_examples=150)
+@given(data=st.data())
+def test_damaged_file_is_a_user_error(
+    folder: Path, intact: tuple[list[Record], bytes], data: st.DataObject
+) -> None:
+    """Cut anywhere, or one bit flipped: never a traceback, never other rows than were written."""
+    rows, content = intact
+    path, raw = folder / "damaged.parquet", bytearray(content)
+    position = data.draw(st.integers(0, len(raw) - 1))
+    if data.draw(st.booleans()):
+        raw = raw[:position]
+    else:
+        raw[position] ^= 1 << data.draw(st.integers(0, 7))
+    path.write_bytes(raw)
+    message = refusal(path)
+    if message is None:
+        again = [contents(record) for record in read_records(path)]
+        assert again == [contents(record) for record in rows]
+    else:
+        assert "\n" not in message
+        assert str(path) in message
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1", b"material_id,cif\n", b"PAR1" * 100])
+def test_foreign_bytes_are_a_user_error(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.parquet").write_bytes(content)
+    for read in (read_records, read_metadata):
+        with pytest.raises(UserError, match="cannot read"):
+            read(tmp_path / "a.parquet")
+
+
+def test_other_parquet_files_are_user_errors(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    with pytest.raises(UserError, match="no such file"):
+        read_records(path)
+    pq.write_table(pa.table({"x": [1]}), path)
+    with pytest.raises(UserError, match="not one of ours"):
+        read_records(path)
+    metadata = b'{"schema_version": 999}'
+    pq.write_table(pa.table({"x": [1]}).replace_schema_metadata({b"uni_mdm": metadata}), path)
+    with pytest.raises(UserError, match="schema version 999"):
+        read_records(path)
+    metadata = b'{"schema_version": 1}'
+    pq.write_table(pa.table({"x": [1]}).replace_schema_metadata({b"uni_mdm": metadata}), path)
+    with pytest.raises(UserError, match="unexpected columns"):
+        read_records(path)
+
+
+def test_fingerprint_ignores_order_and_sees_every_field() -> None:
+    rows = [perovskite(), binary(1), binary(2)]
+    reference = fingerprint(rows)
+    assert fingerprint(rows[::-1]) == reference
+    assert fingerprint(rows + rows[:1]) != reference
+    assert fingerprint(rows[1:]) != reference
+    crystal = rows[0].crystal
+    moved = Crystal(221, (Site(38, "a", (0.0, 0.0, 1e-15)), *crystal.sites[1:]), crystal.lattice)
+    other_letter = Crystal(221, (Site(38, "b"), *crystal.sites[1:]), crystal.lattice)
+    changed = [
+        perovskite("mp-2"),
+        perovskite(a=np.nextafter(3.905, 4)),
+        perovskite(gap=None),
+        Record("mp-1", crystal, None, {"band_gap": 1.8}),
+        Record("mp-1", moved, rows[0].cell, {"band_gap": 1.8}),
+        Record("mp-1", other_letter, rows[0].cell, {"band_gap": 1.8}),
+        Record("mp-1", crystal, rows[0].cell, {"formation_energy": 1.8}),
+    ]
+    prints = {fingerprint([record, *rows[1:]]) for record in changed}
+    assert len(prints) == len(changed)
+    assert reference not in prints
+
+
+def test_split_keeps_formulas_together_and_ignores_the_order() -> None:
+    rows = [binary(i) for i in range(2000)] + [perovskite(f"mp-{i}") for i in range(5)]
+    parts = split_by_formula(rows, [0.8, 0.1, 0.1], seed=7)
+    where = {record.material_id: k for k, part in enumerate(parts) for record in part}
+    assert len(where) == len(rows)
+    formulas = [{record.reduced_formula for record in part} for part in parts]
+    assert not (formulas[0] & formulas[1] | formulas[0] & formulas[2] | formulas[1] & formulas[2])
+    # 2001 draws: four standard deviations of a part of 10 % are 2.7 %.
+    assert [len(part) / len(rows) for part in parts] == pytest.approx([0.8, 0.1, 0.1], abs=0.03)
+    subset = random.Random(1).sample(rows, 700)
+    for k, part in enumerate(split_by_formula(subset, [0.8, 0.1, 0.1], seed=7)):
+        assert all(where[record.material_id] == k for record in part)
+    assert split_by_formula(rows, [0.8, 0.1, 0.1], seed=8) != parts
+
+
+@pytest.mark.parametrize("fractions", [[], [0.5, 0.4], [1.5, -0.5], [float("nan"), 1.0]])
+def test_bad_fractions_are_user_errors(fractions: list[float]) -> None:
+    with pytest.raises(UserError, match="fractions"):
+        split_by_formula([perovskite()], fractions)
+
+
+@given(st.dictionaries(st.integers(1, 103), st.integers(1, 40), min_size=1, max_size=6))
+def test_reduced_formula_is_that_of_pymatgen(counts: dict[int, int]) -> None:
+    from pymatgen.core import Element
+
+    expected = Composition({Element.from_Z(z): n for z, n in counts.items()}).reduced_formula
+    assert reduced_formula(counts) == expected
+    assert reduced_formula({z: 3 * n for z, n in counts.items()}) == expected
+
+
+@pytest.mark.parametrize("properties", [{"band_gap": float("nan")}, {"gap": 1.0}])
+def test_bad_properties_are_refused(properties: dict[str, float]) -> None:
+    with pytest.raises(UserError, match="mp-9"):
+        Record("mp-9", perovskite().crystal, None, properties)
+
+
+def test_disordered_structure_is_refused() -> None:
+    alloy = Structure(Lattice.cubic(3), [{"Fe": 0.5, "Ni": 0.5}], [[0, 0, 0]])
+    with pytest.raises(UserError, match="partial occupancy"):
+        Record("x", perovskite().crystal, alloy)

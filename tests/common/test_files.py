@@ -1,0 +1,128 @@
+"""Files are whole or absent, whatever happens while they are written."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from common.errors import UserError
+from common.files import atomic_path, write_atomic
+
+
+def listing(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_writes_text_and_bytes_unchanged(tmp_path: Path) -> None:
+    write_atomic(tmp_path / "sub" / "a.txt", "Å\r\n\n")
+    write_atomic(tmp_path / "b.bin", b"\x00\xff")
+    assert (tmp_path / "sub" / "a.txt").read_bytes() == "Å\r\n\n".encode()
+    assert (tmp_path / "b.bin").read_bytes() == b"\x00\xff"
+    assert listing(tmp_path) == ["b.bin", "sub"]
+
+
+def test_failure_keeps_the_old_content(tmp_path: Path) -> None:
+    target = tmp_path / "a.cif"
+    write_atomic(target, "old")
+
+    def fail_halfway() -> None:
+        with atomic_path(target) as temporary:
+            assert temporary.parent == tmp_path
+            assert temporary.suffix == ".cif"
+            temporary.write_text("half of the n")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail_halfway()
+    assert target.read_text() == "old"
+    assert listing(tmp_path) == ["a.cif"]
+
+
+def test_block_that_writes_nothing_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"a\.txt"), atomic_path(tmp_path / "a.txt"):
+        pass
+    assert listing(tmp_path) == []
+
+
+@pytest.mark.parametrize("place", ["folder", "file/below", "x" * 300])
+def test_refused_places_are_user_errors(tmp_path: Path, place: str) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(UserError, match="cannot write"):
+        write_atomic(tmp_path / place, "text")
+    assert listing(tmp_path) == ["file", "folder"]
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_device_is_not_replaced() -> None:
+    with pytest.raises(UserError, match="not a regular file"):
+        write_atomic("/dev/null", "text")
+    assert not Path("/dev/null").is_file()
+
+
+def test_link_is_followed(tmp_path: Path) -> None:
+    write_atomic(tmp_path / "real.txt", "old")
+    (tmp_path / "link.txt").symlink_to(tmp_path / "real.txt")
+    write_atomic(tmp_path / "link.txt", "new")
+    assert (tmp_path / "link.txt").is_symlink()
+    assert (tmp_path / "real.txt").read_text() == "new"
+
+
+def test_error_of_another_file_passes(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), atomic_path(tmp_path / "a.txt"):
+        (tmp_path / "missing" / "input.txt").read_text()
+
+
+def run(code: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).resolve().parents[2],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_disk_that_fills_up(tmp_path: Path) -> None:
+    """A limit on file size makes the real write fail midway, as a full disk does."""
+    target = tmp_path / "a.bin"
+    target.write_bytes(b"old")
+    code = f"""
+import resource, signal
+from common.errors import UserError
+from common.files import write_atomic
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+try:
+    write_atomic({str(target)!r}, b"x" * 100_000)
+except UserError as error:
+    print(error)
+"""
+    output, _ = run(code).communicate(timeout=60)
+    assert output.count("\n") == 1
+    assert str(target) in output
+    assert "too large" in output
+    assert target.read_bytes() == b"old"
+    assert listing(tmp_path) == ["a.bin"]
+
+
+def test_killed_writer_leaves_the_old_file(tmp_path: Path) -> None:
+    target = tmp_path / "a.bin"
+    target.write_bytes(b"old")
+    code = f"""
+import time
+from common.files import atomic_path
+with atomic_path({str(target)!r}) as temporary:
+    temporary.write_bytes(b"new, but not whol")
+    print("half", flush=True)
+    time.sleep(60)
+"""
+    process = run(code)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "half\n"
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait(timeout=60)
+    process.stdout.close()
+    assert target.read_bytes() == b"old"
