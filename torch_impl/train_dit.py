@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 import torch
@@ -18,7 +18,6 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from common.checkpoint import latest, load_checkpoint, save_checkpoint, save_step
 from common.config import DiffusionConfig, RunConfig
@@ -35,6 +34,9 @@ from common.errors import UserError
 from torch_impl.crystal_dit import CrystalDiT
 from torch_impl.diffusion import Loss, NoisyTensors, denoising_loss
 from torch_impl.tensors import TensorBatch
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 MODEL_PREFIX = "model."
 STANDARDIZER_PREFIX = "standardizer."
@@ -301,6 +303,8 @@ def train(
     Raises:
         UserError: for data that cannot be read or a checkpoint that does not fit.
     """
+    from torch.utils.tensorboard import SummaryWriter  # slow to import, and only needed here
+
     torch.set_num_threads(threads)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -328,7 +332,7 @@ def train(
 
 
 def _loop(
-    trainer: Trainer, out: Path, log: TextIO, board: SummaryWriter, progress: Progress
+    trainer: Trainer, out: Path, log: TextIO, board: "SummaryWriter", progress: Progress
 ) -> None:
     settings = trainer.config.train
     task = progress.add_task("training", total=settings.steps, completed=trainer.step, loss="")
@@ -352,7 +356,7 @@ def _mean(rows: list[dict[str, float]]) -> dict[str, float]:
 
 
 def _write_log(
-    log: TextIO, board: SummaryWriter, kind: str, trainer: Trainer, values: dict[str, float]
+    log: TextIO, board: "SummaryWriter", kind: str, trainer: Trainer, values: dict[str, float]
 ) -> None:
     row = {"kind": kind, "step": trainer.step, "seconds": round(trainer.seconds, 1), **values}
     log.write(json.dumps(row) + "\n")

@@ -1,0 +1,90 @@
+"""`uni-mdm bench`: speed on this machine, the two views side by side."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from common.backend import load_backend
+from common.checkpoint import load_checkpoint, shipped
+from common.config import RunConfig, load_config, parse_config
+from common.data.locations import dataset
+from common.errors import UserError
+from common.files import write_atomic
+from common.machine import cpu_count
+from common.speed import NetworkSpeed, labelling_speed
+
+
+def command(
+    config: Annotated[
+        Path | None, typer.Argument(help="Network to measure, YAML; the shipped one without it.")
+    ] = None,
+    data: Annotated[str, typer.Option(help="Crystals: train, val, or a file.")] = "val",
+    limit: Annotated[int, typer.Option(min=8, help="The first rows of it.")] = 256,
+    calls: Annotated[int, typer.Option(min=1, help="Network calls per sample.")] = 10,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; all of them.")] = None,
+    backend: Annotated[str, typer.Option(help="auto, torch or mindspore.")] = "auto",
+    out: Annotated[Path | None, typer.Option(help="JSON file for the figures.")] = None,
+) -> None:
+    """Measure labelling, training and sampling, one token per site against one per atom."""
+    from rich.console import Console
+
+    run = load_config(config) if config else _shipped_config()
+    records = dataset(data)[:limit]
+    if not records:
+        raise UserError(f"{data}: no usable rows to measure with")
+    console = Console()
+    module = load_backend(backend)
+    cores = threads or cpu_count()
+    cifs = [r.structure.to(fmt="cif") for r in records if r.structure is not None]
+    figures: dict[str, Any] = {
+        "data": data,
+        "structures": len(records),
+        "threads": cores,
+        "labelling_rows_per_second_per_process": labelling_speed(cifs),
+    }
+    speeds = []
+    for cell in ("asymmetric", "conventional"):
+        with console.status(f"Measuring {cell}"):
+            speeds.append(module.benchmark(_with_cell(run, cell), records, calls, cores))
+    figures["networks"] = [speed.to_dict() for speed in speeds]
+    console.print(_table(speeds))
+    rate = figures["labelling_rows_per_second_per_process"]
+    console.print(f"labelling: {rate:.0f} rows/s in one process")
+    console.print(f"{len(records)} structures of {data}, {cores} threads, {calls} calls per sample")
+    if out is not None:
+        write_atomic(out, json.dumps(figures, indent=1) + "\n")
+
+
+def _shipped_config() -> RunConfig:
+    folder = shipped().get("crystal_dit_small_fm")
+    if folder is None:
+        raise UserError("no shipped checkpoint is found: give a configuration")
+    return parse_config(load_checkpoint(folder).config, f"{folder}/config.yaml")
+
+
+def _with_cell(config: RunConfig, cell: str) -> RunConfig:
+    """The same width and depth in another view, which has no use for frames if conventional."""
+    frames = config.model.frames and cell == "asymmetric"
+    model = config.model.model_copy(update={"cell": cell, "frames": frames})
+    return config.model_copy(update={"model": model})
+
+
+def _table(speeds: list[NetworkSpeed]) -> Any:
+    from rich.table import Table
+
+    asymmetric, conventional = speeds
+    table = Table("", asymmetric.cell, conventional.cell, "ratio")
+    for label, name, digits in (
+        ("parameters", "parameters", 0),
+        ("edges per structure", "edges", 1),
+        ("MFLOP per call and structure", "flops_per_call", 1),
+        ("training, structures/s", "training", 1),
+        ("sampling, structures/s", "sampling", 2),
+    ):
+        scale = 1e-6 if name == "flops_per_call" else 1.0
+        a, b = (getattr(speed, name) * scale for speed in speeds)
+        ratio = b / a if name in ("edges", "flops_per_call", "parameters") else a / b
+        table.add_row(label, f"{a:,.{digits}f}", f"{b:,.{digits}f}", f"{ratio:.1f}")
+    return table

@@ -1,0 +1,88 @@
+"""Speed of training and sampling with torch on this machine."""
+
+import time
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from common.backend import SampleRequest
+from common.config import RunConfig
+from common.data.loader import BatchPlan, Bucket
+from common.data.store import Record
+from common.speed import NetworkSpeed
+from torch_impl.generator import TorchGenerator
+from torch_impl.tensors import TensorBatch
+from torch_impl.train_dit import Trainer
+
+#: Training steps per bucket that are timed, after one that is not.
+TIMED_STEPS = 2
+
+
+def benchmark(config: RunConfig, records: list[Record], calls: int, threads: int) -> NetworkSpeed:
+    """Speed of a network of untrained weights, which cost what trained ones cost.
+
+    Buckets are timed one by one at their full batch size, and weighted by their crystals.
+
+    Args:
+        config: network and batch sizes; compilation is left off.
+        records: the crystals.
+        calls: network calls per sample.
+        threads: CPU threads.
+    """
+    torch.set_num_threads(threads)
+    settings = config.train.model_copy(update={"compile": False, "init_from": None})
+    trainer = Trainer(config.model_copy(update={"train": settings}), records, records)
+    weights = [group.batch.size for group in trainer.data.buckets]
+    total = sum(weights)
+    seconds = flops = edges = 0.0
+    for index, group in enumerate(trainer.data.buckets):
+        seconds += weights[index] * _training_seconds(trainer, index, group)
+        flops += weights[index] * _flops(trainer, group)
+        edges += weights[index] * group.batch.shape[0] * group.batch.shape[1]
+    generator = TorchGenerator(config, trainer.model, trainer.standardizer, "cpu")
+    return NetworkSpeed(
+        cell=config.model.cell,
+        parameters=sum(parameter.numel() for parameter in trainer.parameters),
+        edges=edges / total,
+        flops_per_call=flops / total,
+        training=total / seconds,
+        sampling=len(records) / _sampling_seconds(generator, records, calls),
+        calls=calls,
+    )
+
+
+def _training_seconds(trainer: Trainer, index: int, group: Bucket) -> float:
+    """Seconds per structure of a bucket."""
+    rows = torch.arange(group.batch_size).remainder(group.batch.size).numpy()
+    plan = BatchPlan(index, rows)
+    trainer.train_step(plan)
+    start = time.perf_counter()
+    for _ in range(TIMED_STEPS):
+        trainer.train_step(plan)
+    return (time.perf_counter() - start) / (TIMED_STEPS * group.batch_size)
+
+
+def _flops(trainer: Trainer, group: Bucket) -> float:
+    """Operations of one call for one structure of a bucket."""
+    batch = group.batch.take(slice(0, 1))
+    names = trainer.config.model.properties
+    tensors = TensorBatch.from_batch(batch, trainer.standardizer, names)
+    free = torch.from_numpy(batch.free_params)
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        trainer.model(tensors, free, torch.zeros(1, 6), torch.zeros(1))
+    return float(counter.get_total_flops())
+
+
+def _sampling_seconds(generator: TorchGenerator, records: list[Record], calls: int) -> float:
+    requests = [
+        SampleRequest(
+            record.crystal.space_group,
+            tuple((site.atomic_number, site.letter) for site in record.crystal.sites),
+            key=record.material_id,
+        )
+        for record in records
+    ]
+    generator.sample(requests[:1], 0, 1)
+    start = time.perf_counter()
+    generator.sample(requests, 0, calls)
+    return time.perf_counter() - start
