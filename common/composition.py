@@ -132,15 +132,15 @@ def _count_atoms(formula: str, text: str) -> Counter[int]:
 def _read_count(formula: str, position: int, text: str) -> tuple[int, int]:
     """The count that starts here (1 without one), and where it ends."""
     digits = _COUNT.match(formula, position)
+    following = formula[digits.end() if digits else position :][:1]
+    if following and following in ".,/":
+        raise UserError(f"formula {_shown(text)}: counts must be whole numbers")
     if digits is None:
         return 1, position
     if len(digits[0].lstrip("0")) > 5:
         raise UserError(f"formula {_shown(text)}: the count {digits[0][:12]}... is too large")
     if int(digits[0]) == 0:
         raise UserError(f"formula {_shown(text)}: a count is zero; leave the element out")
-    following = formula[digits.end() : digits.end() + 1]
-    if following and following in ".,/":
-        raise UserError(f"formula {_shown(text)}: counts must be whole numbers")
     return int(digits[0]), digits.end()
 
 

@@ -14,7 +14,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pymatgen.core import Element, Structure
 
-from common.backend import Generator, SampleRequest, load_generator
+from common.backend import (
+    Generator,
+    SampleRequest,
+    available_backends,
+    load_backend,
+    load_generator,
+)
 from common.checkpoint import load_checkpoint, shipped
 from common.composition import (
     MAX_PRIMITIVE_ATOMS,
@@ -316,7 +322,7 @@ def find_checkpoint(properties: Sequence[str], path: Path | None = None) -> Path
     """
     wanted = next(iter(properties), None)
     if path is not None:
-        known = load_checkpoint(path).config["model"]["properties"]
+        known = _known_properties(path)
         if wanted and wanted not in known:
             raise UserError(
                 f"checkpoint {path} was trained with {', '.join(known) or 'no property'}, "
@@ -324,9 +330,18 @@ def find_checkpoint(properties: Sequence[str], path: Path | None = None) -> Path
             )
         return path
     for folder in shipped().values():
-        if (wanted or "band_gap") in load_checkpoint(folder).config["model"]["properties"]:
+        if (wanted or "band_gap") in _known_properties(folder):
             return folder
     raise UserError(f"no checkpoint for {wanted or 'band_gap'} is installed; give --checkpoint")
+
+
+def _known_properties(folder: Path) -> tuple[str, ...]:
+    """Properties that a checkpoint was trained with."""
+    model = load_checkpoint(folder).config.get("model")
+    known = model.get("properties", ()) if isinstance(model, dict) else None
+    if not isinstance(known, list | tuple):
+        raise UserError(f"checkpoint {folder}: config.yaml describes no network of this program")
+    return tuple(map(str, known))
 
 
 @dataclass(frozen=True)
@@ -349,6 +364,8 @@ def load_engine(
     Raises:
         UserError: if a file is missing or damaged, or the backend is not there.
     """
+    if backend not in ("auto", *available_backends()):
+        load_backend(backend)  # says what there is
     folder = find_checkpoint(properties, checkpoint)
     loaded = load_checkpoint(folder)
     identity = {

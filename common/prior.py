@@ -265,7 +265,7 @@ class TemplatePrior:
         """
         formula, _ = reduce_counts(counts)
         kept = {
-            (n, s): (u, mass)
+            (n, s if sites is None else sites): (u, mass)
             for n, s, u, mass in self._templates(formula, properties or {})
             if _fits(n, u, space_group, z, units) and (sites is None or _same(n, s, sites))
         }

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.crystal.lattice import crystal_system
-from common.crystal.symmetry import SpaceGroup, nearest_zero, space_group, wrap
+from common.crystal.symmetry import SpaceGroup, WyckoffPosition, nearest_zero, space_group, wrap
 
 Array = NDArray[np.float64]
 
@@ -23,10 +23,14 @@ _GENERIC = np.array([0.1357, 0.2719, 0.4283])
 
 
 def _linear_parts(group: SpaceGroup) -> list[Array]:
-    """Changes of axes [3,3] that keep the lattice and the point group, enough to generate all."""
+    """Changes of axes [3,3] that keep the lattice and the point group, enough to generate all.
+
+    One of each coset of the point group: the others differ from it by the group's own operations,
+    which exchange no letters.
+    """
     system = crystal_system(group.number)
     if system == 0:
-        candidates = [m for m in _matrices(np.ones((3, 3))) if np.count_nonzero(m) <= 4]
+        candidates = [m for m in _matrices(np.ones((3, 3))) if _is_shear(m)]
     elif system == 1:
         candidates = _matrices(np.array([[2, 0, 2], [0, 1, 0], [2, 0, 2]]))
     elif system == 4:
@@ -35,17 +39,26 @@ def _linear_parts(group: SpaceGroup) -> list[Array]:
         candidates = [m for m in _matrices(np.ones((3, 3))) if np.count_nonzero(m) == 3]
     lattice = group.to_primitive
     inverse = np.linalg.inv(lattice)
-    points = {rotation.astype(int).tobytes() for rotation in group.rotations}
-    kept = []
+    points = {_key(rotation) for rotation in group.rotations}
+    kept, covered = [], set(points)
     for matrix in candidates:
         in_primitive = lattice @ matrix @ inverse
-        if np.abs(in_primitive - np.rint(in_primitive)).max() > 1e-6:
+        if _key(matrix) in covered or np.abs(in_primitive - np.rint(in_primitive)).max() > 1e-6:
             continue
-        back = np.linalg.inv(matrix)
-        images = np.rint(matrix @ group.rotations @ back).astype(int)
-        if all(image.tobytes() in points for image in images):
+        images = matrix @ group.rotations @ np.linalg.inv(matrix)
+        if all(_key(image) in points for image in images):
             kept.append(matrix)
+            covered |= {_key(matrix @ rotation) for rotation in group.rotations}
     return kept
+
+
+def _key(matrix: Array) -> bytes:
+    return np.rint(matrix).astype(np.int8).tobytes()
+
+
+def _is_shear(matrix: Array) -> bool:
+    """Whether a matrix is the identity but for one entry; these generate all of determinant 1."""
+    return bool((np.diag(matrix) == 1).all() and np.count_nonzero(matrix) <= 4)
 
 
 def _matrices(largest: Array) -> list[Array]:
@@ -73,6 +86,8 @@ def _shifts(group: SpaceGroup, linear: Array, only_first: bool) -> Array:
     targets = translations[order]
     candidates = _SHIFTS
     for image, translation, target in zip(images, translations, targets, strict=True):
+        if (image == np.eye(3)).all():
+            continue
         moved = linear @ translation + candidates - candidates @ image.T - target
         off_lattice = np.abs(nearest_zero(moved @ group.to_primitive.T)).max(axis=1)
         candidates = candidates[off_lattice < 1e-6]
@@ -82,28 +97,24 @@ def _shifts(group: SpaceGroup, linear: Array, only_first: bool) -> Array:
 def _permutation(group: SpaceGroup, linear: Array, shift: Array) -> tuple[int, ...]:
     """Where a change of basis takes each letter, as indices in the order of the letters."""
     positions = list(group.wyckoff.values())
+    kinds = [(position.multiplicity, position.dof) for position in positions]
     images = []
-    for position in positions:
+    for position, kind in zip(positions, kinds, strict=True):
+        alike = [index for index, other in enumerate(kinds) if other == kind]
         point = linear @ (position.rotations[0] @ _GENERIC + position.translations[0]) + shift
-        images.append(
-            next(
-                index
-                for index, other in enumerate(positions)
-                if (other.multiplicity, other.dof) == (position.multiplicity, position.dof)
-                and _lies_on(point, other.rotations, other.translations)
-            )
-        )
+        # The last needs no test: the image is on one of them.
+        tests = (i for i in alike[:-1] if _lies_on(point, positions[i]))
+        images.append(next(tests, alike[-1]))
     return tuple(images)
 
 
-def _lies_on(point: Array, rotations: Array, translations: Array) -> bool:
+def _lies_on(point: Array, position: WyckoffPosition) -> bool:
     """Whether an atom of an orbit can be at a point, up to whole translations."""
-    for rotation, translation in zip(rotations, translations, strict=True):
-        targets = wrap(point) - translation + _STEPS
-        off_position = targets - targets @ (rotation @ np.linalg.pinv(rotation)).T
-        if (np.abs(off_position).max(axis=1) < 1e-6).any():
-            return True
-    return False
+    rotations, translations = position.rotations, position.translations
+    off_plane = np.eye(3) - rotations @ np.linalg.pinv(rotations)
+    targets = (wrap(point) - translations)[:, None] + _STEPS
+    rests = np.einsum("mij,msj->msi", off_plane, targets)
+    return bool((np.abs(rests).max(axis=2) < 1e-6).any())
 
 
 @cache

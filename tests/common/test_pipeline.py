@@ -1,0 +1,258 @@
+"""From a formula to files, with the real network (small and untrained) and the shipped prior."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pymatgen.analysis.structure_matcher import StructureMatcher
+from pymatgen.core import Composition, Structure
+from rich.console import Console
+
+from common import runs
+from common.checkpoint import save_checkpoint
+from common.commands.generate import _show_table
+from common.config import RunConfig
+from common.crystal.structure import Crystal, Site
+from common.data.store import Record
+from common.errors import UserError
+from common.pipeline import Settings, generate, make_query
+from common.requests import read_requests
+from common.runs import generate_many
+from common.selection import choose_sample
+
+TINY = {"layers": 1, "width": 16, "edge_width": 16, "heads": 2, "properties": ("band_gap",)}
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of the real network at birth, with the statistics of two rock salts."""
+    from torch_impl.train_dit import Trainer
+
+    records = [
+        Record(
+            f"x-{a}",
+            Crystal(225, (Site(z, "a"), Site(17, "b")), a * np.eye(3)),
+            None,
+            {"band_gap": a - 1.0},
+        )
+        for z, a in ((11, 5.64), (19, 6.29))
+    ]
+    config = RunConfig.model_validate(
+        {"name": "tiny", "model": TINY, "diffusion": {"steps": 3}, "train": {"batch_size": 2}}
+    )
+    folder = tmp_path_factory.mktemp("checkpoints") / "tiny"
+    trainer = Trainer(config, records, records)
+    save_checkpoint(folder, config=config.model_dump(mode="json"), model=trainer.model_arrays())
+    return folder
+
+
+def make(checkpoint: Path, **arguments):
+    return generate("SrTiO3", checkpoint=checkpoint, **{"top": 3, "num_samples": 2, **arguments})
+
+
+def test_crystals_are_exact_and_described(checkpoint: Path) -> None:
+    crystals = make(checkpoint, band_gap=1.8)
+    assert [c.rank for c in crystals] == [1, 2, 3]
+    probabilities = [c.symmetry.probability for c in crystals]
+    assert probabilities == sorted(probabilities, reverse=True)
+    for c in crystals:
+        assert isinstance(c.structure, Structure)
+        assert c.composition_exact
+        assert c.structure.composition.reduced_formula == "SrTiO3"
+        assert len(c.structure) == 5 * c.symmetry.z
+        assert c.query.properties == {"band_gap": 1.8}
+        assert len(c.checkpoint["hash"]) == 12
+        again = Structure.from_str(c.to_cif(), fmt="cif")
+        assert again.composition == c.structure.composition
+        assert StructureMatcher(primitive_cell=False).fit(again, c.structure)
+        assert c.density == pytest.approx(c.structure.density)
+        assert json.loads(json.dumps(c.to_dict())) == c.to_dict()
+
+
+def test_seed_decides_and_nothing_else(checkpoint: Path) -> None:
+    first = [c.to_cif() for c in make(checkpoint, seed=4)]
+    assert [c.to_cif() for c in make(checkpoint, seed=4)] == first
+    assert [c.to_cif() for c in make(checkpoint, seed=5)] != first
+    alone = make(checkpoint, seed=4, top=1)
+    assert alone[0].to_cif() == first[0]
+
+
+def test_fixed_symmetry_is_obeyed(checkpoint: Path) -> None:
+    (given,) = make(checkpoint, space_group=221, sites="Sr:1a Ti:1b O:3c")
+    assert (given.crystal.space_group, given.symmetry.source) == (221, "given")
+    assert given.symmetry.probability == 1.0
+    assert set(given.found_groups.values()) == {221}
+    assert {c.symmetry.z for c in make(checkpoint, z=2)} == {2}
+    for c in generate("Sr2Ti2O6", checkpoint=checkpoint, top=3, num_samples=1):
+        centering = len(c.crystal.group.centering)
+        assert c.symmetry.z in (2, 2 * centering)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        ({"formula": "Xx"}, "unknown element"),
+        ({"band_gap": float("nan")}, "nan"),
+        ({"band_gap": -1.0}, "-1"),
+        ({"band_gap": 1.0, "formation_energy": -1.0}, "not both"),
+        ({"formation_energy": -1.0}, "not with formation_energy"),
+        ({"space_group": 231}, "1 to 230"),
+        ({"z": 0}, "positive"),
+        ({"z": 100000}, "at most"),
+        ({"space_group": 227, "z": 1}, "cannot be placed"),
+        ({"space_group": 221, "sites": "Sr:1a Ti:1a O:3c"}, "only once"),
+        ({"space_group": 221, "sites": "Sr:1a Ti:1b O:3c", "z": 2}, "z is 2"),
+        ({"sites": "Sr:96a Ti:1b O:3c"}, "Sr:96a"),
+        ({"top": 0}, "top is 0"),
+        ({"seed": -1}, "seed is -1"),
+        ({"steps": 2.5}, "whole number"),
+        ({"checkpoint": "absent"}, "absent"),
+        ({"backend": "abacus"}, "abacus"),
+    ],
+)
+def test_mistakes_are_one_line(checkpoint: Path, arguments: dict, part: str) -> None:
+    with pytest.raises(UserError) as error:
+        generate(**{"formula": "SrTiO3", "checkpoint": checkpoint, **arguments})
+    assert part in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_consensus_is_the_middle() -> None:
+    """Of five rutiles three are alike; the choice is the middle one of these."""
+    samples = [
+        Crystal(136, (Site(22, "a"), Site(8, "f", (x, 0.0, 0.0))), np.diag([4.594, 4.594, 2.959]))
+        for x in (0.22, 0.300, 0.305, 0.310, 0.39)
+    ]
+    choice = choose_sample(samples)
+    assert (choice.sample, choice.samples) == (2, 5)
+    crowded = Crystal(136, (Site(22, "a"), Site(8, "f", (0.01, 0, 0))), samples[0].lattice)
+    assert choose_sample([crowded, crowded, crowded, samples[3]]).sample == 3
+
+
+def test_single_run_has_all_files(checkpoint: Path, tmp_path: Path) -> None:
+    query = make_query("SrTiO3", 1.8)
+    outcome = generate_many([query], tmp_path / "run", Settings(2, 2), checkpoint=checkpoint)
+    names = sorted(path.name for path in outcome.folder.iterdir())
+    assert names == sorted(
+        [row["file"] for row in outcome.entries[0]["crystals"]]
+        + ["journal.jsonl", "report.html", "results.extxyz", "results.json", "run.json"]
+    )
+    results = json.loads((outcome.folder / "results.json").read_text())
+    frames = read_extxyz(outcome.folder / "results.extxyz")
+    for row, (symbols, lattice, positions) in zip(
+        results["results"][0]["crystals"], frames, strict=True
+    ):
+        structure = Structure.from_file(outcome.folder / row["file"])
+        assert structure.composition.reduced_formula == "SrTiO3"
+        other = Structure(lattice, symbols, positions, coords_are_cartesian=True)
+        rms, _ = StructureMatcher(scale=False).get_rms_dist(structure, other)
+        assert rms < 1e-5
+        assert row["found_space_groups"].keys() == {"spglib", "moyopy"}
+    console = Console(record=True, width=140)
+    _show_table(console, outcome.entries[0])
+    assert "Sr:" in console.export_text()
+
+
+def read_extxyz(path: Path) -> list[tuple[list[str], np.ndarray, np.ndarray]]:
+    frames, lines = [], path.read_text().splitlines()
+    while lines:
+        count = int(lines[0])
+        lattice = lines[1].split('Lattice="')[1].split('"')[0]
+        rows = [line.split() for line in lines[2 : 2 + count]]
+        frames.append(
+            (
+                [row[0] for row in rows],
+                np.array(lattice.split(), dtype=float).reshape(3, 3),
+                np.array([row[1:] for row in rows], dtype=float),
+            )
+        )
+        lines = lines[2 + count :]
+    return frames
+
+
+REQUESTS = "id,formula,band_gap,space_group\na,NaCl,5,\nb,CsCl,,221\nc,NaCl,1,230\nd,KBr,2,\n"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "journal.jsonl"
+    }
+
+
+def test_many_requests(checkpoint: Path, tmp_path: Path, monkeypatch) -> None:
+    """Answered in small batches, interrupted and resumed: the same bytes; never overwritten."""
+    file = tmp_path / "requests.csv"
+    file.write_text(REQUESTS)
+    queries = read_requests(file)
+    settings = Settings(2, 2)
+    whole = generate_many(queries, tmp_path / "whole", settings, checkpoint=checkpoint)
+    assert [entry["status"] for entry in whole.entries] == ["done", "done", "failed", "done"]
+    assert "230" in whole.failed[0]["error"]
+
+    monkeypatch.setattr(runs, "_BATCH", 4)
+    original, calls = runs.answer, []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    monkeypatch.setattr(runs, "answer", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        generate_many(queries, tmp_path / "parts", settings, checkpoint=checkpoint)
+    assert not (tmp_path / "parts" / "results.json").exists()
+    with open(tmp_path / "parts" / "journal.jsonl", "ab") as journal:
+        journal.write(b'{"index": 3, "cut sho')
+    monkeypatch.setattr(runs, "answer", original)
+    parts = generate_many(queries, tmp_path / "parts", settings, checkpoint=checkpoint)
+    assert parts.folder == tmp_path / "parts"
+    assert 0 < parts.resumed < 4
+    assert contents(parts.folder) == contents(whole.folder)
+
+    second = generate_many(queries, tmp_path / "whole", settings, checkpoint=checkpoint)
+    assert second.folder == tmp_path / "whole-2"
+    assert contents(second.folder) == contents(whole.folder)
+    other = generate_many(queries[:1], tmp_path / "whole", settings, checkpoint=checkpoint)
+    assert other.folder == tmp_path / "whole-3"
+
+
+def test_foreign_folder_is_left_alone(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    query = make_query("NaCl", space_group=225, sites="Na:4a Cl:4b")
+    outcome = generate_many([query], tmp_path / "mine", Settings(1, 1), checkpoint=checkpoint)
+    assert outcome.folder == tmp_path / "mine-2"
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+def test_killed_process_is_resumed(checkpoint: Path, tmp_path: Path) -> None:
+    """A real kill -9 in the middle of a run of the command; running it again finishes it."""
+    file = tmp_path / "requests.jsonl"
+    formulas = [f"{a}{b}" for a in ("Li", "Na", "K", "Rb") for b in ("F", "Cl", "Br", "I")]
+    file.write_text("\n".join(json.dumps({"formula": f}) for f in formulas))
+    command = [sys.executable, "-c", "from common.cli import main; main()", "generate"]
+    command += ["--input", str(file), "--out", str(tmp_path / "out"), "--top", "4"]
+    command += ["--num-samples", "16", "--checkpoint", str(checkpoint)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    journal = tmp_path / "out" / "journal.jsonl"
+    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 120
+        while not journal.exists() and time.monotonic() < deadline and process.poll() is None:
+            time.sleep(0.02)
+        process.kill()
+    assert journal.exists()
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    made = [entry["query"]["formula"] for entry in results["results"]]
+    assert made == [Composition(f).reduced_formula for f in formulas]
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["status"] == "finished"
+    assert not list(tmp_path.glob("out-*"))

@@ -1,0 +1,332 @@
+"""The template prior: exact compositions, sensible ranks, faithful files, and a correct fit."""
+
+import csv
+import gzip
+import itertools
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pymatgen.analysis.structure_matcher import StructureMatcher
+from pymatgen.core import Structure
+from scipy.optimize import check_grad
+
+from common.composition import Formula, SiteRequest, check_sites, parse_formula
+from common.crystal.structure import Crystal, Site
+from common.crystal.wyckoff import wyckoff_summary
+from common.data.label import label_structure
+from common.data.store import Record
+from common.errors import UserError
+from common.evaluate.symmetry_prediction import evaluate_prior
+from common.legal_sites import SiteStatistics, enumerate_sites
+from common.pipeline import load_prior
+from common.prior import SHIPPED, SymmetryCandidate, TemplatePrior
+from common.prior_fit import Comparison, _log_likelihood
+from common.templates import assign, role_permutations
+
+STATISTICS = SiteStatistics({}, {}, {})
+
+
+def cubic(number: int, a: float, *sites: tuple[int, str]) -> Crystal:
+    return Crystal(number, tuple(Site(z, x) for z, x in sites), a * np.eye(3))
+
+
+def textbook() -> list[Record]:
+    """Rock salts, CsCl, zincblende, perovskites (lattice constants in A) and one rutile."""
+    rows = []
+    for a, b, size in [
+        (11, 17, 5.64), (19, 17, 6.29), (3, 9, 4.03), (12, 8, 4.21), (20, 8, 4.81), (37, 35, 6.89)
+    ]:  # fmt: skip
+        rows.append(cubic(225, size, (a, "a"), (b, "b")))
+    for a, b, size in [(55, 17, 4.12), (55, 35, 4.29), (81, 17, 3.83)]:
+        rows.append(cubic(221, size, (a, "a"), (b, "b")))
+    for a, b, size in [(30, 16, 5.41), (31, 33, 5.65), (48, 52, 6.48)]:
+        rows.append(cubic(216, size, (a, "a"), (b, "c")))
+    for a, b, size in [(38, 22, 3.905), (56, 22, 4.0), (19, 73, 3.99), (20, 22, 3.84)]:
+        rows.append(cubic(221, size, (a, "a"), (b, "b"), (8, "c")))
+    rutile = Site(8, "f", (0.305, 0.0, 0.0))
+    rows.append(Crystal(136, (Site(22, "a"), rutile), np.diag([4.594, 4.594, 2.959])))
+    return [
+        Record(f"x-{i:02d}", c, None, {"band_gap": 0.5 * i, "formation_energy": -1.0})
+        for i, c in enumerate(rows)
+    ]
+
+
+@pytest.fixture(scope="module")
+def prior() -> TemplatePrior:
+    return TemplatePrior.fit(textbook(), {"name": "textbook"})
+
+
+@pytest.fixture(scope="module")
+def shipped() -> TemplatePrior:
+    return TemplatePrior.load(SHIPPED)
+
+
+def assert_legal(candidates: list[SymmetryCandidate], counts: dict[int, int]) -> None:
+    formula = Formula(tuple(sorted(counts.items())))
+    assert candidates
+    for c in candidates:
+        table = wyckoff_summary(c.space_group).letters
+        requests = [SiteRequest(z, letter) for z, letter in c.sites]
+        assert check_sites(requests, table, c.space_group, formula) == c.z
+    probabilities = [c.probability for c in candidates]
+    assert probabilities == sorted(probabilities, reverse=True)
+    assert min(probabilities) > 0
+    assert sum(probabilities) <= 1 + 1e-9
+    assert len(
+        {(c.space_group, wyckoff_summary(c.space_group).canonical(c.sites)) for c in candidates}
+    ) == len(candidates)
+
+
+@pytest.mark.parametrize(
+    ("formula", "group"),
+    [("NaBr", 225), ("MgO", 225), ("CsI", 221), ("ZnSe", 216), ("BaHfO3", 221)],
+)
+def test_alike_elements_give_the_template(prior: TemplatePrior, formula: str, group: int) -> None:
+    counts = parse_formula(formula).counts
+    candidates = prior.rank(counts)
+    assert_legal(candidates, counts)
+    assert candidates[0].space_group == group
+    assert candidates[0].source == "template"
+
+
+def test_cations_take_the_right_roles(prior: TemplatePrior) -> None:
+    """Sr and Ti are not interchangeable: the large cation is the one amid twelve oxygens."""
+    best = prior.rank(parse_formula("SrZrO3").counts)[0]
+    summary = wyckoff_summary(221)
+    assert best.space_group == 221
+    assert summary.canonical(best.sites) == summary.canonical([(38, "a"), (40, "b"), (8, "c")])
+
+
+def test_unseen_stoichiometry_is_enumerated(prior: TemplatePrior) -> None:
+    counts = parse_formula("Ca3Al2Si3O12").counts
+    candidates = prior.rank(counts, top=10)
+    assert_legal(candidates, counts)
+    assert len(candidates) == 10
+    assert {c.source for c in candidates} == {"enumeration"}
+    assert sum(c.probability for c in candidates) <= 1
+
+
+@pytest.mark.parametrize(
+    ("fixed", "check"),
+    [
+        ({"space_group": 47}, lambda c: c.space_group == 47),
+        ({"z": 3}, lambda c: c.z == 3),
+        ({"space_group": 225, "z": 4}, lambda c: (c.space_group, c.z) == (225, 4)),
+        ({"units": 2}, lambda c: 2 in (c.z, c.z / wyckoff_summary(c.space_group).centering)),
+        ({"sites": ((11, "a"), (17, "b"))}, lambda c: sorted(c.sites) == [(11, "a"), (17, "b")]),
+    ],
+)
+def test_what_is_fixed_is_kept(prior: TemplatePrior, fixed, check) -> None:
+    counts = {11: 1, 17: 1}
+    candidates = prior.rank(counts, top=8, **fixed)
+    assert_legal(candidates, counts)
+    assert all(check(c) for c in candidates)
+
+
+def test_impossible_gives_nothing(prior: TemplatePrior) -> None:
+    assert prior.rank({11: 1, 17: 1}, space_group=227, z=3) == []
+
+
+def test_property_moves_probability(shipped: TemplatePrior) -> None:
+    """Carbon with a wide gap is diamond rather than graphite's relatives."""
+
+    def diamond(gap: float) -> float:
+        ranked = shipped.rank({6: 1}, {"band_gap": gap}, top=20)
+        return sum(c.probability for c in ranked if c.space_group == 227)
+
+    assert diamond(4.5) > diamond(0.0)
+
+
+def brute_force(counts: dict[int, int], number: int, units: int) -> set:
+    """Every legal assignment, by trying all numbers of sites on all letters for all elements."""
+    summary = wyckoff_summary(number)
+    per_element = []
+    for z, n in counts.items():
+        ranges = [
+            range(min(n * units // m, 1 if dof == 0 else 99) + 1)
+            for m, dof in summary.letters.values()
+        ]
+        fits = [
+            ((z, x),)
+            for x in itertools.product(*ranges)
+            if sum(k * m for k, (m, _) in zip(x, summary.letters.values(), strict=True))
+            == n * units
+        ]
+        per_element.append(fits)
+    found = set()
+    for combination in itertools.product(*per_element):
+        used = Counter()
+        sites = []
+        for ((z, numbers),) in combination:
+            for letter, k in zip(summary.letters, numbers, strict=True):
+                used[letter] += k
+                sites += [(z, letter)] * k
+        if all(k <= 1 for x, k in used.items() if summary.letters[x][1] == 0):
+            found.add(summary.canonical(sites))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("formula", "number", "units"),
+    [("NaCl", 225, 4), ("SrTiO3", 221, 1), ("CaF2", 136, 2), ("FeS2", 205, 4), ("SiO2", 152, 3)],
+)
+def test_enumeration_is_complete(formula: str, number: int, units: int) -> None:
+    counts = parse_formula(formula).counts
+    legal = enumerate_sites(counts, STATISTICS, space_group=number, units=[units], top=1000)
+    found = {wyckoff_summary(number).canonical(x.sites) for x in legal if x.units == units}
+    expected = brute_force(counts, number, units)
+    assert expected
+    assert found == expected
+
+
+@pytest.mark.parametrize(("formula", "number", "units"), [("NaCl", 227, 3), ("SrTiO3", 230, 1)])
+def test_nothing_legal_is_seen(formula: str, number: int, units: int) -> None:
+    counts = parse_formula(formula).counts
+    assert brute_force(counts, number, units) == set()
+    legal = enumerate_sites(counts, STATISTICS, space_group=number, units=[units])
+    assert [x for x in legal if x.units == units] == []
+
+
+@settings(
+    max_examples=30,
+    deadline=None,
+    database=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
+)
+@given(st.dictionaries(st.integers(1, 100), st.integers(1, 8), min_size=1, max_size=6))
+def test_every_formula_gets_an_answer(counts: dict[int, int]) -> None:
+    divisor = np.gcd.reduce(list(counts.values()))
+    formula = {z: n // int(divisor) for z, n in counts.items()}
+    assert_legal(load_prior().rank(formula, top=5), formula)
+
+
+def test_file_is_faithful_and_order_free(prior: TemplatePrior, tmp_path: Path) -> None:
+    again = TemplatePrior.fit(reversed(textbook()), {"name": "textbook"})
+    for name, each in (("a", prior), ("b", again)):
+        each.save(tmp_path / f"{name}.parquet")
+    assert (tmp_path / "a.parquet").read_bytes() == (tmp_path / "b.parquet").read_bytes()
+    loaded = TemplatePrior.load(tmp_path / "a.parquet")
+    assert loaded.hash == prior.hash
+    for counts in ({11: 1, 35: 1}, {38: 1, 40: 1, 8: 3}, {14: 1}):
+        assert loaded.rank(counts) == prior.rank(counts)
+
+
+def test_damage_is_reported(prior: TemplatePrior, tmp_path: Path) -> None:
+    path = tmp_path / "p.parquet"
+    prior.save(path)
+    data = bytearray(path.read_bytes())
+    for damaged in (data[: len(data) // 2], b"", b"PAR1" * 8, _flipped(data)):
+        path.write_bytes(bytes(damaged))
+        with pytest.raises(UserError) as error:
+            TemplatePrior.load(path)
+        assert len(str(error.value).splitlines()) == 1
+    with pytest.raises(UserError):
+        TemplatePrior.load(tmp_path / "absent")
+
+
+def _flipped(data: bytearray) -> bytearray:
+    """With one bit of the first column's data changed."""
+    copy = bytearray(data)
+    copy[60] ^= 4
+    return copy
+
+
+def test_gradient_of_the_fit() -> None:
+    generator = np.random.default_rng(3)
+    correct = generator.random((5, 40)) < 0.2
+    correct[0] = False
+    comparison = Comparison(
+        generator.random((5, 40, 3)).astype(np.float32),
+        generator.random((5, 40)) < 0.8,
+        correct,
+        1.0,
+    )
+    point = np.array([0.7, 1.3, 0.2, -3.0, 0.5])
+    error = check_grad(
+        lambda x: _log_likelihood(x, comparison)[0],
+        lambda x: _log_likelihood(x, comparison)[1],
+        point,
+        epsilon=1e-3,
+    )
+    assert error < 2e-2
+
+
+def test_likelihood_against_the_formula() -> None:
+    """One query, two matchings, one correct: ln((k1 + e) / (c + k1 + k2 + 2 e))."""
+    comparison = Comparison(
+        np.array([[[1.0], [2.0]]], dtype=np.float32),
+        np.ones((1, 2), dtype=bool),
+        np.array([[True, False]]),
+        1.0,
+    )
+    k1, k2, e, c = np.exp(-0.5), np.exp(-1.0), np.exp(-2.0), np.exp(0.3)
+    value, _ = _log_likelihood(np.array([0.5, -2.0, 0.3]), comparison)
+    assert value == pytest.approx(np.log((k1 + e) / (c + k1 + k2 + 2 * e)), abs=1e-6)
+
+
+def test_equivalent_crystals_share_a_template() -> None:
+    a = assign(cubic(221, 4.0, (38, "a"), (22, "b"), (8, "c")))
+    b = assign(cubic(221, 4.0, (22, "a"), (38, "b"), (8, "d")))
+    assert a.template == b.template
+    assert a.roles == b.roles
+    rock_salt = assign(cubic(225, 5.0, (11, "a"), (17, "b"))).template
+    assert set(rock_salt.automorphisms) == {(0, 1), (1, 0)}
+    assert set(a.template.automorphisms) == {(0, 1, 2)}
+
+
+def test_role_permutations_keep_counts() -> None:
+    assert set(role_permutations((1, 1, 3))) == {(0, 1, 2), (1, 0, 2)}
+    assert len(role_permutations((1, 1, 1, 2, 2))) == 12
+
+
+def test_reference_crystals_are_exact_enough(prior: TemplatePrior) -> None:
+    by_id = {record.material_id: record.crystal for record in textbook()}
+    matcher = StructureMatcher()
+    for row in range(len(prior.reference)):
+        original = by_id[prior.reference.material_id(row)]
+        kept = prior.reference.crystal(row)
+        rms, _ = matcher.get_rms_dist(original.to_structure(), kept.to_structure())
+        assert rms < 1e-4
+        assert np.allclose(np.linalg.det(original.lattice), np.linalg.det(kept.lattice), rtol=1e-5)
+
+
+def test_nearest_is_itself_its_prototype_or_nothing(prior: TemplatePrior) -> None:
+    itself = prior.nearest(cubic(221, 4.1, (38, "a"), (22, "b"), (8, "c")))
+    assert itself is not None
+    assert (itself.formula, itself.kind) == ("SrTiO3", "same composition")
+    assert itself.distance < 1e-4
+    prototype = prior.nearest(cubic(225, 5.9, (11, "b"), (35, "a")))
+    assert prototype is not None
+    assert (prototype.space_group, prototype.kind) == (225, "same prototype")
+    far = Crystal(1, tuple(Site(z, "a", (0.1 * z, 0.3, 0.2)) for z in (3, 5, 7)), 9 * np.eye(3))
+    assert prior.nearest(far) is None
+
+
+def test_shipped_prior_is_small_fast_and_knows_textbooks(shipped: TemplatePrior) -> None:
+    assert SHIPPED.stat().st_size < 3_000_000
+    assert "CC BY 4.0" in shipped.metadata["attribution"]
+    for formula, group in (("SrTiO3", 221), ("NaCl", 225), ("GaN", 186), ("CsCl", 221)):
+        assert shipped.rank(parse_formula(formula).counts)[0].space_group == group
+    start = time.perf_counter()
+    for formula in ("SrTiO3", "NaCl", "LiFePO4", "Si", "MgAl2O4"):
+        shipped.rank(parse_formula(formula).counts, {"band_gap": 1.0})
+    assert time.perf_counter() - start < 5
+
+
+def test_shipped_prior_on_validation_rows(shipped: TemplatePrior, data_dir: Path) -> None:
+    with gzip.open(data_dir / "mp_20" / "val.csv.gz", "rt") as file:
+        rows = list(itertools.islice(csv.DictReader(file), 0, None, 220))
+    records = [
+        Record(r["material_id"], label_structure(Structure.from_str(r["cif"], fmt="cif")))
+        for r in rows
+    ]
+    result = evaluate_prior(shipped, records)
+    assert result["rows"] == len(rows) > 40
+    assert result["assignment"][1] > 0.4
+    assert result["space_group"][20] > 0.8
