@@ -4,6 +4,7 @@
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -173,6 +174,12 @@ TEXTBOOK: dict[str, Textbook] = {
 
 def textbook(name: str) -> Structure:
     """The conventional cell of one of TEXTBOOK, built by pymatgen from its own tables."""
+    return _built(name).copy()
+
+
+@cache
+def _built(name: str) -> Structure:
+    """Cached: pymatgen takes most of a second for a cubic group."""
     crystal = TEXTBOOK[name]
     species = [symbol for symbol, _ in crystal.atoms]
     coords = [position for _, position in crystal.atoms]

@@ -1,0 +1,92 @@
+"""Whether a crystal could be one: the filter behind the "valid" match rate.
+
+The rule is DiffCSP's (Jiao et al., NeurIPS 2023): a composition that can be charge neutral with its
+anions more electronegative than its cations, atoms at least 0.5 A apart, a cell of at least
+0.1 A^3. A match counts as valid only if prediction and reference both pass.
+"""
+
+import math
+from functools import lru_cache
+from itertools import product
+
+import numpy as np
+from pymatgen.core import Composition, Structure
+from smact.screening import smact_validity
+
+MIN_DISTANCE = 0.5
+"""Smallest distance allowed between two atoms, an atom and its own images included (A)."""
+MIN_VOLUME = 0.1
+"""Smallest cell volume allowed (A^3)."""
+
+_MAX_LENGTH = 1e4  # A; beyond it a cell is a numerical accident
+_MIN_FULLNESS = 1e-4  # volume / (a b c); below it the vectors are parallel but for rounding
+_NEIGHBOURS = np.array([step for step in product((-1, 0, 1), repeat=3) if any(step)], dtype=float)
+
+
+def cell_is_sound(structure: Structure) -> bool:
+    """Whether the numbers describe an ordered crystal at all.
+
+    All must be finite, with at least one atom and no lattice vector that is absurdly long or
+    parallel to the others. Geometry code may fail, or never end, on what does not pass.
+    """
+    matrix = structure.lattice.matrix
+    if len(structure) == 0 or not (
+        np.isfinite(matrix).all() and np.isfinite(structure.frac_coords).all()
+    ):
+        return False
+    lengths = np.linalg.norm(matrix, axis=1)
+    if not 0 < lengths.min() <= lengths.max() <= _MAX_LENGTH:
+        return False
+    fullness = abs(np.linalg.det(matrix / lengths[:, None]))
+    return bool(fullness >= _MIN_FULLNESS) and structure.is_ordered
+
+
+def min_distance(structure: Structure) -> float:
+    """Smallest distance (A) between an atom and any other atom or any image of itself.
+
+    The cell must be sound, see `cell_is_sound`.
+    """
+    own_images = np.linalg.norm(_NEIGHBOURS @ structure.lattice.lll_matrix, axis=1).min()
+    if len(structure) == 1:
+        return float(own_images)
+    distances = structure.distance_matrix
+    others = distances[~np.eye(len(structure), dtype=bool)].min()
+    return float(min(own_images, others))
+
+
+def geometry_is_valid(structure: Structure) -> bool:
+    """Whether no atoms are closer than 0.5 A and the cell has at least 0.1 A^3."""
+    return (
+        cell_is_sound(structure)
+        and structure.volume >= MIN_VOLUME
+        and min_distance(structure) >= MIN_DISTANCE
+    )
+
+
+def composition_is_valid(composition: Composition | str) -> bool:
+    """SMACT's test: one assignment of oxidation states is neutral and ordered as electronegativity.
+
+    One state per element. Elements and alloys (metals only) pass. The states are those of SMACT's
+    2014 list, the one DiffCSP's filter used; smact 4 has another default.
+    """
+    return _formula_is_valid(Composition(composition).reduced_formula)
+
+
+@lru_cache(maxsize=65536)
+def _formula_is_valid(reduced_formula: str) -> bool:
+    composition = Composition(reduced_formula)
+    if not all(math.isclose(amount, round(amount)) for amount in composition.values()):
+        return False
+    return bool(
+        smact_validity(
+            composition,
+            use_pauling_test=True,
+            include_alloys=True,
+            oxidation_states_set="smact14",
+        )
+    )
+
+
+def is_valid(structure: Structure) -> bool:
+    """Whether a structure passes all three tests; never raises for a broken one."""
+    return geometry_is_valid(structure) and composition_is_valid(structure.composition)
