@@ -42,6 +42,7 @@ from common.data.sources import RawEntry, Source, file_sha256, printable
 from common.data.store import SCHEMA_VERSION, Cell, Record, reduced_formula, write_records
 from common.errors import UserError
 from common.files import atomic_path, write_atomic
+from common.machine import cpu_count
 
 #: Part of the key of cached imports: raise it when the same rows give another result.
 IMPORT_VERSION = 1
@@ -213,7 +214,7 @@ def _options(
 def _workers(workers: int | None) -> int:
     if workers is not None and workers < 1:
         raise UserError(f"workers {workers}: give a number of at least 1")
-    return workers or len(os.sched_getaffinity(0))
+    return workers or cpu_count()
 
 
 def _provenance(source: Source, options: ImportOptions) -> dict[str, Any]:

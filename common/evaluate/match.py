@@ -9,7 +9,6 @@ tight tolerance share one search.
 """
 
 import multiprocessing
-import os
 import signal
 import threading
 import warnings
@@ -31,9 +30,9 @@ from pymatgen.util.coord_cython import (  # type: ignore[import-not-found]  # co
 )
 from rich.progress import track
 from scipy.optimize import linear_sum_assignment
-from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from common.evaluate.validity import MIN_VOLUME, cell_is_sound, is_valid, min_distance
+from common.machine import cpu_count, start_worker
 
 Array = NDArray[np.float64]
 
@@ -127,14 +126,14 @@ def match_many(
     work = partial(_match_item, cpu_seconds=cpu_seconds)
     if workers is None:
         pairs = sum(len(item.candidates) for item in items)
-        workers = min(available_processors(), 1 + pairs // _PAIRS_PER_WORKER)
+        workers = min(cpu_count(), 1 + pairs // _PAIRS_PER_WORKER)
     show = partial(track, description="Matching", total=len(items), disable=not progress)
     workers = min(workers, len(items))
     if workers <= 1:
         return list(show(map(work, items)))
     chunk = max(1, min(16, len(items) // (4 * workers)))
     with ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), initializer=_start_worker
+        workers, multiprocessing.get_context("spawn"), initializer=start_worker
     ) as pool:
         return list(show(pool.map(work, items, chunksize=chunk)))
 
@@ -154,19 +153,6 @@ def pool_by_composition(items: Sequence[MatchItem]) -> list[MatchItem]:
             candidates = sum(others, start=items[index].candidates)
             pooled[index] = replace(items[index], candidates=candidates)
     return pooled
-
-
-def available_processors() -> int:
-    """Processors that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _start_worker() -> None:
-    """One thread per process; Ctrl-C is the parent's business."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threadpool_limits(1)
 
 
 def _match_item(item: MatchItem, cpu_seconds: float) -> tuple[CandidateMatch, ...]:

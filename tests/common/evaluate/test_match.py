@@ -1,5 +1,6 @@
 """Matching against pymatgen's own matcher, and against what a crystallographer would say."""
 
+import signal
 import time
 from dataclasses import astuple
 
@@ -8,7 +9,6 @@ import pytest
 from pymatgen.analysis.structure_matcher import StructureMatcher
 from pymatgen.core import Lattice, Structure
 
-from common.evaluate import match
 from common.evaluate.match import (
     STANDARD,
     TIGHT,
@@ -19,6 +19,7 @@ from common.evaluate.match import (
     pool_by_composition,
     rms_distance,
 )
+from common.machine import start_worker
 from tests.crystals import textbook
 
 NAMES = (
@@ -261,8 +262,10 @@ def test_nothing_to_match() -> None:
 def test_workers_use_one_thread() -> None:
     from threadpoolctl import threadpool_info, threadpool_limits
 
+    interrupt = signal.getsignal(signal.SIGINT)
     with threadpool_limits(limits=None):
-        match._start_worker()
+        start_worker()
+        signal.signal(signal.SIGINT, interrupt)
         assert all(library["num_threads"] == 1 for library in threadpool_info())
 
 
