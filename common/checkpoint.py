@@ -34,7 +34,7 @@ from safetensors.numpy import load as parse_safetensors
 from safetensors.numpy import save as dump_safetensors
 
 from common.errors import UserError
-from common.files import _flush_folder, write_atomic
+from common.files import flush_folder, write_atomic
 
 FORMAT = "uni-mdm checkpoint"
 FORMAT_VERSION = 1
@@ -273,13 +273,13 @@ def _install(folder: Path, files: Mapping[str, bytes], provenance: Mapping[str, 
             manifest = _manifest(files, provenance)
             for name, data in {**files, MANIFEST: _dump_json(manifest)}.items():
                 _write(temporary / name, data)
-            _flush_folder(temporary)
+            flush_folder(temporary)
             if folder.exists():
                 if aside.exists():
                     _remove(aside)
                 folder.rename(aside)
             temporary.rename(folder)
-            _flush_folder(folder.parent)
+            flush_folder(folder.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         if aside.exists():
