@@ -6,7 +6,7 @@ Knows no framework: what samples is a backend, see ``common.backend``. ``generat
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -248,6 +248,11 @@ def _check_symmetry(query: Query) -> None:
         units = check_sites(query.sites, wyckoff_summary(number).letters, number, query.formula)
         if query.z not in (None, units):
             raise UserError(f"the sites hold {units} formula units per cell, but z is {query.z}")
+    if units is not None and not _agrees(query.formula.units, units, number):
+        raise UserError(
+            f"the formula counts {query.formula.units} formula units per cell, but z is {units}: "
+            "write the reduced formula or leave z out"
+        )
     if units is not None:
         centering = wyckoff_summary(number).centering if number else 4
         if units * query.formula.num_atoms > MAX_PRIMITIVE_ATOMS * centering:
@@ -255,6 +260,12 @@ def _check_symmetry(query: Query) -> None:
                 f"z = {units} makes {units * query.formula.num_atoms} atoms in the conventional "
                 f"cell: at most {MAX_PRIMITIVE_ATOMS} in the primitive cell are supported"
             )
+
+
+def _agrees(formula_units: int, z: int, number: int | None) -> bool:
+    """Whether a formula's real count can be of a primitive or conventional cell with this z."""
+    centerings = (wyckoff_summary(number).centering,) if number else (1, 2, 3, 4)
+    return formula_units == 1 or any(z in (formula_units, formula_units * c) for c in centerings)
 
 
 def rank_symmetries(query: Query, prior: "TemplatePrior", top: int) -> list["SymmetryCandidate"]:
@@ -276,13 +287,29 @@ def rank_symmetries(query: Query, prior: "TemplatePrior", top: int) -> list["Sym
         query.properties,
         space_group=query.space_group,
         z=query.z,
-        units=query.formula.units if query.formula.units > 1 and query.z is None else None,
+        units=query.formula.units if query.formula.units > 1 else None,
         sites=_plain_sites(query),
-        top=top,
+        top=230 if query.sites else top,
     )
+    if query.sites is not None:
+        candidates = _with_multiplicities(query, candidates)[:top]
     if not candidates:
         raise UserError(_nothing_legal(query))
     return candidates
+
+
+def _with_multiplicities(
+    query: Query, candidates: Sequence["SymmetryCandidate"]
+) -> list["SymmetryCandidate"]:
+    """Candidates in whose groups the user's letters have the user's multiplicities."""
+    kept = []
+    for candidate in candidates:
+        table = wyckoff_summary(candidate.space_group).letters
+        assert query.sites is not None
+        if all(s.multiplicity in (None, table[s.letter][0]) for s in query.sites):
+            kept.append(candidate)
+    total = sum(candidate.probability for candidate in kept)
+    return [replace(c, probability=c.probability / total) for c in kept]
 
 
 def _plain_sites(query: Query) -> Sites | None:
@@ -356,8 +383,8 @@ class Engine:
 def load_engine(
     properties: Sequence[str],
     backend: str = "auto",
-    checkpoint: Path | None = None,
-    prior: "TemplatePrior | Path | None" = None,
+    checkpoint: str | Path | None = None,
+    prior: "TemplatePrior | str | Path | None" = None,
 ) -> Engine:
     """Loads what is needed to answer queries with a property (or none).
 
@@ -366,15 +393,15 @@ def load_engine(
     """
     if backend not in ("auto", *available_backends()):
         load_backend(backend)  # says what there is
-    folder = find_checkpoint(properties, checkpoint)
+    folder = find_checkpoint(properties, None if checkpoint is None else Path(checkpoint))
     loaded = load_checkpoint(folder)
     identity = {
         "name": folder.name,
         "hash": loaded.hash,
         "training_fingerprint": loaded.fingerprint,
     }
-    if prior is None or isinstance(prior, Path):
-        prior = load_prior(prior)
+    if prior is None or isinstance(prior, str | Path):
+        prior = load_prior(None if prior is None else Path(prior))
     return Engine(load_generator(folder, backend), prior, identity)
 
 
@@ -391,8 +418,8 @@ def generate(
     seed: int = 0,
     steps: int | None = None,
     backend: str = "auto",
-    checkpoint: Path | None = None,
-    prior: "TemplatePrior | Path | None" = None,
+    checkpoint: str | Path | None = None,
+    prior: "TemplatePrior | str | Path | None" = None,
     progress: Progress | None = None,
 ) -> list[GeneratedCrystal]:
     """Crystals of a formula with a wanted property, the most probable symmetry first.
@@ -420,12 +447,10 @@ def generate(
     query = make_query(
         formula, band_gap, formation_energy, space_group=space_group, sites=sites, z=z
     )
-    if prior is None or isinstance(prior, Path):
-        prior = load_prior(prior)
+    if prior is None or isinstance(prior, str | Path):
+        prior = load_prior(None if prior is None else Path(prior))
     candidates = rank_symmetries(query, prior, settings.top)
-    engine = load_engine(
-        tuple(query.properties), backend, None if checkpoint is None else Path(checkpoint), prior
-    )
+    engine = load_engine(tuple(query.properties), backend, checkpoint, prior)
     return answer([(query, candidates)], engine, settings, progress)[0]
 
 

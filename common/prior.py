@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -30,7 +30,6 @@ from common.elements import PAIR_FEATURES, element_table, pair_differences
 from common.errors import UserError
 from common.files import atomic_path
 from common.legal_sites import SiteStatistics, enumerate_sites, size_class
-from common.prior_fit import Comparison, fit_weights
 from common.reference import (
     MAX_COMPARED,
     MAX_COMPARED_ATOMS,
@@ -49,6 +48,9 @@ from common.templates import (
     role_permutations,
     template_sites,
 )
+
+if TYPE_CHECKING:
+    from common.prior_fit import Comparison
 
 Array = NDArray[np.float64]
 
@@ -476,7 +478,7 @@ class TemplatePrior:
                 start = np.concatenate([features, [0.5, 0.5], parameters[-2:]])
         return fitted
 
-    def _comparisons(self, name: str | None) -> list[Comparison]:
+    def _comparisons(self, name: str | None) -> list["Comparison"]:
         comparisons = []
         for stoichiometry in sorted(self._classes):
             comparison = self._compare(stoichiometry, self._classes[stoichiometry], name)
@@ -486,8 +488,10 @@ class TemplatePrior:
 
     def _compare(
         self, stoichiometry: Stoichiometry, structures: _Class, name: str | None
-    ) -> Comparison | None:
+    ) -> "Comparison | None":
         """Evenly chosen structures of a class against all of it."""
+        from common.prior_fit import Comparison
+
         size = len(structures.template)
         permutations = np.array(role_permutations(stoichiometry))
         limit = max(4, _COMPARISONS_PER_CLASS // (size * len(permutations)))
@@ -537,9 +541,11 @@ _SCHEMA = pa.schema(
 
 
 def _fit_or_default(
-    comparisons: Sequence[Comparison], name: str, start: Array | None
+    comparisons: Sequence["Comparison"], name: str, start: Array | None
 ) -> tuple[Array, float]:
     """The fit, or its start where there is nothing to fit on (a handful of structures)."""
+    from common.prior_fit import fit_weights
+
     features = 2 * len(PAIR_FEATURES) + (0 if name == "none" else 2)
     if not comparisons:
         return np.concatenate([np.full(features, 0.5), [-6.0, 0.0]]), float("-inf")

@@ -71,7 +71,7 @@ def generate_many(
     settings: Settings | None = None,
     *,
     backend: str = "auto",
-    checkpoint: Path | None = None,
+    checkpoint: str | Path | None = None,
     prior: Any = None,
     progress: Progress | None = None,
 ) -> Outcome:
@@ -111,7 +111,7 @@ def _kind(query: Query) -> str | None:
 
 
 def _load_engines(
-    queries: Sequence[Query], backend: str, checkpoint: Path | None, prior: Any
+    queries: Sequence[Query], backend: str, checkpoint: str | Path | None, prior: Any
 ) -> dict[str | None, Engine]:
     engines: dict[str | None, Engine] = {}
     for kind in sorted({_kind(query) for query in queries}, key=str):

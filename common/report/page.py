@@ -17,7 +17,7 @@ from common.report.scene import scene
 
 _HERE = Path(__file__).resolve().parent
 #: Crystals drawn in one page; the tables list all.
-MAX_DRAWN = 150
+MAX_DRAWN = 200
 
 _PROPERTY_TEXT = {
     "band_gap": ("band gap", "eV"),

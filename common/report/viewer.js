@@ -4,6 +4,7 @@
   const scenes = JSON.parse(document.getElementById("scenes").textContent);
   const TILT = [0.32, -0.38];
   const sprites = new Map();
+  let printing = false;
   const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
   const cross = (u, v) => [u[1] * v[2] - u[2] * v[1], u[2] * v[0] - u[0] * v[2], u[0] * v[1] - u[1] * v[0]];
@@ -56,6 +57,7 @@
       this.show = { bonds: true, faces: this.scene.faces.length > 0 };
       const toggle = canvas.parentElement.querySelector('[data-do="faces"]');
       toggle.hidden = !this.show.faces;
+      this.visible = false;
       this.legend();
       this.measure();
       this.reset();
@@ -117,6 +119,11 @@
       });
       canvas.parentElement.querySelector(".tools").addEventListener("click", (e) => this.tool(e.target.closest("button")));
       new ResizeObserver(() => this.draw()).observe(canvas);
+      // Long pages hold many drawings: only those near the window keep their pixels.
+      new IntersectionObserver((entries) => {
+        this.visible = entries[entries.length - 1].isIntersecting;
+        if (this.visible) this.draw(); else this.release();
+      }, { rootMargin: "800px" }).observe(canvas);
     }
 
     tool(button) {
@@ -133,7 +140,10 @@
     turn(dx, dy) { this.view = multiply(multiply(turnX(dy), turnY(dx)), this.view); this.draw(); }
     scale(factor) { this.zoom = Math.min(8, Math.max(0.3, this.zoom * factor)); this.draw(); }
 
+    release() { if (!this.visible && !printing) this.canvas.width = this.canvas.height = 1; }
+
     draw() {
+      if (!this.visible && !printing) return;
       const ratio = Math.max(2, window.devicePixelRatio || 1);
       const width = this.canvas.clientWidth, height = this.canvas.clientHeight;
       if (!width) return;
@@ -230,6 +240,6 @@
   const viewers = [...document.querySelectorAll("canvas[data-scene]")].map((canvas) => new Viewer(canvas));
   const redraw = () => viewers.forEach((viewer) => viewer.draw());
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
-  addEventListener("beforeprint", redraw);
-  addEventListener("afterprint", redraw);
+  addEventListener("beforeprint", () => { printing = true; redraw(); });
+  addEventListener("afterprint", () => { printing = false; redraw(); viewers.forEach((viewer) => viewer.release()); });
 })();
