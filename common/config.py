@@ -15,7 +15,7 @@ PropertyName = Literal["band_gap", "formation_energy"]
 class Settings(BaseModel):
     """Base of all settings: nothing unknown, nothing changed later."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class ModelConfig(Settings):
@@ -120,7 +120,7 @@ def load_config(path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
         data = yaml.safe_load(path.read_text())
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: no text, or an impossible date
         raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(data, dict):
         raise UserError(f"{path}: a mapping of settings is expected")
@@ -152,5 +152,5 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
             raise UserError(f"override '{override}': '{section}' is no section")
     try:
         data[name] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"override '{override}': the value is not YAML") from error
