@@ -130,12 +130,17 @@ def load(checkpoint: Path, device: str = "auto") -> TorchGenerator:
         UserError: if it is unreadable or damaged, or does not fit the network it names.
     """
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = devices()[0]
     saved = load_checkpoint(checkpoint)
     config = parse_config(saved.config, f"{checkpoint}/config.yaml")
     model = CrystalDiT(config.model)
     load_weights(model, saved.model, str(checkpoint))
     return TorchGenerator(config, model, _standardizer(saved.model, checkpoint), device)
+
+
+def devices() -> list[str]:
+    """What ``device`` may be here, best first."""
+    return ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
 
 
 def _standardizer(arrays: dict[str, np.ndarray], checkpoint: Path) -> Standardizer:
