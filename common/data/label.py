@@ -26,6 +26,7 @@ LABEL_VERSION = 3
 LABEL_REASONS = ("disorder", "not_finite", "overlap", "symmetry", "sites")
 #: Atoms nearer than this (A) overlap.
 MIN_DISTANCE = 0.5
+NUM_ELEMENTS = 118
 
 SYMPREC = 0.1
 ANGLE_TOLERANCE = 5.0
@@ -56,8 +57,8 @@ def label_structure(structure: Structure, symprec: float = SYMPREC) -> Crystal:
         symprec: distance tolerance in angstrom.
 
     Raises:
-        LabelError: if the structure is disordered, not finite, has overlapping atoms, or no
-            consistent symmetry is found.
+        LabelError: if the structure is disordered, not finite, has overlapping atoms or
+            something else than elements, or no consistent symmetry is found.
     """
     check_structure(structure)
     cell = structure.lattice.matrix, structure.frac_coords, np.array(structure.atomic_numbers)
@@ -65,9 +66,11 @@ def label_structure(structure: Structure, symprec: float = SYMPREC) -> Crystal:
 
 
 def check_structure(structure: Structure) -> None:
-    """Raises LabelError if a structure is disordered, not finite or has overlapping atoms."""
+    """Raises LabelError for disorder, atoms that are no elements or overlap, and NaN."""
     if not structure.is_ordered:
         raise LabelError("disorder", "a site is partially occupied or shared by elements")
+    if not all(1 <= number <= NUM_ELEMENTS for number in structure.atomic_numbers):
+        raise LabelError("sites", "an atom is no chemical element")
     lattice, frac_coords = structure.lattice.matrix, structure.frac_coords
     if not (np.isfinite(frac_coords).all() and np.isfinite(lattice).all()):
         raise LabelError("not_finite", "a coordinate or the lattice is not finite")
