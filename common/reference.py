@@ -162,8 +162,11 @@ class ReferenceIndex:
     ) -> tuple[int, float] | None:
         """The row that matches a structure with the smallest displacement, and that distance.
 
+        Cells are compared as they are, the smaller one repeated if need be: StructureMatcher's own
+        reduction to primitive cells would average distortions of up to 0.25 A away.
+
         Args:
-            structure: a primitive cell is fastest.
+            structure: in a primitive cell.
             rows: to compare with.
             replace: for each row, what to put in place of its elements.
 
@@ -173,14 +176,21 @@ class ReferenceIndex:
         """
         from pymatgen.analysis.structure_matcher import StructureMatcher
 
-        matcher = StructureMatcher(stol=0.5, angle_tol=10, ltol=0.3)
+        same, repeated = (
+            StructureMatcher(
+                stol=0.5, angle_tol=10, ltol=0.3, primitive_cell=False, attempt_supercell=repeat
+            )
+            for repeat in (False, True)
+        )
         best: tuple[int, float] | None = None
         for row, elements in zip(rows, replace, strict=True):
             crystal = self.crystal(row)
-            if crystal.num_primitive_atoms > MAX_COMPARED_ATOMS:
+            sizes = sorted((len(structure), crystal.num_primitive_atoms))
+            if sizes[1] > MAX_COMPARED_ATOMS or sizes[1] % sizes[0] or sizes[1] > 4 * sizes[0]:
                 continue
             sites = [replaced(site, elements) for site in crystal.sites]
             other = Crystal(crystal.space_group, tuple(sites), crystal.lattice)
+            matcher = same if sizes[0] == sizes[1] else repeated
             match = matcher.get_rms_dist(structure, other.to_structure(primitive=True))
             if match is not None and (best is None or match[0] < best[1]):
                 best = row, float(match[0])

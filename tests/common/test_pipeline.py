@@ -242,11 +242,13 @@ def test_foreign_folder_is_left_alone(checkpoint: Path, tmp_path: Path) -> None:
 def test_killed_process_is_resumed(checkpoint: Path, tmp_path: Path) -> None:
     """A real kill -9 in the middle of a run of the command; running it again finishes it."""
     file = tmp_path / "requests.jsonl"
-    formulas = [f"{a}{b}" for a in ("Li", "Na", "K", "Rb") for b in ("F", "Cl", "Br", "I")]
-    file.write_text("\n".join(json.dumps({"formula": f}) for f in formulas))
+    pairs = [(a, b) for a in ("Li", "Na", "K", "Rb") for b in ("F", "Cl", "Br", "I")]
+    formulas = [a + b for a, b in pairs]
+    rows = [{"formula": a + b, "space_group": 225, "sites": f"{a}:4a {b}:4b"} for a, b in pairs]
+    file.write_text("\n".join(map(json.dumps, rows)))
     command = [sys.executable, "-c", "from common.cli import main; main()", "generate"]
-    command += ["--input", str(file), "--out", str(tmp_path / "out"), "--top", "4"]
-    command += ["--num-samples", "16", "--checkpoint", str(checkpoint)]
+    command += ["--input", str(file), "--out", str(tmp_path / "out"), "--top", "1"]
+    command += ["--num-samples", "64", "--checkpoint", str(checkpoint)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     journal = tmp_path / "out" / "journal.jsonl"
     with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) as process:
