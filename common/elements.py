@@ -1,6 +1,7 @@
 """How alike two elements are in crystals: differences of properties in pymatgen's tables."""
 
 import warnings
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +45,15 @@ def element_table() -> Array:
             )
     typical = np.nanmedian(rows[1:], axis=0)
     return np.where(np.isnan(rows), typical, rows)
+
+
+@cache
+def electronegativity(atomic_number: int) -> float:
+    """Pauling's; zero where there is none (noble gases)."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        value = float(Element.from_Z(atomic_number).X)
+    return value if np.isfinite(value) else 0.0
 
 
 def pair_differences(table: Array) -> Array:

@@ -275,12 +275,12 @@ def rank_symmetries(query: Query, prior: "TemplatePrior", top: int) -> list["Sym
         UserError: if nothing legal fits what the query fixes.
     """
     from common.prior import SymmetryCandidate
+    from common.templates import ordered_sites
 
     if query.sites is not None and query.space_group is not None:
         table = wyckoff_summary(query.space_group).letters
         units = check_sites(query.sites, table, query.space_group, query.formula)
-        sites = _plain_sites(query)
-        assert sites is not None
+        sites = ordered_sites(_plain_sites(query) or (), query.space_group)
         return [SymmetryCandidate(query.space_group, sites, units, 1.0, "given")]
     candidates = prior.rank(
         query.formula.counts,
@@ -315,7 +315,7 @@ def _with_multiplicities(
 def _plain_sites(query: Query) -> Sites | None:
     if query.sites is None:
         return None
-    return tuple(sorted(((s.atomic_number, s.letter) for s in query.sites), key=lambda s: s[::-1]))
+    return tuple((s.atomic_number, s.letter) for s in query.sites)
 
 
 def _nothing_legal(query: Query) -> str:

@@ -43,6 +43,7 @@ from common.templates import (
     Stoichiometry,
     Template,
     assign,
+    ordered_sites,
     reduce_counts,
     role_order,
     role_permutations,
@@ -267,7 +268,7 @@ class TemplatePrior:
         """
         formula, _ = reduce_counts(counts)
         kept = {
-            (n, s if sites is None else sites): (u, mass)
+            (n, s if sites is None else ordered_sites(sites, n)): (u, mass)
             for n, s, u, mass in self._templates(formula, properties or {})
             if _fits(n, u, space_group, z, units) and (sites is None or _same(n, s, sites))
         }
@@ -365,7 +366,13 @@ class TemplatePrior:
         weights = np.exp([x.log_weight - legal[0].log_weight for x in legal])
         weights *= share / weights.sum()
         return [
-            SymmetryCandidate(x.space_group, x.sites, x.units, float(weight), "enumeration")
+            SymmetryCandidate(
+                x.space_group,
+                ordered_sites(x.sites, x.space_group),
+                x.units,
+                float(weight),
+                "enumeration",
+            )
             for x, weight in zip(legal, weights, strict=True)
         ]
 
@@ -390,7 +397,7 @@ class TemplatePrior:
                 found.append((number, formula_units, math.exp(log_group)))
         total = sum(weight for _, _, weight in found)
         return [
-            SymmetryCandidate(n, sites, u, share * weight / total, "enumeration")
+            SymmetryCandidate(n, ordered_sites(sites, n), u, share * weight / total, "enumeration")
             for n, u, weight in found
         ]
 

@@ -7,13 +7,14 @@ exchange of equal roles.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from itertools import groupby, permutations, product
 
 from common.crystal.structure import Crystal
-from common.crystal.wyckoff import wyckoff_summary
+from common.crystal.wyckoff import Sites, wyckoff_summary
+from common.elements import electronegativity
 
 #: Counts of an anonymous formula unit, ascending.
 Stoichiometry = tuple[int, ...]
@@ -130,10 +131,13 @@ def _relabelled(space_group: int, letters: RoleLetters) -> set[RoleLetters]:
     return images
 
 
-def template_sites(
-    roles: Sequence[int], letters: RoleLetters, space_group: int
-) -> tuple[tuple[int, str], ...]:
-    """Atomic number and letter of every site, in the order of the letters."""
-    order = {letter: index for index, letter in enumerate(wyckoff_summary(space_group).letters)}
+def ordered_sites(sites: Iterable[tuple[int, str]], space_group: int) -> Sites:
+    """Sites as formulas are written, the least electronegative element first, then by letter."""
+    order = list(wyckoff_summary(space_group).letters)
+    return tuple(sorted(sites, key=lambda s: (electronegativity(s[0]), s[0], order.index(s[1]))))
+
+
+def template_sites(roles: Sequence[int], letters: RoleLetters, space_group: int) -> Sites:
+    """Atomic number and letter of every site, ordered."""
     sites = [(z, letter) for z, role in zip(roles, letters, strict=True) for letter in role]
-    return tuple(sorted(sites, key=lambda site: (order[site[1]], site[0])))
+    return ordered_sites(sites, space_group)

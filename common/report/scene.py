@@ -11,6 +11,8 @@ import yaml
 from numpy.typing import NDArray
 from pymatgen.core import Element, Structure
 
+from common.elements import electronegativity
+
 Array = NDArray[np.float64]
 
 #: Larger cells are drawn without copies of atoms on the far faces, and without polyhedra.
@@ -47,12 +49,8 @@ def element_radius(symbol: str) -> float:
     return float(radius) if radius else 1.5
 
 
-@cache
 def _electronegativity(symbol: str) -> float:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        value = Element(symbol).X
-    return float(value) if np.isfinite(value) else 0.0
+    return electronegativity(Element(symbol).Z)
 
 
 def scene(structure: Structure) -> dict[str, Any]:

@@ -337,6 +337,7 @@ def test_shipped_prior_is_small_fast_and_knows_textbooks(shipped: TemplatePrior)
     assert time.perf_counter() - start < 5
 
 
+@pytest.mark.filterwarnings("ignore:Issues encountered while parsing CIF")
 def test_shipped_prior_on_validation_rows(shipped: TemplatePrior, data_dir: Path) -> None:
     with gzip.open(data_dir / "mp_20" / "val.csv.gz", "rt") as file:
         rows = list(itertools.islice(csv.DictReader(file), 0, None, 220))
