@@ -5,7 +5,6 @@ ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 VENV="$ROOT/.venv"
 CONSTRAINTS="$ROOT/scripts/constraints.txt"
 TORCH="torch==2.13.0"
-CPU_WHEELS="https://download.pytorch.org/whl/cpu"
 
 fail() {
     echo "error: $*" >&2
@@ -32,16 +31,6 @@ pip_install() {
     "$VENV/bin/python" -m pip install --disable-pip-version-check -c "$CONSTRAINTS" "$@"
 }
 
-# Without a GPU the CPU build is wanted: 200 MB instead of gigabytes. A machine that has pip set up
-# for an index of its own is left to that.
-install_torch() {
-    if [[ "$(uname -s)" == Linux ]] && ! command -v nvidia-smi >/dev/null 2>&1 &&
-        ! "$VENV/bin/python" -m pip config list | grep -Eq 'index-url|find-links'; then
-        pip_install --extra-index-url "$CPU_WHEELS" "$TORCH" && return
-    fi
-    pip_install "$TORCH"
-}
-
 # What an installation depends on; it is repeated when this changes.
 stamp() {
     echo "$ROOT $1"
@@ -58,7 +47,8 @@ install_project() {
     fi
     echo "Installing into $VENV; this takes a few minutes the first time"
     rm -f "$VENV"/.installed-*
-    install_torch
+    # By itself and first, so that nothing else chooses another build of it.
+    pip_install "$TORCH"
     (cd "$ROOT" && pip_install -e ".[$extras]")
     stamp "$extras" >"$done_file"
 }
