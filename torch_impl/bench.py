@@ -7,10 +7,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from common.backend import SampleRequest
 from common.config import RunConfig
+from common.data.batch import bucket
 from common.data.loader import BatchPlan, Bucket
 from common.data.store import Record
 from common.speed import NetworkSpeed
-from torch_impl.generator import TorchGenerator
+from torch_impl.generator import TorchGenerator, rows_per_call
 from torch_impl.tensors import TensorBatch
 from torch_impl.train_dit import Trainer
 
@@ -46,7 +47,7 @@ def benchmark(config: RunConfig, records: list[Record], calls: int, threads: int
         edges=edges / total,
         flops_per_call=flops / total,
         training=total / seconds,
-        sampling=len(records) / _sampling_seconds(generator, records, calls),
+        sampling=1 / _sampling_seconds(generator, records, calls),
         calls=calls,
     )
 
@@ -74,15 +75,21 @@ def _flops(trainer: Trainer, group: Bucket) -> float:
 
 
 def _sampling_seconds(generator: TorchGenerator, records: list[Record], calls: int) -> float:
-    requests = [
-        SampleRequest(
+    """Seconds per structure when every call of the network is full, as in a long run."""
+    groups: dict[tuple[int, int], list[SampleRequest]] = {}
+    for record in records:
+        request = SampleRequest(
             record.crystal.space_group,
             tuple((site.atomic_number, site.letter) for site in record.crystal.sites),
             key=record.material_id,
         )
-        for record in records
-    ]
-    generator.sample(requests[:1], 0, 1)
-    start = time.perf_counter()
-    generator.sample(requests, 0, calls)
-    return time.perf_counter() - start
+        groups.setdefault(bucket(record.crystal, generator.config.model.cell), []).append(request)
+    seconds = 0.0
+    for shape, requests in groups.items():
+        size = rows_per_call(shape)
+        full = [requests[i % len(requests)] for i in range(size)]
+        generator.sample(full, 0, 1)
+        start = time.perf_counter()
+        generator.sample(full, 0, calls)
+        seconds += len(requests) / size * (time.perf_counter() - start)
+    return seconds / len(records)

@@ -27,6 +27,11 @@ EDGES_PER_CALL = 4096
 COORDINATE_DIGITS = 6
 
 
+def rows_per_call(shape: tuple[int, int]) -> int:
+    """Crystals in one call of the network for a bucket (T, A)."""
+    return max(1, EDGES_PER_CALL // (shape[0] * shape[1]))
+
+
 class TorchGenerator:
     """A checkpoint that samples crystals with torch; see ``common.backend.Generator``."""
 
@@ -69,7 +74,7 @@ class TorchGenerator:
             groups.setdefault(bucket(item.crystal, view), []).append(index)
         crystals: dict[int, Crystal] = {}
         for shape, rows in sorted(groups.items()):
-            size = max(1, EDGES_PER_CALL // (shape[0] * shape[1]))
+            size = rows_per_call(shape)
             for start in range(0, len(rows), size):
                 chunk = rows[start : start + size]
                 padded = [chunk[i % len(chunk)] for i in range(size)]

@@ -180,9 +180,9 @@ class CrystalAttention(nn.Module):
     def forward(self, nodes: Tensor, prop: Tensor, mask: Tensor) -> Tensor:
         """[B,T,D], property embedding [B,D], token mask [B,T] -> [B,T,D]."""
         size, tokens, width = nodes.shape
-        embedded = self.property(prop)[:, None].expand(-1, tokens, -1)
-        key = self.fuse_key(torch.cat([self.key(nodes), embedded], dim=-1))
-        value = self.fuse_value(torch.cat([self.value(nodes), embedded], dim=-1))
+        embedded = self.property(prop)  # [B,D]
+        key = self._fused(self.key, self.fuse_key, nodes, embedded)
+        value = self._fused(self.value, self.fuse_value, nodes, embedded)
         q, k, v = (
             x.view(size, tokens, self.heads, width // self.heads).transpose(1, 2)
             for x in (self.query(nodes), key, value)
@@ -190,6 +190,14 @@ class CrystalAttention(nn.Module):
         logits = q @ k.transpose(-1, -2) / math.sqrt(width // self.heads)  # [B,H,T,T]
         weights = logits.masked_fill(~mask[:, None, None], MASKED_LOGIT).softmax(dim=-1)
         return self.output((weights @ v).transpose(1, 2).reshape(size, tokens, width))
+
+    @staticmethod
+    def _fused(inner: nn.Linear, outer: nn.Linear, nodes: Tensor, embedded: Tensor) -> Tensor:
+        """outer([inner(nodes), embedded]) with the two linear maps multiplied first: [B,T,D]."""
+        width = nodes.shape[-1]
+        of_nodes, of_property = outer.weight[:, :width], outer.weight[:, width:]
+        constant = functional.linear(embedded, of_property, outer.bias + of_nodes @ inner.bias)
+        return functional.linear(nodes, of_nodes @ inner.weight) + constant[:, None]
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
