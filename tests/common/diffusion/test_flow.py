@@ -26,9 +26,7 @@ def random_crystal(number: int, random: np.random.Generator) -> Crystal:
     mask, bias = k_constraints(number)
     k = np.where(mask, random.normal(0, 0.1, 6), bias)
     k[5] = np.log(200.0) / np.sqrt(3)
-    sites = tuple(
-        Site(11 + i, letter, tuple(random.random(3))) for i, letter in enumerate(chosen)
-    )
+    sites = tuple(Site(11 + i, letter, tuple(random.random(3))) for i, letter in enumerate(chosen))
     return Crystal(number, sites, k_to_lattice(k))
 
 
