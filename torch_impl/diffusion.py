@@ -36,7 +36,7 @@ class Loss:
     """Scalars to minimise and to watch.
 
     ``per_crystal`` [B] is the mean squared error of a crystal's coordinates, ``has_free`` [B]
-    whether it has any; together they give the loss per noise level.
+    whether it has any, ``t`` [B] its time; together they give the loss per noise level.
     """
 
     total: Tensor
@@ -44,6 +44,7 @@ class Loss:
     lattice: Tensor
     per_crystal: Tensor
     has_free: Tensor
+    t: Tensor
 
 
 def denoising_loss(
@@ -69,4 +70,5 @@ def denoising_loss(
         lattice=lattice_loss,
         per_crystal=coordinate_error.sum((1, 2)) / free.sum((1, 2)).clamp(min=1),
         has_free=batch.free_mask.any(2).any(1),
+        t=noisy.t,
     )

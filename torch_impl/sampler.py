@@ -10,6 +10,10 @@ from common.diffusion.flow import VELOCITY_SCALE
 from common.diffusion.score import ScoreProcess
 from torch_impl.tensors import TensorBatch
 
+#: Standardised lattice numbers have unit variance at every level. DDPM's first steps multiply by up
+#: to 100, so that a poor network would otherwise leave the range of floating-point numbers.
+LATTICE_LIMIT = 20.0
+
 #: (batch, free_params, lattice, t) -> velocities, as ``CrystalDiT``.
 Network = Callable[[TensorBatch, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -89,5 +93,5 @@ def sample_predictor_corrector(
         if level > 1:
             free = free + float(sigmas.predictor_std[level]) * draw("predictor", level)
             lattice = lattice + float(ddpm.posterior_std[level]) * draw("lattice", level)
-        free = free % 1.0
+        free, lattice = free % 1.0, lattice.clamp(-LATTICE_LIMIT, LATTICE_LIMIT)
     return free, lattice

@@ -68,6 +68,8 @@ class Trainer:
         self.seconds = 0.0
         settings = config.train
         items = batch_items(train_records)
+        if not items:
+            raise UserError(f"{settings.data}: no crystal of at most {MAX_ATOMS} atoms to train on")
         self.fingerprint = fingerprint(train_records)
         self.num_rows = len(items)
         self.standardizer = Standardizer.fit(collate(items, "asymmetric"))
@@ -186,8 +188,7 @@ class Trainer:
                 ("lattice", loss.lattice),
             ):
                 sums[name] += value.item() / len(plans)
-            size = len(plan.rows)
-            bins = np.arange(size) * NOISE_BINS // size  # t is stratified in the rows' order
+            bins = (loss.t.numpy(force=True) * NOISE_BINS).astype(int).clip(max=NOISE_BINS - 1)
             np.add.at(levels, (bins, 0), loss.per_crystal.numpy(force=True))
             np.add.at(levels, (bins, 1), loss.has_free.numpy(force=True))
         torch._foreach_copy_(self.parameters, current)
@@ -206,7 +207,10 @@ class Trainer:
         """Current weights and AdamW's moments."""
         arrays = _named("weight.", self.names, self.parameters)
         for moment in ("exp_avg", "exp_avg_sq"):
-            tensors = [self.optimizer.state[p][moment] for p in self.parameters]
+            # A network without properties has an empty parameter, of which AdamW keeps nothing.
+            tensors = [
+                self.optimizer.state[p].get(moment, torch.zeros_like(p)) for p in self.parameters
+            ]
             arrays |= _named(f"{moment}.", self.names, tensors)
         return arrays
 
@@ -237,7 +241,7 @@ class Trainer:
             parameter.data.copy_(_tensor(saved.optimizer[f"weight.{name}"]))
             self.average[index].copy_(_tensor(saved.model[MODEL_PREFIX + name]))
             self.optimizer.state[parameter] = {
-                "step": torch.tensor(float(self.step)),
+                "step": torch.tensor(float(self.step), device=self.device),
                 "exp_avg": _tensor(saved.optimizer[f"exp_avg.{name}"]).to(self.device),
                 "exp_avg_sq": _tensor(saved.optimizer[f"exp_avg_sq.{name}"]).to(self.device),
             }
@@ -255,8 +259,12 @@ def score_process(config: DiffusionConfig, calls: int | None = None) -> ScorePro
     """
     if config.kind == "flow":
         return None
-    levels = config.timesteps if calls is None else max(2, calls // 2)
-    return ScoreProcess.of(levels, config.sigma_min, config.sigma_max)
+    trained = config.timesteps
+    levels = trained if calls is None else min(max(2, calls // 2), trained)
+    # The sigma that training had at t = 1 / levels: a network knows a sigma by its t.
+    share = (trained / levels - 1) / (trained - 1)
+    lowest = config.sigma_min * (config.sigma_max / config.sigma_min) ** share
+    return ScoreProcess.of(levels, lowest, config.sigma_max)
 
 
 def batch_items(records: list[Record]) -> list[BatchItem]:

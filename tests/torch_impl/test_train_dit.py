@@ -1,0 +1,353 @@
+"""Training on textbook crystals: it learns, goes on where it stopped, and says what is wrong."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from common.checkpoint import latest, load_checkpoint, save_step
+from common.config import RunConfig
+from common.data.label import label_structure
+from common.data.store import Record, read_records, write_records
+from common.errors import UserError
+from tests.crystals import TEXTBOOK, textbook
+from tests.networks import SMALL
+from torch_impl.backend import load, train
+from torch_impl.train_dit import MAX_ATOMS, MODEL_PREFIX, Trainer, batch_items
+
+SCORE = {"kind": "score", "timesteps": 50}
+
+
+@pytest.fixture(scope="session")
+def records() -> list[Record]:
+    """Every textbook crystal; the properties are made up, one is missing."""
+    return [
+        Record(
+            name,
+            label_structure(textbook(name)),
+            properties={"band_gap": 0.5 * index, "formation_energy": -0.2 * index or None},
+        )
+        for index, name in enumerate(TEXTBOOK)
+    ]
+
+
+@pytest.fixture(scope="session")
+def parquet(records: list[Record], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("textbook") / "textbook.parquet"
+    write_records(records, path)
+    return path
+
+
+def config(
+    parquet: Path | str = "unused",
+    model: dict[str, object] | None = None,
+    diffusion: dict[str, object] | None = None,
+    **settings: object,
+) -> RunConfig:
+    """A tiny run that logs, validates and saves at every third step."""
+    base: dict[str, object] = {
+        "data": str(parquet),
+        "validation": str(parquet),
+        "steps": 6,
+        "batch_size": 4,
+        "edge_budget": 256,
+        "warmup": 2,
+        "validation_every": 3,
+        "checkpoint_every": 3,
+        "log_every": 1,
+        "learning_rate": 3e-3,
+    }
+    data = {
+        "name": "tiny",
+        "model": SMALL | (model or {}),
+        "diffusion": diffusion or {},
+        "train": base | settings,
+    }
+    return RunConfig.model_validate(data)
+
+
+def trainer_of(records: list[Record], run: RunConfig) -> Trainer:
+    return Trainer(run, records, records)
+
+
+def steps(trainer: Trainer, count: int) -> list[dict[str, float]]:
+    plans = trainer.data.batches(trainer.config.train.seed, trainer.step)
+    return [trainer.train_step(next(plans)) for _ in range(count)]
+
+
+def rows(folder: Path, kind: str) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
+# Learning
+
+
+@pytest.mark.parametrize(
+    ("model", "diffusion", "settings"),
+    [
+        ({}, {}, {}),
+        ({}, {}, {"precision": "bfloat16"}),
+        ({"cell": "conventional", "frames": False}, {}, {"edge_budget": 4096}),
+        ({"properties": []}, SCORE, {}),
+    ],
+    ids=["flow", "bfloat16", "conventional", "score"],
+)
+def test_loss_falls(
+    records: list[Record],
+    model: dict[str, object],
+    diffusion: dict[str, object],
+    settings: dict[str, object],
+) -> None:
+    """Over 30 steps, for the same noise before and after."""
+    settings = {"batch_size": 16, "edge_budget": 2048, "learning_rate": 1e-2} | settings
+    run = config(model=model, diffusion=diffusion, steps=30, ema=0.5, **settings)
+    trainer = trainer_of(records, run)
+    before = trainer.validate()
+    assert all(math.isfinite(row["loss"]) for row in steps(trainer, 30))
+    after = trainer.validate()
+    print(before, after)
+    assert after["loss"] < 0.99 * before["loss"]
+    assert after["lattice"] < 0.95 * before["lattice"]
+
+
+def test_newborn_loss_is_the_size_of_the_targets(records: list[Record]) -> None:
+    """The network says zero at first: the mean square of unit targets, up to sampling noise."""
+    free = [record for record in records if record.crystal.num_free_coords]
+    run = config(model={"properties": []}, diffusion=SCORE, batch_size=64, edge_budget=16384)
+    losses = trainer_of(free, run).validate()
+    assert 0.7 < losses["coordinate"] < 1.3
+    assert 0.7 < losses["lattice"] < 1.3
+    assert np.isclose(losses["loss"], losses["coordinate"] + 0.5 * losses["lattice"])
+
+
+def test_weights_of_the_losses(records: list[Record]) -> None:
+    run = config(diffusion={"coordinate_weight": 3.0, "lattice_weight": 0.25})
+    losses = trainer_of(records, run).validate()
+    assert np.isclose(losses["loss"], 3 * losses["coordinate"] + 0.25 * losses["lattice"])
+
+
+def test_validation_changes_nothing(records: list[Record]) -> None:
+    trainer = trainer_of(records, config())
+    steps(trainer, 2)
+    before = [p.detach().clone() for p in trainer.parameters]
+    assert trainer.validate() == trainer.validate()
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.parameters, strict=True))
+
+
+def test_dropped_property_is_not_learned_from(records: list[Record]) -> None:
+    """With every property dropped only the null embedding learns; without, the layers do."""
+    for dropout, null_moves, values_move in ((1.0, True, False), (0.0, False, True)):
+        run = config(model={"properties": ["band_gap"]}, property_dropout=dropout, weight_decay=0)
+        trainer = trainer_of(records, run)
+        before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+        steps(trainer, 4)
+        moved = {n for n, p in trainer.model.named_parameters() if not torch.equal(p, before[n])}
+        assert ("property.null" in moved) == null_moves
+        assert ("property.mlp.0.output.weight" in moved) == values_move
+
+
+# Optimisation
+
+
+def test_learning_rate(records: list[Record]) -> None:
+    run = config(steps=110, warmup=10, learning_rate=1.0, final_rate=0.1)
+    rate = trainer_of(records, run).learning_rate
+    np.testing.assert_allclose([rate(step) for step in range(10)], np.arange(1, 11) / 10)
+    for step, expected in ((10, 1.0), (35, 0.1 + 0.9 * (2 + 2**0.5) / 4), (60, 0.55), (110, 0.1)):
+        assert np.isclose(rate(step), expected)
+    assert np.isclose(rate(500), 0.1)
+    assert all(rate(step) >= rate(step + 1) for step in range(10, 110))
+
+
+def test_learning_rate_is_the_one_used(records: list[Record]) -> None:
+    trainer = trainer_of(records, config(warmup=3))
+    logged = [row["learning_rate"] for row in steps(trainer, 3)]
+    np.testing.assert_allclose(logged, [1e-3, 2e-3, 3e-3])
+    assert trainer.optimizer.param_groups[0]["lr"] == logged[-1]
+
+
+def test_average_is_the_exponential_one(records: list[Record]) -> None:
+    """average <- d average + (1 - d) weights, with d = min(ema, (1 + s) / (10 + s))."""
+    trainer = trainer_of(records, config(ema=0.15))
+    expected = [p.detach().double().clone() for p in trainer.parameters]
+    for step in range(5):
+        steps(trainer, 1)
+        decay = min(0.15, (1 + step) / (10 + step))
+        for mean, parameter in zip(expected, trainer.parameters, strict=True):
+            mean.mul_(decay).add_((1 - decay) * parameter.detach().double())
+    for mean, average in zip(expected, trainer.average, strict=True):
+        torch.testing.assert_close(average.double(), mean, rtol=1e-5, atol=1e-7)
+    saved = trainer.model_arrays()
+    for name, mean in zip(trainer.names, trainer.average, strict=True):
+        np.testing.assert_array_equal(saved[MODEL_PREFIX + name], mean.numpy())
+
+
+def test_gradient_is_clipped(records: list[Record]) -> None:
+    """What AdamW sees has at most the given norm; the log keeps the norm before."""
+    trainer = trainer_of(records, config(clip_norm=1e-3))
+    for row in steps(trainer, 3):
+        norms = [p.grad.norm() for p in trainer.parameters if p.grad is not None]
+        assert float(torch.stack(norms).norm()) <= 1.001e-3 < row["gradient_norm"]
+
+
+def test_gradient_that_is_not_finite(records: list[Record]) -> None:
+    trainer = trainer_of(records, config())
+    steps(trainer, 1)
+    with torch.no_grad():
+        trainer.model.lattice_head.output.bias[5] = math.inf
+    before = [p.detach().clone() for p in trainer.parameters]
+    with pytest.raises(UserError, match="training step 1: the gradient is not finite"):
+        steps(trainer, 1)
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.parameters, strict=True))
+
+
+def test_seed_decides_everything(records: list[Record]) -> None:
+    first, again, other = (trainer_of(records, config(seed=seed)) for seed in (0, 0, 1))
+    torch.rand(7)  # another consumer of torch's generator has no influence
+    losses = [[row["loss"] for row in steps(trainer, 3)] for trainer in (first, again, other)]
+    assert losses[0] == losses[1] != losses[2]
+
+
+# Runs
+
+
+class Stop(Exception):
+    """Stands for a kill."""
+
+
+def run_until(run: RunConfig, out: Path, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trains and is interrupted before a step."""
+    train_step = Trainer.train_step
+
+    def stopping(self: Trainer, plan: object) -> dict[str, float]:
+        if self.step == step:
+            raise Stop
+        return train_step(self, plan)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", stopping)
+        with pytest.raises(Stop):
+            train(run, out, device="cpu")
+
+
+@pytest.mark.parametrize("diffusion", [{}, SCORE], ids=["flow", "score"])
+def test_resumed_run_ends_with_the_same_bytes(
+    parquet: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    diffusion: dict[str, object],
+) -> None:
+    model: dict[str, object] = {"properties": []} if diffusion else {}
+    run = config(parquet, model=model, diffusion=diffusion)
+    train(run, tmp_path / "whole", device="cpu")
+    run_until(run, tmp_path / "parts", 5, monkeypatch)
+    assert latest(tmp_path / "parts") == tmp_path / "parts" / "step_00000003"
+    assert not (tmp_path / "parts" / "final").exists()
+    train(run, tmp_path / "parts", resume=True, device="cpu")
+    for name in ("final/model.safetensors", "step_00000006/optimizer.safetensors"):
+        whole, parts = (tmp_path / folder / name for folder in ("whole", "parts"))
+        assert whole.read_bytes() == parts.read_bytes()
+    third, sixth = (
+        load_checkpoint(tmp_path / "whole" / f"step_0000000{step}").hash for step in (3, 6)
+    )
+    assert third != sixth  # it went on at all
+
+
+def test_log_and_finished_checkpoint(parquet: Path, records: list[Record], tmp_path: Path) -> None:
+    run = config(parquet, log_every=2)
+    train(run, tmp_path, device="cpu")
+    logged = rows(tmp_path, "train")
+    assert [row["step"] for row in logged] == [2, 4, 6]
+    assert {"loss", "coordinate", "lattice", "gradient_norm", "learning_rate"} <= set(logged[0])
+    validated = rows(tmp_path, "validation")
+    assert [row["step"] for row in validated] == [3, 6]
+    levels = [f"coordinate_t{t}" for t in ("0.0", "0.2", "0.4", "0.6", "0.8")]
+    assert all(row[name] >= 0 for row in validated for name in levels)
+    assert all(sum(row[name] for name in levels) > 0 for row in validated)
+    assert list((tmp_path / "tensorboard").glob("events.*"))
+    final = load_checkpoint(tmp_path / "final")
+    assert RunConfig.model_validate(final.config) == run
+    assert final.manifest["extra"]["training_rows"] == len(records)
+    assert final.optimizer is None
+    assert final.hash == load_checkpoint(tmp_path).hash
+    assert load(tmp_path / "final", "cpu").properties == run.model.properties
+
+
+def test_noise_levels_are_told_apart(records: list[Record]) -> None:
+    """The losses per level, weighted by the crystals in them, are the loss per crystal."""
+    trainer = trainer_of(records, config())
+    steps(trainer, 3)
+    found = trainer.validate()
+    per_level: dict[int, list[float]] = {}
+    current = [p.detach().clone() for p in trainer.parameters]
+    torch._foreach_copy_([p.data for p in trainer.parameters], trainer.average)
+    for index, plan in enumerate(trainer.validation.epoch(0, 0)):
+        with torch.no_grad():
+            loss = trainer.loss(trainer.validation, plan, "validation", index)
+        for row, t in enumerate(loss.t.tolist()):
+            if loss.has_free[row]:
+                per_level.setdefault(int(5 * t), []).append(float(loss.per_crystal[row]))
+    torch._foreach_copy_([p.data for p in trainer.parameters], current)
+    assert len(per_level) > 2
+    for level, values in per_level.items():
+        assert np.isclose(found[f"coordinate_t{level / 5:.1f}"], np.mean(values), rtol=1e-5)
+
+
+def test_resume_with_other_rows(records: list[Record], tmp_path: Path) -> None:
+    trainer = trainer_of(records, config())
+    steps(trainer, 1)
+    save_step(tmp_path, trainer.step, **trainer.checkpoint())
+    other = trainer_of(records[:-1], config())
+    with pytest.raises(UserError, match="other rows"):
+        other.resume(tmp_path)
+    other = trainer_of(records, config())
+    other.resume(tmp_path)
+    assert other.step == 1
+    assert steps(other, 1)[0]["loss"] == steps(trainer, 1)[0]["loss"]
+
+
+def test_starts_from_a_checkpoint(records: list[Record], parquet: Path, tmp_path: Path) -> None:
+    train(config(parquet), tmp_path, device="cpu")
+    final = tmp_path / "final"
+    trainer = trainer_of(records, config(init_from=str(final), seed=5))
+    weights = load_checkpoint(final).model
+    assert trainer.step == 0
+    for name, parameter, average in zip(
+        trainer.names, trainer.parameters, trainer.average, strict=True
+    ):
+        np.testing.assert_array_equal(parameter.detach().numpy(), weights[MODEL_PREFIX + name])
+        np.testing.assert_array_equal(average.numpy(), weights[MODEL_PREFIX + name])
+    with pytest.raises(UserError, match="has shape"):
+        trainer_of(records, config(model={"width": 32}, init_from=str(final)))
+    with pytest.raises(UserError):
+        trainer_of(records, config(init_from=str(tmp_path / "absent")))
+
+
+# Data
+
+
+def test_no_rows(tmp_path: Path, parquet: Path, records: list[Record]) -> None:
+    empty = tmp_path / "empty.parquet"
+    write_records([], empty)
+    with pytest.raises(UserError, match="no crystal"):
+        train(config(parquet, data=str(empty)), tmp_path / "run", device="cpu")
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(UserError, match="no data set"):
+        train(config(tmp_path / "absent.parquet"), tmp_path / "run", device="cpu")
+
+
+def test_large_crystals_are_left_out(records: list[Record]) -> None:
+    largest = max(records, key=lambda record: record.crystal.num_primitive_atoms)
+    assert largest.crystal.num_primitive_atoms <= MAX_ATOMS
+    sites = largest.crystal.sites * 6
+    grown = type(largest.crystal)(largest.crystal.space_group, sites, largest.crystal.lattice)
+    assert grown.num_primitive_atoms > MAX_ATOMS
+    assert len(batch_items([*records, Record("grown", grown)])) == len(records)
+
+
+def test_rows_come_back_from_parquet(records: list[Record], parquet: Path) -> None:
+    assert len(read_records(parquet)) == len(records) == len(TEXTBOOK)
