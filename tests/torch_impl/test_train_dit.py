@@ -109,7 +109,6 @@ def test_loss_falls(
     before = trainer.validate()
     assert all(math.isfinite(row["loss"]) for row in steps(trainer, 30))
     after = trainer.validate()
-    print(before, after)
     assert after["loss"] < 0.99 * before["loss"]
     assert after["lattice"] < 0.95 * before["lattice"]
 
