@@ -2,6 +2,7 @@
 
 import time
 
+import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -54,7 +55,7 @@ def benchmark(config: RunConfig, records: list[Record], calls: int, threads: int
 
 def _training_seconds(trainer: Trainer, index: int, group: Bucket) -> float:
     """Seconds per structure of a bucket."""
-    rows = torch.arange(group.batch_size).remainder(group.batch.size).numpy()
+    rows = np.arange(group.batch_size) % group.batch.size
     plan = BatchPlan(index, rows)
     trainer.train_step(plan)
     start = time.perf_counter()
@@ -64,14 +65,15 @@ def _training_seconds(trainer: Trainer, index: int, group: Bucket) -> float:
 
 
 def _flops(trainer: Trainer, group: Bucket) -> float:
-    """Operations of one call for one structure of a bucket."""
-    batch = group.batch.take(slice(0, 1))
+    """Operations per structure of one full call for a bucket."""
+    size = rows_per_call(group.batch.shape)
+    batch = group.batch.take(np.arange(size) % group.batch.size)
     names = trainer.config.model.properties
     tensors = TensorBatch.from_batch(batch, trainer.standardizer, names)
     free = torch.from_numpy(batch.free_params)
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:
-        trainer.model(tensors, free, torch.zeros(1, 6), torch.zeros(1))
-    return float(counter.get_total_flops())
+        trainer.model(tensors, free, torch.zeros(size, 6), torch.zeros(size))
+    return float(counter.get_total_flops()) / size
 
 
 def _sampling_seconds(generator: TorchGenerator, records: list[Record], calls: int) -> float:
