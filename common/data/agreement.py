@@ -31,7 +31,7 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # s
 from common.crystal.structure import Crystal
 from common.crystal.wyckoff import Sites, wyckoff_summary
 from common.data.importer import Labeller, import_cached
-from common.data.label import SYMPREC, label_structure, label_structure_reference
+from common.data.label import ANGLE_TOLERANCE, SYMPREC, label_structure, label_structure_reference
 from common.data.locations import DATASETS, cache_dir, data_dir
 from common.data.sources import RawEntry, Source, open_source
 from common.data.store import Record, read_records
@@ -134,25 +134,26 @@ def _matcher() -> StructureMatcher:
 
 
 def sensitivity(structure: Structure) -> str:
-    """How the space group depends on tolerance and choice of cell by spglib; empty if it does not.
+    """How the space group by spglib depends on tolerances and cell; empty if it does not.
 
-    Tried are half, all and twice SYMPREC on the cell as given and on the Niggli-reduced one.
+    Tried are half, all and twice SYMPREC on the cell as given and on the Niggli-reduced one, and
+    SYMPREC without the tolerance of angles that pymatgen adds.
     """
-    cells = {"given": structure, "Niggli": structure.get_reduced_structure()}
+    reduced = structure.get_reduced_structure()
     found = {
-        (name, factor * SYMPREC): _group_number(cell, factor * SYMPREC)
-        for name, cell in cells.items()
+        f"{name} {factor * SYMPREC:g} A": _group_number(cell, factor * SYMPREC, ANGLE_TOLERANCE)
+        for name, cell in (("given", structure), ("Niggli", reduced))
         for factor in (0.5, 1, 2)
     }
+    found["angles free"] = _group_number(structure, SYMPREC, -1)
     if len(set(found.values())) == 1:
         return ""
-    numbers = ", ".join(f"{name} {symprec:g} A: {n}" for (name, symprec), n in found.items())
-    return f"the group hangs on cell and tolerance: {numbers}"
+    return "it hangs on cell and tolerance, " + ", ".join(f"{k}: {n}" for k, n in found.items())
 
 
-def _group_number(structure: Structure, symprec: float) -> int:
+def _group_number(structure: Structure, symprec: float, angle_tolerance: float) -> int:
     try:
-        return SpacegroupAnalyzer(structure, symprec).get_space_group_number()
+        return SpacegroupAnalyzer(structure, symprec, angle_tolerance).get_space_group_number()
     except SymmetryUndeterminedError:
         return 0
 
