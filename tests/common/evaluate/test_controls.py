@@ -1,0 +1,109 @@
+"""The controls, and a whole evaluation with the shipped checkpoint on textbook crystals."""
+
+import numpy as np
+import pytest
+from pymatgen.core import Element
+
+from common.backend import load_generator
+from common.checkpoint import load_checkpoint, shipped
+from common.crystal.lattice import k_constraints
+from common.crystal.structure import Crystal, Site
+from common.data.store import Record
+from common.evaluate.controls import NearestTemplate, fit_standardizer, random_draw, roles_of
+from common.evaluate.match import rms_distance
+from common.evaluate.run import Evaluation, read_back
+from common.evaluate.symmetry import SymmetryLabel
+
+
+def rock_salt(cation: str, anion: str, a: float, swapped: bool = False) -> Crystal:
+    letters = "ba" if swapped else "ab"
+    sites = [Site(Element(e).Z, letter) for e, letter in zip((cation, anion), letters, strict=True)]
+    return Crystal(225, tuple(sites), np.eye(3) * a)
+
+
+def rutile(cation: str, anion: str, a: float, c: float, u: float) -> Crystal:
+    sites = (Site(Element(cation).Z, "a"), Site(Element(anion).Z, "f", (u, 0.0, 0.0)))
+    return Crystal(136, sites, np.diag([a, a, c]))
+
+
+TRAINING = [
+    rock_salt("Na", "Cl", 5.64),
+    rock_salt("Mg", "O", 4.21),
+    rutile("Ti", "O", 4.594, 2.959, 0.305),
+    rutile("Mn", "F", 4.873, 3.310, 0.305),
+]
+
+
+def test_random_draw_keeps_the_symmetry_and_guesses_the_volume() -> None:
+    standardizer = fit_standardizer(TRAINING)
+    query = rutile("Sn", "O", 4.737, 3.186, 0.307)
+    first, again, other = (random_draw([query], ["x"], standardizer, seed)[0] for seed in (0, 0, 1))
+    assert first.to_dict() == again.to_dict() != other.to_dict()
+    emitted = read_back(first)
+    assert emitted.composition_exact
+    assert emitted.symmetry is not SymmetryLabel.LOST
+    volume = sum(standardizer.element_volume[z] * n for z, n in query.formula_counts.items())
+    expected = volume * np.exp(np.sqrt(3) * standardizer.lattice_mean[3, 5])
+    assert np.linalg.det(first.lattice) == pytest.approx(expected, rel=1e-4)
+    assert k_constraints(136)[0].sum() == 2
+
+
+def test_nearest_template_takes_the_similar_elements() -> None:
+    template = NearestTemplate(TRAINING, fit_standardizer(TRAINING))
+    found = template(rock_salt("K", "Br", 6.6))
+    assert found is not None
+    assert found.formula_counts == {19: 4, 35: 4}
+    oxide = template(rutile("Sn", "O", 4.737, 3.186, 0.307))
+    assert oxide is not None
+    # of the two rutiles the oxide, not the fluoride: its ratio c/a tells them apart
+    assert oxide.lattice[2, 2] / oxide.lattice[0, 0] == pytest.approx(2.959 / 4.594)
+    truth = rutile("Sn", "O", 4.737, 3.186, 0.307).to_structure()
+    distance = rms_distance(oxide.to_structure(), truth)
+    assert distance is not None
+    assert distance < 0.02
+
+
+def test_nearest_template_sees_through_another_choice_of_origin() -> None:
+    assert roles_of(rock_salt("K", "Br", 6.6))[0] == roles_of(rock_salt("K", "Br", 6.6, True))[0]
+    template = NearestTemplate(TRAINING, fit_standardizer(TRAINING))
+    found = template(rock_salt("K", "Br", 6.6, swapped=True))
+    assert found is not None
+    assert rms_distance(found.to_structure(), rock_salt("K", "Br", 6.6).to_structure()) is not None
+
+
+def test_nearest_template_of_an_unknown_prototype_is_none() -> None:
+    template = NearestTemplate(TRAINING, fit_standardizer(TRAINING))
+    assert template(Crystal(221, (Site(55, "a"), Site(17, "b")), np.eye(3) * 4.12)) is None
+
+
+def test_evaluation_of_the_shipped_checkpoint_and_its_controls() -> None:
+    references = [
+        Record(
+            f"ref-{i}", crystal, crystal.to_structure(primitive=True), {"formation_energy": -2.0}
+        )
+        for i, crystal in enumerate(
+            [rock_salt("K", "Br", 6.6), rutile("Sn", "O", 4.74, 3.19, 0.31)]
+        )
+    ]
+    training = [Record(f"train-{i}", crystal) for i, crystal in enumerate(TRAINING)]
+    evaluation = Evaluation(references, "textbook", training, "textbook", workers=1)
+    folder = shipped()["crystal_dit_small_fm"]
+    row = evaluation.model(
+        load_generator(folder, "torch", "cpu"),
+        name="model",
+        checkpoint=load_checkpoint(folder).hash,
+        k=2,
+        seed=0,
+        steps=20,
+        device="cpu",
+        given=("formation_energy",),
+    )
+    # Both are common prototypes in its training data: a trained network makes them.
+    assert row.metrics.match_rate.value == 1.0
+    assert row.metrics.composition_exact is not None
+    assert row.metrics.composition_exact.value == 1.0
+    assert all(label is not SymmetryLabel.LOST for one in row.outcomes for label in one.symmetry)
+    drawn, substituted = evaluation.controls(seed=0)
+    assert [one.seen_prototype for one in substituted.outcomes] == [True, True]
+    assert substituted.metrics.match_rate.value == 1.0
+    assert drawn.outcomes[0].first_rms is not None  # rock salt has no freedom but its size
