@@ -23,8 +23,8 @@ def evaluate_prior(
     Returns:
         ``space_group`` and ``assignment`` (group and the letters of every element, up to
         relabelling by the group's normaliser): share of rows by cutoff. ``seen_formula`` is the
-        share of rows whose reduced formula also occurs in training, with which both are easier;
-        ``*_new_formula`` are the shares among the other rows.
+        share of rows whose reduced formula also occurs in training, where the row is another
+        polymorph of it; ``*_new_formula`` are the shares among the other rows.
     """
     hits: dict[str, dict[int, list[int]]] = {
         name: {k: [0, 0] for k in CUTOFFS} for name in ("space_group", "assignment")
