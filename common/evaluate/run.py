@@ -16,7 +16,7 @@ from common.backend import Generator, SampleRequest
 from common.crystal.structure import Crystal
 from common.data.store import Record
 from common.evaluate.controls import NearestTemplate, fit_standardizer, random_draw
-from common.evaluate.match import MatchItem, match_many
+from common.evaluate.match import MatchItem, match_many, pool_by_composition
 from common.evaluate.report import EvaluationRow, Outcome, RunInfo
 from common.evaluate.strata import TrainingIndex
 from common.evaluate.symmetry import SymmetryLabel, composition_is_exact, symmetry_kept
@@ -145,6 +145,7 @@ class Evaluation:
             seed=seed,
             wall_time=time.perf_counter() - start,
             device=device,
+            peak_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         )
         return self._row(run, ranked)
 
@@ -185,6 +186,7 @@ class Evaluation:
         calls: int = 0,
         seed: int | None = None,
         device: str = "cpu",
+        peak_memory: float | None = None,
     ) -> RunInfo:
         return RunInfo(
             name=name,
@@ -200,7 +202,7 @@ class Evaluation:
             seed=seed,
             wall_time=wall_time,
             device=device,
-            peak_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            peak_memory=peak_memory,
         )
 
     def _row(self, run: RunInfo, candidates: Sequence[Sequence[Crystal]]) -> EvaluationRow:
@@ -212,7 +214,8 @@ class Evaluation:
             MatchItem(tuple(one.structure for one in group), _structure(record))
             for record, group in zip(self.references, groups, strict=True)
         ]
-        matches = match_many(items, self.workers)
+        # Own candidates first, then those made for other references of the composition (METRe).
+        matches = match_many(pool_by_composition(items), self.workers)
         return EvaluationRow(
             run,
             tuple(
@@ -220,7 +223,8 @@ class Evaluation:
                     material_id=record.material_id,
                     formula=record.reduced_formula,
                     num_free_coords=record.crystal.num_free_coords,
-                    candidates=found,
+                    candidates=found[: len(group)],
+                    pooled=found[len(group) :],
                     symmetry=tuple(one.symmetry for one in group),
                     composition_exact=tuple(one.composition_exact for one in group),
                     seen_composition=self._index.has_composition(record.crystal),

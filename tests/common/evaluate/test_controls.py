@@ -76,6 +76,20 @@ def test_nearest_template_of_an_unknown_prototype_is_none() -> None:
     assert template(Crystal(221, (Site(55, "a"), Site(17, "b")), np.eye(3) * 4.12)) is None
 
 
+def test_candidates_of_one_composition_are_pooled() -> None:
+    """METRe: a reference missed by its own candidate is found by that of its polymorph."""
+    salt, other = (
+        rock_salt("K", "Br", 6.6),
+        Crystal(221, (Site(19, "a"), Site(35, "b")), np.eye(3) * 3.95),
+    )
+    references = [Record("salt", salt), Record("chloride", other)]
+    evaluation = Evaluation(references, "x", references, "x", workers=1)
+    run = evaluation.controls(seed=0)[0].run
+    row = evaluation._row(run, [[other], [salt]])
+    assert row.metrics.match_rate.value == 0.0
+    assert row.metrics.metre.value == 1.0
+
+
 def test_evaluation_of_the_shipped_checkpoint_and_its_controls() -> None:
     references = [
         Record(
