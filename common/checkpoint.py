@@ -17,7 +17,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from glob import escape
@@ -34,7 +34,7 @@ from safetensors.numpy import load as parse_safetensors
 from safetensors.numpy import save as dump_safetensors
 
 from common.errors import UserError
-from common.files import flush_folder, write_atomic
+from common.files import flush, flush_folder, write_atomic
 
 FORMAT = "uni-mdm checkpoint"
 FORMAT_VERSION = 1
@@ -49,13 +49,25 @@ LATEST = "latest"
 #: Checkpoints that come with the project, a folder each.
 SHIPPED = Path(__file__).resolve().parent / "assets" / "checkpoints"
 
-_REQUIRED = {CONFIG, MODEL, CARD}
-_OPTIONAL = {OPTIMIZER, STATE}
 _STEP = re.compile(r"step_(\d{8,})")
 #: Packages whose versions decide what a checkpoint does.
 _VERSIONED = ("numpy", "safetensors", "pymatgen", "spglib", "moyopy", "torch", "mindspore")
 
 Tensors = Mapping[str, NDArray[Any]]
+#: What goes into a file, or what writes the file of that path.
+Content = bytes | Callable[[Path], None]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A kind of checkpoint folder: what its manifest calls it, and its files of tensors."""
+
+    format: str = FORMAT
+    model: str = MODEL
+    optimizer: str = OPTIMIZER
+
+
+NATIVE = Layout()
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,14 +142,7 @@ def save_checkpoint(
         files[OPTIMIZER] = _dump_tensors(folder, OPTIMIZER, optimizer)
     if state is not None:
         files[STATE] = _dump_json(state)
-    provenance = {
-        "config_sha256": _digest(config),
-        "training_fingerprint": fingerprint,
-        "created_by": f"uni-mdm {_version('uni-mdm') or 'unknown'}",
-        "versions": _versions(),
-        "extra": dict(extra or {}),
-    }
-    _install(folder, files, provenance)
+    install(folder, files, make_provenance(config, fingerprint, extra))
 
 
 def save_step(
@@ -246,19 +251,65 @@ def write_card(folder: Path, card: str) -> None:
     manifest = _read_manifest(folder)
     entries = manifest["files"]
     files = {name: _read_verified(folder, name, entry) for name, entry in entries.items()}
-    own = ("format", "format_version", "files", "manifest_sha256")
-    provenance = {key: value for key, value in manifest.items() if key not in own}
-    _install(folder, files | {CARD: card.encode()}, provenance)
+    install(folder, files | {CARD: card.encode()}, provenance_of(manifest))
+
+
+def verify(folder: Path, layout: Layout = NATIVE) -> tuple[Path, dict[str, Any]]:
+    """Verify every file of a checkpoint without holding one in memory.
+
+    Args:
+        folder: a checkpoint, or a run folder, whose latest step is verified.
+        layout: the kind of folder that it must be.
+
+    Returns:
+        The checkpoint's folder and its manifest.
+
+    Raises UserError like `load_checkpoint`, but does not look into the files.
+    """
+    folder = _locate(Path(folder))
+    manifest = _read_manifest(folder, layout)
+    for name, entry in manifest["files"].items():
+        with _reading(folder, name):
+            found = _entry(folder / name)
+        _compare(folder, name, found, entry)
+    return folder, manifest
 
 
 # Writing
 
 
-def _install(folder: Path, files: Mapping[str, bytes], provenance: Mapping[str, Any]) -> None:
+def make_provenance(
+    config: Mapping[str, Any], fingerprint: str = "", extra: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Where a new checkpoint comes from, for its manifest; arguments as in `save_checkpoint`."""
+    return {
+        "config_sha256": _digest(config),
+        "training_fingerprint": fingerprint,
+        "created_by": f"uni-mdm {_version('uni-mdm') or 'unknown'}",
+        "versions": _versions(),
+        "extra": dict(extra or {}),
+    }
+
+
+def provenance_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What a manifest says besides the files: where the checkpoint comes from."""
+    own = ("format", "format_version", "files", "manifest_sha256")
+    return {key: value for key, value in manifest.items() if key not in own}
+
+
+def install(
+    folder: Path,
+    files: Mapping[str, Content],
+    provenance: Mapping[str, Any],
+    layout: Layout = NATIVE,
+) -> None:
     """Write files and manifest into a temporary sibling folder, then put it in place.
 
     A folder cannot be renamed over another: the old one steps aside first, under a name where
     `_locate` finds it should the process die in between.
+
+    Raises:
+        UserError: if the folder is something else than a checkpoint, or the system refuses.
     """
     folder = Path(os.path.realpath(folder))
     temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(6)}.tmp")
@@ -270,9 +321,8 @@ def _install(folder: Path, files: Mapping[str, bytes], provenance: Mapping[str, 
         _sweep(folder.parent, escape(folder.name))
         try:
             temporary.mkdir()
-            manifest = _manifest(files, provenance)
-            for name, data in {**files, MANIFEST: _dump_json(manifest)}.items():
-                _write(temporary / name, data)
+            entries = {name: _put(temporary / name, content) for name, content in files.items()}
+            _write(temporary / MANIFEST, _dump_json(_manifest(layout, entries, provenance)))
             flush_folder(temporary)
             if folder.exists():
                 if aside.exists():
@@ -286,13 +336,28 @@ def _install(folder: Path, files: Mapping[str, bytes], provenance: Mapping[str, 
             _remove(aside)
 
 
-def _manifest(files: Mapping[str, bytes], provenance: Mapping[str, Any]) -> dict[str, Any]:
-    entries = {
-        name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-        for name, data in files.items()
-    }
-    manifest = {"format": FORMAT, "format_version": FORMAT_VERSION, "files": entries, **provenance}
+def _manifest(
+    layout: Layout, entries: Mapping[str, Any], provenance: Mapping[str, Any]
+) -> dict[str, Any]:
+    head = {"format": layout.format, "format_version": FORMAT_VERSION, "files": entries}
+    manifest = {**head, **provenance}
     return {**manifest, "manifest_sha256": _digest(manifest)}
+
+
+def _put(path: Path, content: Content) -> dict[str, Any]:
+    """Write a file; returns its entry in the manifest."""
+    if isinstance(content, bytes):
+        _write(path, content)
+        return {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    content(path)
+    flush(path)
+    return _entry(path)
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return {"size": file.tell(), "sha256": digest}
 
 
 def _digest(value: Mapping[str, Any]) -> str:
@@ -397,19 +462,20 @@ def _steps(run_folder: Path) -> list[tuple[int, Path]]:
     return sorted((int(match[1]), path) for match, path in found if match and path.is_dir())
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
+def _read_manifest(folder: Path, layout: Layout = NATIVE) -> dict[str, Any]:
     manifest = _parse_mapping(folder, MANIFEST, _read(folder, MANIFEST))
-    if manifest.get("format") != FORMAT:
-        raise _broken(folder, f"{MANIFEST} is not of a {FORMAT}", "give another folder")
+    if manifest.get("format") != layout.format:
+        raise _broken(folder, f"{MANIFEST} is not of a {layout.format}", "give another folder")
     if manifest.get("format_version") != FORMAT_VERSION:
         found = f"has format version {manifest.get('format_version')!r}, not {FORMAT_VERSION}"
         raise _broken(folder, found, "use the release of uni-mdm that wrote it")
     content = {key: value for key, value in manifest.items() if key != "manifest_sha256"}
     entries = manifest.get("files")
+    required, optional = {CONFIG, layout.model, CARD}, {layout.optimizer, STATE}
     well_formed = (
         manifest.get("manifest_sha256") == _digest(content)
         and isinstance(entries, dict)
-        and _REQUIRED <= entries.keys() <= _REQUIRED | _OPTIONAL
+        and required <= entries.keys() <= required | optional
         and all(_is_entry(entry) for entry in entries.values())
         and isinstance(manifest.get("training_fingerprint"), str)
     )
@@ -427,8 +493,15 @@ def _is_entry(entry: Any) -> bool:
 
 
 def _read(folder: Path, name: str) -> bytes:
-    try:
+    with _reading(folder, name):
         return (folder / name).read_bytes()
+
+
+@contextmanager
+def _reading(folder: Path, name: str) -> Iterator[None]:
+    """Turn the system's refusals into one line."""
+    try:
+        yield
     except FileNotFoundError as error:
         raise _broken(folder, f"lacks {name}", "copy or download it again") from error
     except OSError as error:
@@ -438,13 +511,18 @@ def _read(folder: Path, name: str) -> bytes:
 
 def _read_verified(folder: Path, name: str, entry: Mapping[str, Any]) -> bytes:
     data = _read(folder, name)
-    again = "copy or download it again"
-    if len(data) != entry["size"]:
-        problem = f"{name} has {len(data)} bytes, {MANIFEST} says {entry['size']}"
-        raise _broken(folder, problem, again)
-    if hashlib.sha256(data).hexdigest() != entry["sha256"]:
-        raise _broken(folder, f"{name} is damaged or edited (SHA-256 differs)", again)
+    found = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    _compare(folder, name, found, entry)
     return data
+
+
+def _compare(folder: Path, name: str, found: Mapping[str, Any], entry: Mapping[str, Any]) -> None:
+    again = "copy or download it again"
+    if found["size"] != entry["size"]:
+        problem = f"{name} has {found['size']} bytes, {MANIFEST} says {entry['size']}"
+        raise _broken(folder, problem, again)
+    if found["sha256"] != entry["sha256"]:
+        raise _broken(folder, f"{name} is damaged or edited (SHA-256 differs)", again)
 
 
 def _parse_tensors(folder: Path, file: str, data: bytes) -> dict[str, NDArray[Any]]:

@@ -27,7 +27,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
             raise UserError(f"cannot write {path}: not a regular file; give another path")
         target.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        _flush(temporary)
+        flush(temporary)
         os.replace(temporary, target)
         flush_folder(target.parent)
     except OSError as error:
@@ -58,7 +58,8 @@ def _concerns_another_file(error: OSError, temporary: Path, target: Path) -> boo
     return named not in (temporary, target) and named not in target.parents
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Wait until the content of a file or folder is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -69,4 +70,4 @@ def _flush(path: Path) -> None:
 def flush_folder(folder: Path) -> None:
     """Make a rename durable; file systems that cannot flush a folder are left alone."""
     with suppress(OSError):
-        _flush(folder)
+        flush(folder)

@@ -18,10 +18,14 @@ from common.checkpoint import (
     MANIFEST,
     MODEL,
     OPTIMIZER,
+    Layout,
+    install,
     latest,
     load_checkpoint,
+    provenance_of,
     save_checkpoint,
     save_step,
+    verify,
     write_card,
 )
 from common.errors import UserError
@@ -485,3 +489,33 @@ def test_file_cannot_be_written_whole(tmp_path: Path, kind: str) -> None:
     (line,) = run_script(_FILE_SIZE_LIMIT, str(tmp_path / "folder"), kind)
     assert line.startswith(f"cannot write checkpoint {tmp_path}/folder")
     assert "File too large" in line
+
+
+# Verified without being loaded, and other kinds of folders
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_verify_looks_at_every_file(folder: Path, name: str) -> None:
+    assert verify(folder) == (folder, load_checkpoint(folder).manifest)
+    data = bytearray((folder / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (folder / name).write_bytes(data)
+    with pytest.raises(UserError, match=f"{name} is damaged"):
+        verify(folder)
+    (folder / name).unlink()
+    with pytest.raises(UserError, match=f"lacks {name}"):
+        verify(folder)
+
+
+def test_another_kind_of_folder_has_its_own_files(folder: Path) -> None:
+    other = Layout("recipes", "cakes.bin", "ovens.bin")
+    manifest = load_checkpoint(folder).manifest
+    files = {"config.yaml": b"a: 1\n", "cakes.bin": lambda path: path.write_bytes(b"x" * 5)}
+    target = folder.with_name("other")
+    install(target, files | {"README.md": b""}, provenance_of(manifest), other)
+    found = verify(target, other)[1]
+    assert found["files"]["cakes.bin"]["size"] == 5
+    assert provenance_of(found) == provenance_of(manifest)
+    assert "is not of a uni-mdm checkpoint" in error_of(target)
+    with pytest.raises(UserError, match="is not of a recipes"):
+        verify(folder, other)
