@@ -28,7 +28,12 @@ class ModelConfig(Settings):
     width: int = Field(128, ge=8, description="Width of a token.")
     edge_width: int = Field(96, ge=8, description="Width of an edge's geometry.")
     heads: int = Field(8, ge=1, description="Attention heads, of edges and of the crystal.")
-    feed_forward: int = Field(2, ge=1, description="Feed-forward width over token width.")
+    feed_forward: int = Field(
+        2, ge=0, description="Feed-forward width over token width; 0 leaves that part out."
+    )
+    modulation: bool = Field(
+        True, description="Time, space group and property act on every norm; else on the input."
+    )
     frequencies: int = Field(8, ge=1, description="Fourier frequencies per axis, eq. 6.")
     frames: bool = Field(True, description="Edges are seen from both atoms' frames.")
     distances: bool = Field(True, description="Edges know distances to the nearest images (A).")

@@ -80,20 +80,26 @@ class TokenEmbedding(nn.Module):
 
 
 class Block(nn.Module):
-    """Edge fusion, crystal attention and a feed-forward part, each behind an adaptive norm."""
+    """Edge fusion, crystal attention and a feed-forward part, each behind a norm.
+
+    The norms and gates of the parts follow the condition (adaLN, arXiv:2212.09748), or the norms
+    are plain and there are no gates.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         width = config.width
-        self.parts = 3 if config.attention else 2
+        self.parts = 1 + int(config.attention) + int(config.feed_forward > 0)
         self.norms = nn.ModuleList(
-            nn.LayerNorm(width, eps=LAYER_NORM_EPS, elementwise_affine=False)
+            nn.LayerNorm(width, eps=LAYER_NORM_EPS, elementwise_affine=not config.modulation)
             for _ in range(self.parts)
         )
-        self.modulation = nn.Linear(width, 3 * self.parts * width)
+        self.modulation = nn.Linear(width, 3 * self.parts * width) if config.modulation else None
         self.fusion = EdgeFusion(width, config.edge_width, config.heads, config.aggregation)
         self.attention = CrystalAttention(width, config.heads) if config.attention else None
-        self.feed_forward = MLP(width, config.feed_forward * width, width)
+        self.feed_forward = (
+            MLP(width, config.feed_forward * width, width) if config.feed_forward else None
+        )
 
     def forward(
         self,
@@ -105,21 +111,25 @@ class Block(nn.Module):
         sender_index: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """nodes [B,T,D], edges [B,T,A,E], condition [B,D], property [B,D] -> nodes, messages."""
-        chunks = self.modulation(condition).chunk(3 * self.parts, dim=-1)  # 3 x parts x [B,D]
+        chunks: tuple[Tensor, ...] = ()
+        if self.modulation is not None:
+            chunks = self.modulation(condition).chunk(3 * self.parts, dim=-1)  # 3 x parts x [B,D]
 
         def normed(part: int) -> Tensor:
-            return modulate(self.norms[part](nodes), chunks[3 * part], chunks[3 * part + 1])
+            x = self.norms[part](nodes)
+            return modulate(x, chunks[3 * part], chunks[3 * part + 1]) if chunks else x
 
-        def gate(part: int) -> Tensor:
-            return chunks[3 * part + 2][:, None]
+        def added(part: int, update: Tensor) -> Tensor:
+            return nodes + (chunks[3 * part + 2][:, None] * update if chunks else update)
 
         update, messages = self.fusion(normed(0), edges, sender_index, batch.atom_mask)
-        nodes = nodes + gate(0) * update  # eq. 7
+        nodes = added(0, update)  # eq. 7
         if self.attention is not None:
-            update = self.attention(normed(1), prop, batch.token_mask)  # eqs. 8, 9
-            nodes = nodes + gate(1) * update
-        last = self.parts - 1
-        return nodes + gate(last) * self.feed_forward(normed(last)), messages
+            nodes = added(1, self.attention(normed(1), prop, batch.token_mask))  # eqs. 8, 9
+        if self.feed_forward is not None:
+            last = self.parts - 1
+            nodes = added(last, self.feed_forward(normed(last)))
+        return nodes, messages
 
 
 class CrystalDiT(nn.Module):
@@ -153,8 +163,9 @@ class CrystalDiT(nn.Module):
         for embedding in (self.tokens.element, self.tokens.letter, self.space_group):
             nn.init.normal_(embedding.weight, std=0.5)
         for block in self.blocks:
-            nn.init.zeros_(block.modulation.weight)
-            nn.init.zeros_(block.modulation.bias)
+            if block.modulation is not None:
+                nn.init.zeros_(block.modulation.weight)
+                nn.init.zeros_(block.modulation.bias)
         for layer in (self.coordinate_head.output, self.edge_head, self.lattice_head.output):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
@@ -185,6 +196,8 @@ class CrystalDiT(nn.Module):
             + self.lattice_in(torch.cat([lattice * batch.k_mask, k], dim=-1))
             + prop
         )  # [B,D]
+        if not self.config.modulation:
+            nodes = nodes + condition[:, None]
         sender_index = batch.atom_token[..., None].expand(-1, -1, nodes.shape[-1])
         messages = nodes.new_zeros(())
         for block in self.blocks:
