@@ -5,8 +5,24 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
+from common.backend import SampleRequest
+from common.config import ModelConfig
+from common.data.batch import bucket
 from common.data.cif import parse_cif
 from common.data.label import label_structure
+from common.data.loader import BatchPlan
+from common.data.store import Record
+from common.sampling import BaseGenerator, rows_per_call
+from common.training import BaseTrainer
+
+#: Sizes inside the network: its time embedding, images and radial features of an edge.
+TIME_WIDTH = 128
+NUM_IMAGES = 27
+DISTANCE_FEATURES = 32
+#: Training steps per bucket that are timed, after one that is not.
+TIMED_STEPS = 2
 
 
 @dataclass(frozen=True)
@@ -35,6 +51,106 @@ class NetworkSpeed:
     def to_dict(self) -> dict[str, Any]:
         """As JSON types."""
         return asdict(self)
+
+
+def network_speed(
+    trainer: BaseTrainer,
+    generator: BaseGenerator,
+    records: list[Record],
+    calls: int,
+    parameters: int,
+) -> NetworkSpeed:
+    """Measures training and sampling.
+
+    Buckets are timed one by one at their full batch size, and weighted by their crystals. Weights
+    may be untrained ones, which cost what trained ones cost.
+
+    Args:
+        trainer: of the records.
+        generator: of the same network.
+        records: the crystals.
+        calls: network calls per sample.
+        parameters: of the network.
+    """
+    groups = trainer.data.buckets
+    weights = [group.batch.size for group in groups]
+    total = sum(weights)
+    shapes = [group.batch.shape for group in groups]
+    model = trainer.config.model
+    flops = [network_flops(model, *shape) for shape in shapes]
+    seconds = sum(w * _training_seconds(trainer, i) for i, w in enumerate(weights))
+    return NetworkSpeed(
+        cell=model.cell,
+        parameters=parameters,
+        edges=sum(w * t * a for w, (t, a) in zip(weights, shapes, strict=True)) / total,
+        flops_per_call=sum(w * f for w, f in zip(weights, flops, strict=True)) / total,
+        training=total / seconds,
+        sampling=1 / _sampling_seconds(generator, records, calls),
+        calls=calls,
+    )
+
+
+def _training_seconds(trainer: BaseTrainer, index: int) -> float:
+    """Seconds per structure of a bucket."""
+    group = trainer.data.buckets[index]
+    plan = BatchPlan(index, np.arange(group.batch_size) % group.batch.size)
+
+    def step() -> None:
+        trainer.train_step(trainer.prepare(trainer.data, plan, "train", trainer.step))
+
+    step()
+    start = time.perf_counter()
+    for _ in range(TIMED_STEPS):
+        step()
+    return (time.perf_counter() - start) / (TIMED_STEPS * group.batch_size)
+
+
+def _sampling_seconds(generator: BaseGenerator, records: list[Record], calls: int) -> float:
+    """Seconds per structure when every call of the network is full, as in a long run."""
+    groups: dict[tuple[int, int], list[SampleRequest]] = {}
+    for record in records:
+        request = SampleRequest(
+            record.crystal.space_group,
+            tuple((site.atomic_number, site.letter) for site in record.crystal.sites),
+            key=record.material_id,
+        )
+        groups.setdefault(bucket(record.crystal, generator.config.model.cell), []).append(request)
+    seconds = 0.0
+    for shape, requests in groups.items():
+        size = rows_per_call(shape)
+        full = [requests[i % len(requests)] for i in range(size)]
+        generator.sample(full, 0, 1)
+        start = time.perf_counter()
+        generator.sample(full, 0, calls)
+        seconds += len(requests) / size * (time.perf_counter() - start)
+    return seconds / len(records)
+
+
+def network_flops(config: ModelConfig, tokens: int, atoms: int) -> float:
+    """Operations of one network call for one structure of a bucket (T, A), products only.
+
+    What is spent on weights alone, once per call, is left out.
+    """
+    width, edge_width, edges = config.width, config.edge_width, tokens * atoms
+    square = width * width
+    attention = config.attention
+    parts = 1 + int(attention) + int(config.feed_forward > 0)
+    weighted = config.heads if config.aggregation == "softmax" else 1
+    # Multiplications of one block, per edge, per token and per structure.
+    of_edge = width * (edge_width + weighted)
+    of_token = square * (6 + 4 * attention + 2 * config.feed_forward)
+    of_token += 2 * width * tokens * attention
+    of_structure = square * (3 * attention + 3 * parts * config.modulation)
+    frames = 2 if config.frames else 1
+    geometry = 9 * frames + (9 + 3 * NUM_IMAGES if config.distances else 0)
+    features = frames * 6 * config.frequencies
+    features += DISTANCE_FEATURES if config.distances else 0
+    of_edge = config.layers * of_edge + geometry + edge_width * (features + edge_width) + 2 * width
+    of_token = config.layers * of_token + square + 17 * width
+    of_structure = config.layers * of_structure
+    of_structure += width * (TIME_WIDTH + 12 + 6) + 6 * edge_width
+    of_structure += square * (3 + len(config.properties))
+    return 2.0 * (edges * of_edge + tokens * of_token + of_structure)
 
 
 def labelling_speed(cifs: Sequence[str]) -> float:

@@ -1,6 +1,6 @@
 """Every random number of training and sampling, from the one noise source."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,3 +58,7 @@ class TrainingDraws:
             origins=draw("origins", (size, origins, 4)),
             keep_property=draw("property", (size,)),
         )
+
+    def take(self, rows: NDArray[np.int64]) -> "TrainingDraws":
+        """Those of some crystals."""
+        return TrainingDraws(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})

@@ -25,3 +25,31 @@ class NoisyCrystals:
     lattice: Array
     coordinate_target: Array
     lattice_target: Array
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """Weight of every squared error in the loss; those of a whole batch sum to one.
+
+    Attributes:
+        coordinate: [B,S,3], alike for all free coordinates, else zero.
+        lattice: [B,6], alike for all free lattice numbers, else zero.
+    """
+
+    coordinate: Array
+    lattice: Array
+
+    @classmethod
+    def of(cls, free_mask: NDArray[np.bool_], k_mask: NDArray[np.bool_]) -> "LossWeights":
+        """Weights of a batch with these masks, [B,S,3] and [B,6]."""
+        return cls(_shares(free_mask), _shares(k_mask))
+
+    def take(self, rows: NDArray[np.int64], real: NDArray[np.bool_]) -> "LossWeights":
+        """Those of some rows, zero for the rows that are not real."""
+        return LossWeights(
+            self.coordinate[rows] * real[:, None, None], self.lattice[rows] * real[:, None]
+        )
+
+
+def _shares(mask: NDArray[np.bool_]) -> Array:
+    return mask.astype(np.float32) / np.float32(max(1, mask.sum()))

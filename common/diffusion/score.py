@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from common.config import DiffusionConfig
 from common.crystal.symmetry import wrap
 from common.diffusion.noisy import NoisyCrystals
 from common.diffusion.schedule import CosineSchedule, SigmaSchedule
@@ -68,3 +69,20 @@ class ScoreProcess:
             coordinate_target=target.astype(np.float32),
             lattice_target=lattice_noise,
         )
+
+
+def score_process(config: DiffusionConfig, calls: int | None = None) -> ScoreProcess | None:
+    """The noise levels of score matching, or None for flow matching.
+
+    Args:
+        config: of the run.
+        calls: network calls of the sampler, two per level, for fewer levels than were trained.
+    """
+    if config.kind == "flow":
+        return None
+    trained = config.timesteps
+    levels = trained if calls is None else min(max(2, calls // 2), trained)
+    # The sigma that training had at t = 1 / levels: a network knows a sigma by its t.
+    share = (trained / levels - 1) / (trained - 1)
+    lowest = config.sigma_min * (config.sigma_max / config.sigma_min) ** share
+    return ScoreProcess.of(levels, lowest, config.sigma_max)

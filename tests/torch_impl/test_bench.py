@@ -1,12 +1,19 @@
 """What `uni-mdm bench` reports, on two crystals and a tiny network."""
 
 import numpy as np
+import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from common.config import ModelConfig, RunConfig, TrainConfig
 from common.crystal.structure import Crystal, Site
+from common.data.batch import BatchItem, collate
 from common.data.store import Record
+from common.speed import network_flops
+from tests.networks import fitted, noise_of, random_items
 from torch_impl.bench import benchmark
+from torch_impl.crystal_dit import CrystalDiT
+from torch_impl.tensors import TensorBatch
 
 RECORDS = [
     Record("salt", Crystal(225, (Site(11, "a"), Site(17, "b")), np.eye(3) * 5.64)),
@@ -35,3 +42,25 @@ def test_edges_operations_and_speeds() -> None:
     for speed in (asymmetric, conventional):
         assert speed.training > 0
         assert speed.sampling > 0
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"cell": "conventional", "frames": False},
+        {"attention": False, "aggregation": "mean", "distances": False, "frames": False},
+        {"feed_forward": 0, "modulation": False, "properties": ()},
+    ],
+)
+def test_operations_are_those_that_torch_counts(settings: dict[str, object]) -> None:
+    """In a batch so large that what is spent on weights alone does not show."""
+    config = ModelConfig.model_validate({"layers": 2, "width": 64, "edge_width": 48} | settings)
+    items: list[BatchItem] = random_items([(12, "aij"), (62, "cd")]) * 256
+    batch = collate(items, config.cell)
+    tensors = TensorBatch.from_batch(batch, fitted(items), config.properties)
+    noise = [torch.from_numpy(x) for x in noise_of(batch)]
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        CrystalDiT(config)(tensors, *noise)
+    counted = counter.get_total_flops() / batch.size
+    assert np.isclose(network_flops(config, *batch.shape), counted, rtol=0.01)

@@ -16,16 +16,16 @@ from common.crystal.lattice import k_constraints, lattice_to_k
 from common.crystal.structure import Crystal
 from common.crystal.symmetry import nearest_zero, space_group
 from common.diffusion.flow import VELOCITY_SCALE
-from common.diffusion.score import ScoreProcess
+from common.diffusion.score import ScoreProcess, score_process
 from common.diffusion.wrapped_normal import score
 from common.errors import UserError
+from common.weights import MODEL_PREFIX, STANDARDIZER_PREFIX
 from tests.common.crystal.test_structure import holds
 from tests.networks import SYSTEMS, fill_value, fitted, random_items, small
-from torch_impl.backend import TorchGenerator, devices, load
+from torch_impl.backend import Generator, devices, load
 from torch_impl.crystal_dit import CrystalDiT
 from torch_impl.sampler import sample_flow, sample_predictor_corrector
 from torch_impl.tensors import TensorBatch
-from torch_impl.train_dit import MODEL_PREFIX, STANDARDIZER_PREFIX, score_process
 
 #: The networks here know the answer, and read no batch.
 NO_BATCH = cast(TensorBatch, None)
@@ -189,7 +189,7 @@ def test_fewer_levels_are_those_of_training(calls: int) -> None:
 # The backend
 
 
-def generator(kind: str = "flow", cell: str = "asymmetric") -> TorchGenerator:
+def generator(kind: str = "flow", cell: str = "asymmetric") -> Generator:
     """An untrained network with no zero in it."""
     config = RunConfig(
         name="x",
@@ -200,11 +200,11 @@ def generator(kind: str = "flow", cell: str = "asymmetric") -> TorchGenerator:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(torch.from_numpy(fill_value(name, parameter.shape)))
-    return TorchGenerator(config, model, fitted(random_items()), "cpu")
+    return Generator(config, model, fitted(random_items()), "cpu")
 
 
 @pytest.fixture(scope="module", params=["flow", "score", "conventional"])
-def sampler(request: pytest.FixtureRequest) -> TorchGenerator:
+def sampler(request: pytest.FixtureRequest) -> Generator:
     if request.param == "conventional":
         return generator(cell="conventional")
     return generator(request.param)
@@ -227,7 +227,7 @@ def as_bytes(crystal: Crystal) -> bytes:
     return repr((crystal.space_group, crystal.sites)).encode() + crystal.lattice.tobytes()
 
 
-def test_a_sample_depends_on_its_request_alone(sampler: TorchGenerator) -> None:
+def test_a_sample_depends_on_its_request_alone(sampler: Generator) -> None:
     asked = requests()
     together = [as_bytes(crystal) for crystal in sampler.sample(asked, seed=3)]
     order = np.random.default_rng(0).permutation(len(asked))
@@ -239,7 +239,7 @@ def test_a_sample_depends_on_its_request_alone(sampler: TorchGenerator) -> None:
     assert [as_bytes(crystal) for crystal in sampler.sample(asked, seed=3)] == together
 
 
-def test_samples_differ(sampler: TorchGenerator) -> None:
+def test_samples_differ(sampler: Generator) -> None:
     base = requests(1)[0]
     others = [
         (base, 0),
@@ -253,7 +253,7 @@ def test_samples_differ(sampler: TorchGenerator) -> None:
     assert len(found) == len(others)
 
 
-def test_symmetry_and_composition_are_kept(sampler: TorchGenerator) -> None:
+def test_symmetry_and_composition_are_kept(sampler: Generator) -> None:
     for request, crystal in zip(requests(7), sampler.sample(requests(7), seed=0), strict=True):
         assert crystal.space_group == request.space_group
         assert tuple((s.atomic_number, s.letter) for s in crystal.sites) == request.sites
@@ -265,7 +265,7 @@ def test_symmetry_and_composition_are_kept(sampler: TorchGenerator) -> None:
         assert holds(structure, request.space_group)
 
 
-def test_free_numbers_are_in_range_and_fixed_ones_exact(sampler: TorchGenerator) -> None:
+def test_free_numbers_are_in_range_and_fixed_ones_exact(sampler: Generator) -> None:
     for crystal in sampler.sample(requests(7), seed=1):
         mask, bias = k_constraints(crystal.space_group)
         np.testing.assert_allclose(lattice_to_k(crystal.lattice)[~mask], bias[~mask], atol=1e-7)
@@ -277,14 +277,14 @@ def test_free_numbers_are_in_range_and_fixed_ones_exact(sampler: TorchGenerator)
             np.testing.assert_array_equal(values, np.round(values, 6))
 
 
-def test_progress_counts_every_crystal(sampler: TorchGenerator) -> None:
+def test_progress_counts_every_crystal(sampler: Generator) -> None:
     counted: list[int] = []
     sampler.sample(requests(), seed=0, progress=counted.append)
     assert sum(counted) == 20
     assert min(counted) >= 1
 
 
-def test_no_request(sampler: TorchGenerator) -> None:
+def test_no_request(sampler: Generator) -> None:
     assert sampler.sample([], seed=0) == []
 
 
@@ -299,7 +299,7 @@ def test_number_of_network_calls(kind: str) -> None:
         assert len(calls) == expected
 
 
-def arrays(sampler: TorchGenerator) -> dict[str, np.ndarray]:
+def arrays(sampler: Generator) -> dict[str, np.ndarray]:
     weights = {MODEL_PREFIX + n: p.numpy() for n, p in sampler.model.named_parameters()}
     statistics = sampler.standardizer.to_arrays().items()
     return weights | {STANDARDIZER_PREFIX + n: a.astype(np.float32) for n, a in statistics}

@@ -13,10 +13,11 @@ from common.config import RunConfig
 from common.data.label import label_structure
 from common.data.store import Record, read_records, write_records
 from common.errors import UserError
+from common.training import MAX_ATOMS, MODEL_PREFIX, Shard, TrainingBatch, batch_items
 from tests.crystals import TEXTBOOK, textbook
-from tests.networks import SMALL
+from tests.networks import SMALL, fill_value
 from torch_impl.backend import load, train
-from torch_impl.train_dit import MAX_ATOMS, MODEL_PREFIX, Trainer, batch_items
+from torch_impl.train_dit import Trainer
 
 SCORE = {"kind": "score", "timesteps": 50}
 
@@ -74,8 +75,8 @@ def trainer_of(records: list[Record], run: RunConfig) -> Trainer:
 
 
 def steps(trainer: Trainer, count: int) -> list[dict[str, float]]:
-    plans = trainer.data.batches(trainer.config.train.seed, trainer.step)
-    return [trainer.train_step(next(plans)) for _ in range(count)]
+    batches = trainer.batches()
+    return [trainer.train_step(next(batches)) for _ in range(count)]
 
 
 def rows(folder: Path, kind: str) -> list[dict[str, float]]:
@@ -222,10 +223,10 @@ def run_until(run: RunConfig, out: Path, step: int, monkeypatch: pytest.MonkeyPa
     """Trains and is interrupted before a step."""
     train_step = Trainer.train_step
 
-    def stopping(self: Trainer, plan: object) -> dict[str, float]:
+    def stopping(self: Trainer, data: TrainingBatch) -> dict[str, float]:
         if self.step == step:
             raise Stop
-        return train_step(self, plan)  # type: ignore[arg-type]
+        return train_step(self, data)
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "train_step", stopping)
@@ -285,10 +286,11 @@ def test_noise_levels_are_told_apart(records: list[Record]) -> None:
     current = [p.detach().clone() for p in trainer.parameters]
     torch._foreach_copy_([p.data for p in trainer.parameters], trainer.average)
     for index, plan in enumerate(trainer.validation.epoch(0, 0)):
+        data = trainer.prepare(trainer.validation, plan, "validation", index)
         with torch.no_grad():
-            loss = trainer.loss(trainer.validation, plan, "validation", index)
-        for row, t in enumerate(loss.t.tolist()):
-            if loss.has_free[row]:
+            loss = trainer.loss(data)
+        for row, t in enumerate(data.noisy.t.tolist()):
+            if data.batch.free_mask[row].any():
                 per_level.setdefault(int(5 * t), []).append(float(loss.per_crystal[row]))
     torch._foreach_copy_([p.data for p in trainer.parameters], current)
     assert len(per_level) > 2
@@ -350,3 +352,29 @@ def test_large_crystals_are_left_out(records: list[Record]) -> None:
 
 def test_rows_come_back_from_parquet(records: list[Record], parquet: Path) -> None:
     assert len(read_records(parquet)) == len(records) == len(TEXTBOOK)
+
+
+# Sharing a batch
+
+
+def test_shares_of_a_batch_add_up(records: list[Record]) -> None:
+    """Gradients of three processes, whose rows do not divide evenly, sum to that of one."""
+    settings: dict[str, object] = {"batch_size": 7, "edge_budget": 2048}
+    whole = trainer_of(records, config(**settings))
+    weights = [torch.from_numpy(fill_value(n, p.shape)) for n, p in whole.model.named_parameters()]
+    gradients, sizes = [], []
+    for count in (1, 3):
+        total: list[torch.Tensor] = []
+        for rank in range(count):
+            trainer = Trainer(whole.config, records, records, shard=Shard(rank, count))
+            torch._foreach_copy_([p.data for p in trainer.parameters], weights)
+            data = next(trainer.batches())
+            sizes.append(data.batch.size)
+            loss = trainer.loss(data).total
+            found = torch.autograd.grad(loss, trainer.parameters, materialize_grads=True)
+            total = [a + b for a, b in zip(total, found, strict=True)] if total else list(found)
+        gradients.append(total)
+    assert sizes == [7, 3, 3, 3]
+    largest = max(float(one.abs().max()) for one in gradients[0] if one.numel())
+    for name, one, three in zip(whole.names, *gradients, strict=True):
+        torch.testing.assert_close(one, three, rtol=1e-3, atol=1e-6 * largest, msg=name)

@@ -1,0 +1,165 @@
+"""Sampling crystals from a checkpoint, as far as it needs no network: calls, noise, crystals.
+
+A backend's generator adds the network and the sampler.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.backend import SampleRequest
+from common.checkpoint import Checkpoint, load_checkpoint
+from common.config import RunConfig, parse_config
+from common.crystal.lattice import k_to_lattice
+from common.crystal.structure import Crystal, Site
+from common.data.batch import Batch, BatchItem, View, bucket, collate, symmetry_only
+from common.diffusion.noise import noise
+from common.diffusion.scaler import Standardizer
+from common.diffusion.score import ScoreProcess, score_process
+from common.weights import statistics
+
+#: Padded edges in one call of the network. A call always has the same shape for a bucket, whatever
+#: is asked for, so that a crystal's bytes do not depend on what is sampled beside it.
+EDGES_PER_CALL = 4096
+#: Digits kept of a free coordinate.
+COORDINATE_DIGITS = 6
+
+Array = NDArray[np.float32]
+
+
+def rows_per_call(shape: tuple[int, int]) -> int:
+    """Crystals in one call of the network for a bucket (T, A)."""
+    return max(1, EDGES_PER_CALL // (shape[0] * shape[1]))
+
+
+@dataclass(frozen=True)
+class Call:
+    """Crystals that are sampled together.
+
+    Attributes:
+        rows: of the requests, without the padding.
+        requests: [B], the last ones repeated to fill the call.
+        batch: their symmetry and properties.
+    """
+
+    rows: list[int]
+    requests: list[SampleRequest]
+    batch: Batch
+
+    def draw(self, seed: int, field: str, level: int = 0, uniform: bool = False) -> Array:
+        """Noise of all crystals: [B,6] for the field ``lattice``, else [B,S,3]."""
+        sites = self.batch.free_params.shape[1]
+        shape = (6,) if field == "lattice" else (sites, 3)
+        rows = [
+            noise(seed, r.key, r.sample, field, level, shape, "uniform" if uniform else "normal")
+            for r in self.requests
+        ]
+        return np.stack(rows)
+
+
+def calls(requests: Sequence[SampleRequest], view: View) -> Iterator[Call]:
+    """The calls that sample all requests, bucket by bucket."""
+    items = [
+        BatchItem(symmetry_only(request.space_group, request.sites), dict(request.properties))
+        for request in requests
+    ]
+    groups: dict[tuple[int, int], list[int]] = {}
+    for index, item in enumerate(items):
+        groups.setdefault(bucket(item.crystal, view), []).append(index)
+    for shape, rows in sorted(groups.items()):
+        size = rows_per_call(shape)
+        for start in range(0, len(rows), size):
+            chunk = rows[start : start + size]
+            padded = [chunk[i % len(chunk)] for i in range(size)]
+            batch = collate([items[i] for i in padded], view, shape)
+            yield Call(chunk, [requests[i] for i in padded], batch)
+
+
+class BaseGenerator(ABC):
+    """A checkpoint that samples crystals; see ``common.backend.Generator``.
+
+    Args:
+        config: of the run that trained it.
+        standardizer: of the same.
+    """
+
+    def __init__(self, config: RunConfig, standardizer: Standardizer) -> None:
+        self.config = config
+        self.standardizer = standardizer
+
+    @property
+    def properties(self) -> tuple[str, ...]:
+        """Names of the properties that the checkpoint was trained with."""
+        return self.config.model.properties
+
+    @property
+    @abstractmethod
+    def device_name(self) -> str:
+        """What samples, in words, for reports."""
+
+    @abstractmethod
+    def solve(
+        self, call: Call, seed: int, steps: int, process: ScoreProcess | None
+    ) -> tuple[Array, Array]:
+        """Runs the sampler.
+
+        Args:
+            call: the crystals.
+            seed: of the noise.
+            steps: network calls (flow).
+            process: the noise levels (score), or None (flow).
+
+        Returns:
+            Free parameters [B,S,3] in [0,1) and standardised lattice numbers [B,6].
+        """
+
+    def sample(
+        self,
+        requests: Sequence[SampleRequest],
+        seed: int,
+        steps: int | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> list[Crystal]:
+        """One crystal per request; see ``common.backend.Generator.sample``."""
+        settings = self.config.diffusion
+        process = score_process(settings, steps)
+        crystals: dict[int, Crystal] = {}
+        for call in calls(requests, self.config.model.cell):
+            free, lattice = self.solve(call, seed, steps or settings.steps, process)
+            crystals.update(zip(call.rows, self._crystals(call, free, lattice), strict=False))
+            if progress is not None:
+                progress(len(call.rows))
+        return [crystals[index] for index in range(len(requests))]
+
+    def _crystals(self, call: Call, free: Array, lattice: Array) -> list[Crystal]:
+        batch = call.batch
+        scale = self.standardizer.lattice_scales(batch)
+        lattices = k_to_lattice(self.standardizer.lattice_center(batch) + scale * lattice)
+        params = np.where(batch.free_mask, free.astype(float), 0.0)
+        params = np.mod(np.round(params, COORDINATE_DIGITS), 1.0)
+        return [
+            Crystal(
+                request.space_group,
+                tuple(
+                    Site(number, letter, tuple(params[row, site].tolist()))
+                    for site, (number, letter) in enumerate(request.sites)
+                ),
+                lattices[row],
+            )
+            for row, request in enumerate(call.requests)
+        ]
+
+
+def read_checkpoint(folder: Path) -> tuple[RunConfig, Standardizer, Checkpoint]:
+    """Settings, statistics and everything else of a checkpoint folder.
+
+    Raises:
+        UserError: if it is unreadable or damaged.
+    """
+    saved = load_checkpoint(folder)
+    config = parse_config(saved.config, f"{folder}/config.yaml")
+    return config, statistics(saved.model, folder), saved

@@ -1,0 +1,372 @@
+"""Training of the Crystal DiT, as far as it needs no gradient: data, noise, schedules, the loop.
+
+A backend's ``Trainer`` adds the network, the optimiser and the moving of arrays.
+"""
+
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from common.checkpoint import Checkpoint, latest, load_checkpoint, save_checkpoint, save_step
+from common.config import RunConfig
+from common.data.batch import Batch, BatchItem, collate
+from common.data.loader import BatchPlan, Bucket, BucketedData
+from common.data.locations import dataset
+from common.data.store import Record, fingerprint
+from common.diffusion.draws import TrainingDraws
+from common.diffusion.flow import make_path
+from common.diffusion.noisy import LossWeights, NoisyCrystals
+from common.diffusion.scaler import Standardizer
+from common.diffusion.score import score_process
+from common.errors import UserError
+from common.weights import MODEL_PREFIX, STANDARDIZER_PREFIX, Arrays
+
+if TYPE_CHECKING:
+    from common.training_log import TrainingLog
+
+#: AdamW, in every framework.
+ADAM_BETAS = (0.9, 0.99)
+ADAM_EPS = 1e-8
+#: Atoms in the primitive cell, at most; larger crystals are left out of training.
+MAX_ATOMS = 52
+NOISE_BINS = 5
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Which share of every batch a process works on, when several train together."""
+
+    rank: int = 0
+    count: int = 1
+
+    def rows(self, size: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """Positions in a batch of some size, and which of them are real.
+
+        Every process gets equally many; those beyond the batch repeat its last row.
+        """
+        share = -(-size // self.count)
+        positions = np.arange(self.rank * share, (self.rank + 1) * share)
+        return positions.clip(max=size - 1), positions < size
+
+
+@dataclass(frozen=True)
+class TrainingBatch:
+    """What one process works on in one step."""
+
+    batch: Batch
+    noisy: NoisyCrystals
+    weights: LossWeights
+
+
+@dataclass(frozen=True)
+class LossValues:
+    """The loss of one batch, in numbers; ``per_crystal`` [B] is the coordinates' mean square."""
+
+    total: float
+    coordinate: float
+    lattice: float
+    per_crystal: NDArray[np.float32]
+
+
+class BaseTrainer(ABC):
+    """One training run; every step is a function of the configuration and the step's number.
+
+    Args:
+        config: of the run.
+        train_records: what to learn from.
+        validation_records: whose loss is watched.
+        shard: this process's share of every batch.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        train_records: list[Record],
+        validation_records: list[Record],
+        shard: Shard,
+    ) -> None:
+        self.config = config
+        self.shard = shard
+        self.step = 0
+        self.seconds = 0.0
+        settings = config.train
+        items = batch_items(train_records)
+        if not items:
+            raise UserError(f"{settings.data}: no crystal of at most {MAX_ATOMS} atoms to train on")
+        self.fingerprint = fingerprint(train_records)
+        self.num_rows = len(items)
+        self.standardizer = Standardizer.fit(collate(items, "asymmetric"))
+        self.data = self._bucketed(items)
+        watched = batch_items(validation_records[: settings.validation_rows])
+        self.validation = self._bucketed(watched)
+        self.score_process = score_process(config.diffusion)
+
+    def _bucketed(self, items: list[BatchItem]) -> BucketedData:
+        settings = self.config.train
+        return BucketedData(
+            items, self.config.model.cell, settings.batch_size, settings.edge_budget
+        )
+
+    # What a framework adds
+
+    @abstractmethod
+    def update(self, data: TrainingBatch, rate: float, decay: float) -> dict[str, float]:
+        """One step of the optimiser at a learning rate, then of the weights' average.
+
+        Returns:
+            ``loss``, ``coordinate``, ``lattice`` and ``gradient_norm`` (before clipping) of the
+            whole batch; where the norm is not finite, nothing was changed.
+        """
+
+    @abstractmethod
+    def losses(self, data: TrainingBatch) -> LossValues:
+        """Of the current weights."""
+
+    @abstractmethod
+    def averaged(self) -> AbstractContextManager[None]:
+        """Within it the network has its averaged weights."""
+
+    @abstractmethod
+    def average_arrays(self) -> Arrays:
+        """Averaged weights by name."""
+
+    @abstractmethod
+    def optimizer_arrays(self) -> Arrays:
+        """Current weights and AdamW's moments by prefixed name."""
+
+    @abstractmethod
+    def restore(self, saved: Checkpoint) -> None:
+        """Takes weights, averages and moments from a checkpoint that has all of them."""
+
+    # Schedules
+
+    def learning_rate(self, step: int) -> float:
+        """Linear warm-up, then a cosine down to ``final_rate`` of the peak."""
+        settings = self.config.train
+        if step < settings.warmup:
+            return settings.learning_rate * (step + 1) / settings.warmup
+        progress = (step - settings.warmup) / max(1, settings.steps - settings.warmup)
+        cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        return settings.learning_rate * (settings.final_rate + (1 - settings.final_rate) * cosine)
+
+    def average_decay(self, step: int) -> float:
+        """Of the weights' average: short at first."""
+        return min(self.config.train.ema, (1 + step) / (10 + step))
+
+    # Data
+
+    def batches(self) -> Iterator[TrainingBatch]:
+        """The training batches from the current step on."""
+        step = self.step
+        for plan in self.data.batches(self.config.train.seed, step):
+            yield self.prepare(self.data, plan, "train", step)
+            step += 1
+
+    def prepare(self, data: BucketedData, plan: BatchPlan, stream: str, step: int) -> TrainingBatch:
+        """This process's share of a batch, with the noise of a step.
+
+        Args:
+            data: the training or the validation data.
+            plan: which rows of it.
+            stream: ``train`` or ``validation``; names the noise.
+            step: of the noise.
+        """
+        settings, diffusion = self.config.train, self.config.diffusion
+        group = data.buckets[plan.bucket]
+        size, sites = len(plan.rows), group.batch.site_mask.shape[1]
+        share, real = self.shard.rows(size)
+        draws = TrainingDraws.of_step(
+            settings.seed, stream, step, (size, sites), diffusion.origin_tries
+        ).take(share)
+        masks = group.batch.free_mask[plan.rows], group.batch.k_mask[plan.rows]
+        rows = plan.rows[share]
+        batch = group.batch.take(rows)
+        if stream == "train":
+            keep = draws.keep_property >= settings.property_dropout
+            batch = batch.replace(property_mask=batch.property_mask & keep[:, None])
+        return TrainingBatch(
+            batch,
+            self._add_noise(group, batch, rows, draws),
+            LossWeights.of(*masks).take(share, real),
+        )
+
+    def _add_noise(
+        self, group: Bucket, batch: Batch, rows: NDArray[np.int64], draws: TrainingDraws
+    ) -> NoisyCrystals:
+        lattice = self.standardizer.lattice(batch)
+        if self.score_process is not None:
+            return self.score_process.make_noisy(
+                batch.free_params, lattice, draws.free_normal, draws.lattice, draws.t
+            )
+        free = group.descriptions.nearest(rows, draws.free, draws.origins)
+        return make_path(free, lattice, draws.free, draws.lattice, draws.t)
+
+    # Steps
+
+    def train_step(self, data: TrainingBatch) -> dict[str, float]:
+        """One optimiser step; returns what to log."""
+        start = time.perf_counter()
+        rate = self.learning_rate(self.step)
+        values = self.update(data, rate, self.average_decay(self.step))
+        if not math.isfinite(values["gradient_norm"]):
+            raise UserError(
+                f"training step {self.step}: the gradient is not finite; lower learning_rate"
+            )
+        self.step += 1
+        self.seconds += time.perf_counter() - start
+        return values | {"learning_rate": rate}
+
+    def validate(self) -> dict[str, float]:
+        """Losses of the averaged weights, the coordinate's also per noise level."""
+        sums = {"loss": 0.0, "coordinate": 0.0, "lattice": 0.0}
+        levels = np.zeros((NOISE_BINS, 2))
+        plans = self.validation.epoch(0, 0)
+        with self.averaged():
+            for index, plan in enumerate(plans):
+                data = self.prepare(self.validation, plan, "validation", index)
+                found = self.losses(data)
+                sums["loss"] += found.total / len(plans)
+                sums["coordinate"] += found.coordinate / len(plans)
+                sums["lattice"] += found.lattice / len(plans)
+                bins = (data.noisy.t * NOISE_BINS).astype(int).clip(max=NOISE_BINS - 1)
+                has_free = data.batch.free_mask.any(axis=(1, 2))
+                for column, values in enumerate((found.per_crystal, has_free)):
+                    levels[:, column] += np.bincount(bins, values, NOISE_BINS)
+        for index, (total, count) in enumerate(levels):
+            sums[f"coordinate_t{index / NOISE_BINS:.1f}"] = float(total / max(count, 1))
+        return sums
+
+    # Checkpoints
+
+    def model_arrays(self) -> Arrays:
+        """Averaged weights and statistics, as a checkpoint keeps them."""
+        arrays = {MODEL_PREFIX + name: array for name, array in self.average_arrays().items()}
+        for name, array in self.standardizer.to_arrays().items():
+            arrays[STANDARDIZER_PREFIX + name] = array.astype(np.float32)
+        return arrays
+
+    def checkpoint(self) -> dict[str, Any]:
+        """Arguments of ``common.checkpoint.save_step``."""
+        return {
+            "config": self.config.model_dump(mode="json"),
+            "model": self.model_arrays(),
+            "optimizer": self.optimizer_arrays(),
+            "state": {"step": self.step, "seconds": self.seconds},
+            "fingerprint": self.fingerprint,
+            "extra": {"training_rows": self.num_rows},
+        }
+
+    def resume(self, folder: Path) -> None:
+        """Goes on from a checkpoint.
+
+        Raises:
+            UserError: if it was trained on other rows or cannot be read.
+        """
+        saved = load_checkpoint(folder, optimizer=True)
+        if saved.fingerprint != self.fingerprint:
+            raise UserError(f"{folder}: trained on other rows; give --fresh to start anew")
+        assert saved.state is not None
+        self.step, self.seconds = int(saved.state["step"]), float(saved.state["seconds"])
+        self.restore(saved)
+
+
+def batch_items(records: list[Record]) -> list[BatchItem]:
+    """Records as a network sees them, without those too large to train on."""
+    return [
+        BatchItem(record.crystal, record.properties)
+        for record in records
+        if record.crystal.num_primitive_atoms <= MAX_ATOMS
+    ]
+
+
+def records_of(config: RunConfig) -> tuple[list[Record], list[Record]]:
+    """Training and validation rows that a run names."""
+    return dataset(config.train.data), dataset(config.train.validation)
+
+
+def run_training(trainer: BaseTrainer, out: Path, resume: bool) -> None:
+    """Trains to the end; only the first process writes.
+
+    Args:
+        trainer: the run.
+        out: the run's folder: steps, logs, and the finished checkpoint in ``final``.
+        resume: whether to go on from the latest step in it.
+
+    Raises:
+        UserError: for a checkpoint that does not fit.
+    """
+    if resume:
+        folder = latest(out)
+        assert folder is not None
+        trainer.resume(folder)
+    if trainer.shard.rank:
+        _follow(trainer)
+        return
+    from common.training_log import TrainingLog  # slow to import, and only needed here
+
+    out.mkdir(parents=True, exist_ok=True)
+    with TrainingLog(out, trainer.step) as log, _progress() as progress:
+        _lead(trainer, out, log, progress)
+    save_checkpoint(
+        out / "final",
+        config=trainer.config.model_dump(mode="json"),
+        model=trainer.model_arrays(),
+        fingerprint=trainer.fingerprint,
+        extra={"training_rows": trainer.num_rows, "training_seconds": round(trainer.seconds)},
+        card=f"# {trainer.config.name}\n",
+    )
+
+
+def _follow(trainer: BaseTrainer) -> None:
+    batches = trainer.batches()
+    while trainer.step < trainer.config.train.steps:
+        trainer.train_step(next(batches))
+
+
+def _lead(trainer: BaseTrainer, out: Path, log: "TrainingLog", progress: Progress) -> None:
+    settings = trainer.config.train
+    task = progress.add_task("training", total=settings.steps, completed=trainer.step, loss="")
+    batches = trainer.batches()
+    window: list[dict[str, float]] = []
+    while trainer.step < settings.steps:
+        window.append(trainer.train_step(next(batches)))
+        done = trainer.step == settings.steps
+        progress.update(task, completed=trainer.step, loss=f"loss {window[-1]['loss']:.3f}")
+        if trainer.step % settings.log_every == 0 or done:
+            log.write("train", trainer.step, trainer.seconds, _mean(window))
+            window = []
+        if trainer.step % settings.validation_every == 0 or done:
+            log.write("validation", trainer.step, trainer.seconds, trainer.validate())
+        if trainer.step % settings.checkpoint_every == 0 or done:
+            save_step(out, trainer.step, **trainer.checkpoint())
+
+
+def _mean(rows: list[dict[str, float]]) -> dict[str, float]:
+    return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[loss]}"),
+    )
