@@ -211,7 +211,7 @@ def load_checkpoint(folder: Path, optimizer: bool = False) -> Checkpoint:
             although one is needed, or has tensors that are not finite float32.
     """
     folder = _locate(Path(folder))
-    manifest = _read_manifest(folder)
+    manifest = read_manifest(folder)
     entries = manifest["files"]
     if optimizer and OPTIMIZER not in entries:
         raise _broken(folder, "holds no optimizer state", "it cannot be resumed, start a new run")
@@ -248,7 +248,7 @@ def write_card(folder: Path, card: str) -> None:
     Raises UserError like `load_checkpoint` and `save_checkpoint`.
     """
     folder = _locate(Path(folder))
-    manifest = _read_manifest(folder)
+    manifest = read_manifest(folder)
     entries = manifest["files"]
     files = {name: _read_verified(folder, name, entry) for name, entry in entries.items()}
     install(folder, files | {CARD: card.encode()}, provenance_of(manifest))
@@ -267,7 +267,7 @@ def verify(folder: Path, layout: Layout = NATIVE) -> tuple[Path, dict[str, Any]]
     Raises UserError like `load_checkpoint`, but does not look into the files.
     """
     folder = _locate(Path(folder))
-    manifest = _read_manifest(folder, layout)
+    manifest = read_manifest(folder, layout)
     for name, entry in manifest["files"].items():
         with _reading(folder, name):
             found = _entry(folder / name)
@@ -462,7 +462,8 @@ def _steps(run_folder: Path) -> list[tuple[int, Path]]:
     return sorted((int(match[1]), path) for match, path in found if match and path.is_dir())
 
 
-def _read_manifest(folder: Path, layout: Layout = NATIVE) -> dict[str, Any]:
+def read_manifest(folder: Path, layout: Layout = NATIVE) -> dict[str, Any]:
+    """The manifest of that very folder; raises UserError if it is damaged or of another layout."""
     manifest = _parse_mapping(folder, MANIFEST, _read(folder, MANIFEST))
     if manifest.get("format") != layout.format:
         raise _broken(folder, f"{MANIFEST} is not of a {layout.format}", "give another folder")

@@ -4,7 +4,8 @@ import errno
 import os
 import sys
 from importlib import import_module
-from importlib.metadata import version
+from importlib.metadata import entry_points, version
+from importlib.util import find_spec
 from typing import Annotated, Any
 
 import typer
@@ -12,15 +13,20 @@ from typer.core import TyperCommand, TyperGroup
 
 from common.errors import UserError
 
-#: Name -> one line of help. The module is common.commands.NAME.
+#: Name -> one line of help. The module is common.commands.NAME, or another package brings it as an
+#: entry point of that name.
 COMMANDS = {
     "generate": "Crystals for a formula and a target property.",
     "data": "Import, split and describe data sets.",
     "train": "Train a network as a YAML file says.",
     "evaluate": "Compare generated crystals with known ones.",
+    "convert": "Move weights and training state to another framework.",
     "bench": "Measure speed on this machine.",
     "info": "Versions, devices, folders and checkpoints found here.",
 }
+ENTRY_POINT_GROUP = "uni_mdm.commands"
+#: This project's packages: one that is absent is no package to be installed.
+PACKAGES = ("common", "torch_impl", "ms_impl", "ckpt_convert")
 USER_ERROR = 2
 INTERRUPTED = 130
 #: What the machine refuses, rather than what is wrong with the program.
@@ -112,7 +118,7 @@ def run(arguments: list[str]) -> int:
         message = " ".join(error.format_message().split()).rstrip(".")
         return _report(f"{message} (see '{path} --help')")
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.split(".")[0] in ("common", "torch_impl", "ms_impl"):
+        if error.name is None or error.name.split(".")[0] in PACKAGES:
             raise
         package = error.name.split(".")[0]
         return _report(f"package '{package}' is not installed; scripts/quickstart.sh installs all")
@@ -134,6 +140,9 @@ def _report(message: str) -> int:
 def _load(name: str) -> Any:
     """The command of that name, with everything it needs."""
     module_name = f"common.commands.{name}"
+    if find_spec(module_name) is None:
+        brought = {entry.name: entry.value for entry in entry_points(group=ENTRY_POINT_GROUP)}
+        module_name = brought.get(name, module_name)
     try:
         module = import_module(module_name)
     except ModuleNotFoundError as error:
