@@ -178,8 +178,8 @@ def _layout(folder: Path) -> Layout:
 
 def _in_checkpoint(path: Path) -> bool:
     """Whether a file is the model of a checkpoint folder, which is meant then."""
-    models = {layout.model for layout in LAYOUTS.values()}
-    return path.name in models and (path.parent / MANIFEST).is_file()
+    folder = path.parent
+    return (folder / MANIFEST).is_file() and path.name == _layout(folder).model
 
 
 def _only_model(folder: Path) -> Path:
@@ -226,6 +226,8 @@ def _read(source: Source, config: ModelConfig, single: bool) -> tuple[dict[str, 
     elif source.optimizer is not None:
         tensors, rows = read_tensors(source.optimizer), crystal_dit.optimizer_rows(config)
         matches["optimizer"] = match(source.optimizer, tensors, rows)
+        if source.provenance is None:
+            notes.append(f"no {MANIFEST}, so nobody knows the training rows: no run can go on")
     return matches, tuple(notes)
 
 

@@ -1,7 +1,7 @@
 """Files of named tensors: safetensors, MindSpore's ``.ckpt``, torch's ``.pt``.
 
-A tensor is read as a view of the mapped file and written from it: memory holds no copy. Bytes are
-little-endian, rows last, as in all three formats.
+A tensor is read as a view of the mapped file and written from it; memory holds a copy only of those
+that a ``.ckpt`` has cut into slices. Bytes are little-endian and row-major in all three formats.
 
 MindSpore's ``.ckpt`` is a protobuf message (mindspore/train/checkpoint.proto)
 

@@ -97,7 +97,8 @@ def test_without_the_manifest(loose: Path, step_folder: Path, tmp_path: Path) ->
     """A folder, or a file with its neighbours, gives the same tensors; the origin is lost."""
     convert(loose, tmp_path / "ms", "mindspore")
     (tmp_path / "ms" / "manifest.json").unlink()
-    convert(tmp_path / "ms", tmp_path / "back", "torch")
+    report = convert(tmp_path / "ms", tmp_path / "back", "torch")
+    assert "no manifest.json" in report.notes[0]
     before, after = content(step_folder), content(tmp_path / "back")
     manifest = json.loads(after.pop("manifest.json"))
     assert manifest["extra"] == {"converted_from": "model.ckpt"}
