@@ -34,7 +34,7 @@ from safetensors.numpy import load as parse_safetensors
 from safetensors.numpy import save as dump_safetensors
 
 from common.errors import UserError
-from common.files import flush, flush_folder, write_atomic
+from common.files import flush, flush_folder, refused, write_atomic
 
 FORMAT = "uni-mdm checkpoint"
 FORMAT_VERSION = 1
@@ -399,9 +399,7 @@ def _reporting(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = error.strerror or str(error)
-        message = f"cannot write checkpoint {folder}: {reason}; free or choose another place"
-        raise UserError(message) from error
+        raise refused(f"checkpoint {folder}", error) from error
 
 
 def _check_model(folder: Path, model: Tensors) -> None:

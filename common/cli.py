@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from common.errors import UserError
+from common.files import refused
 
 #: Name -> one line of help. The module is common.commands.NAME, or another package brings it as an
 #: entry point of that name.
@@ -125,8 +126,8 @@ def run(arguments: list[str]) -> int:
     except OSError as error:
         if error.errno not in _REFUSALS:
             raise
-        where = os.fsdecode(error.filename) + ": " if error.filename else "the output: "
-        return _report(f"cannot write {where}{error.strerror}; free or choose another place")
+        where = os.fsdecode(error.filename) if error.filename else "the output"
+        return _report(str(refused(where, error)))
 
 
 def _report(message: str) -> int:

@@ -1,12 +1,27 @@
 """Files that are either complete or absent: nothing half-written is ever seen."""
 
+import errno
 import os
 import secrets
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from common.errors import UserError
+
+#: What the system says when there is no room, rather than when it forbids.
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+#: What `output_folder` writes to see whether there is any room.
+_TRIAL = bytes(4096)
+
+
+def refused(
+    path: str | os.PathLike[str], error: OSError, advice: str = "choose another place"
+) -> UserError:
+    """The line for a user whose system does not let us write to a path."""
+    reason = error.strerror or str(error)
+    room = "make room and run again, or " if error.errno in _FULL else ""
+    return UserError(f"cannot write {os.fsdecode(path)}: {reason}; {room}{advice}")
 
 
 @contextmanager
@@ -15,7 +30,8 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     The block must create the temporary file, which keeps the suffix of `path`. On success it is
     flushed to disk and renamed over `path`; on any failure it is removed and `path` keeps its old
-    content. Missing parent folders are made. A symbolic link is followed, not replaced.
+    content. Missing parent folders are made, and removed again on failure. A symbolic link is
+    followed, not replaced.
 
     Raises UserError when the system refuses (no space, no permission, a folder in the way).
     An OSError that names another file than the temporary one passes unchanged.
@@ -23,21 +39,20 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     target = Path(os.path.realpath(path))
     temporary = target.with_name(f".{target.stem[:100]}.{secrets.token_hex(6)}.tmp{target.suffix}")
     try:
-        if target.exists() and not target.is_file():
-            raise UserError(f"cannot write {path}: not a regular file; give another path")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        flush(temporary)
-        os.replace(temporary, target)
+        _check_regular(target)
+        with _made(target.parent):
+            try:
+                yield temporary
+                flush(temporary)
+                os.replace(temporary, target)
+            finally:
+                with suppress(OSError):
+                    temporary.unlink(missing_ok=True)
         flush_folder(target.parent)
     except OSError as error:
         if _concerns_another_file(error, temporary, target):
             raise
-        reason = error.strerror or str(error)
-        raise UserError(f"cannot write {path}: {reason}; free or choose another place") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        raise refused(path, error) from error
 
 
 def write_atomic(path: str | os.PathLike[str], data: bytes | str) -> None:
@@ -45,9 +60,111 @@ def write_atomic(path: str | os.PathLike[str], data: bytes | str) -> None:
 
     Raises UserError when the system refuses.
     """
-    content = data.encode("utf-8") if isinstance(data, str) else data
     with atomic_path(path) as temporary:
-        temporary.write_bytes(content)
+        temporary.write_bytes(_encoded(data))
+
+
+def write_together(files: Mapping[Path, bytes | str]) -> None:
+    """Write several files like `write_atomic`; none is put in place before all are on the disk.
+
+    Raises UserError when the system refuses.
+    """
+    with ExitStack() as stack:
+        for path, data in files.items():
+            temporary = stack.enter_context(atomic_path(path))
+            temporary.write_bytes(_encoded(data))
+            flush(temporary)
+
+
+def append_whole(path: Path, data: bytes) -> None:
+    """Add to the end of a file and flush it to disk; where that fails the file stays as it was.
+
+    Raises UserError when the system refuses.
+    """
+    size = path.stat().st_size if path.exists() else None
+    try:
+        with open(path, "ab") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        with suppress(OSError):
+            os.truncate(path, size) if size is not None else path.unlink()
+        raise refused(path, error) from error
+
+
+@contextmanager
+def output_folder(
+    folder: str | os.PathLike[str], advice: str = "choose another place"
+) -> Iterator[Path]:
+    """Make a folder for what the block will write, and try at once whether it can be written to.
+
+    Long work so fails before it begins, not when its result is to be saved. If the block fails,
+    the folders that were made are removed again as far as they are empty.
+
+    Args:
+        folder: it and its parents are made if missing.
+        advice: what a user can do other than make room.
+
+    Raises:
+        UserError: when the system refuses.
+    """
+    path = Path(folder)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(_made(path))
+            _try_writing(path)
+        except OSError as error:
+            raise refused(path, error, advice) from error
+        yield path
+
+
+@contextmanager
+def output_file(
+    path: str | os.PathLike[str], advice: str = "choose another place"
+) -> Iterator[None]:
+    """The same as `output_folder` for one file that the block will write with `atomic_path`."""
+    with output_folder(Path(path).parent, advice):
+        try:
+            _check_regular(Path(path))
+        except OSError as error:
+            raise refused(path, error, advice) from error
+        yield
+
+
+def _check_regular(path: Path) -> None:
+    """Refuse to replace a folder or a device."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"cannot write {path}: not a regular file; give another path")
+
+
+def _try_writing(folder: Path) -> None:
+    trial = folder / f".{secrets.token_hex(6)}.tmp"
+    try:
+        with open(trial, "xb") as file:
+            file.write(_TRIAL)
+            file.flush()
+            os.fsync(file.fileno())
+    finally:
+        trial.unlink(missing_ok=True)
+
+
+@contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    """Make missing folders for a block; those that are empty after its failure are removed."""
+    missing = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for path in missing:
+            with suppress(OSError):
+                path.rmdir()
+        raise
+
+
+def _encoded(data: bytes | str) -> bytes:
+    return data.encode("utf-8") if isinstance(data, str) else data
 
 
 def _concerns_another_file(error: OSError, temporary: Path, target: Path) -> bool:

@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -26,7 +26,7 @@ import numpy as np
 
 from common.crystal.structure import Crystal
 from common.errors import UserError
-from common.files import write_atomic
+from common.files import append_whole, output_folder, refused, write_atomic, write_together
 from common.pipeline import (
     Engine,
     GeneratedCrystal,
@@ -146,40 +146,60 @@ def _digest(value: Any) -> str:
 
 @contextmanager
 def _open_folder(out: Path, description: dict[str, Any]) -> Iterator[Path]:
-    """The folder of a run, locked: the same run's if it was interrupted, else a new one."""
+    """The folder of a run, locked: the same run's if it was interrupted, else a new one.
+
+    If the block fails before anything was answered, the folder is gone again.
+    """
     for number in range(1, _MAX_FOLDERS):
         folder = out if number == 1 else out.with_name(f"{out.name}-{number}")
-        lock = _try_folder(folder, description)
-        if lock is not None:
-            try:
-                yield folder
-            finally:
-                (folder / _LOCK).unlink(missing_ok=True)
-                os.close(lock)
-            return
+        if not _may_use(folder, description):
+            continue
+        with output_folder(folder, "give another --out"), _locked(folder) as locked:
+            # Between the look and the lock another one may have finished this run.
+            if locked and _may_use(folder, description):
+                with _begun(folder, description):
+                    yield folder
+                return
     raise UserError(f"{out} and its numbered siblings are all taken; give another --out")
 
 
-def _try_folder(folder: Path, description: dict[str, Any]) -> int | None:
-    """A lock on the folder if it is new, or holds this very run unfinished; else None."""
+def _may_use(folder: Path, description: dict[str, Any]) -> bool:
+    """Whether a folder is not there yet, or is empty, or holds this run, interrupted."""
     try:
-        if folder.exists() and (not folder.is_dir() or not _may_resume(folder, description)):
-            return None
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        if not folder.exists():
+            return True
+        return folder.is_dir() and _may_resume(folder, description)
     except OSError as error:
-        raise UserError(f"cannot use {folder}: {error.strerror}; give another --out") from error
+        raise refused(folder, error, "give another --out") from error
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Whether nobody else is at work in a folder, who is kept out during the block."""
+    lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         os.close(lock)
-        return None  # the same run is going on right now
-    # Between the look and the lock the other one may have finished.
-    if not _may_resume(folder, description):
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        (folder / _LOCK).unlink(missing_ok=True)
         os.close(lock)
-        return None
+
+
+@contextmanager
+def _begun(folder: Path, description: dict[str, Any]) -> Iterator[None]:
+    """Say during the block which run the folder holds; no longer if nothing came of it."""
     write_atomic(folder / _RUN, _dump(description | {"status": "running"}))
-    return lock
+    try:
+        yield
+    except BaseException:
+        if {path.name for path in folder.iterdir()} <= {_RUN, _LOCK}:
+            (folder / _RUN).unlink(missing_ok=True)
+        raise
 
 
 def _may_resume(folder: Path, description: dict[str, Any]) -> bool:
@@ -217,16 +237,8 @@ class _Journal:
     def append(self, entries: Iterable[dict[str, Any]]) -> None:
         """Adds lines and makes them durable."""
         entries = list(entries)
-        try:
-            with open(self._path, "ab") as file:
-                for entry in entries:
-                    file.write(json.dumps(entry, separators=(",", ":")).encode() + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise UserError(
-                f"cannot write {self._path}: {error.strerror}; make room and run again to go on"
-            ) from error
+        lines = [json.dumps(entry, separators=(",", ":")) + "\n" for entry in entries]
+        append_whole(self._path, "".join(lines).encode())
         self.entries |= {entry["index"]: entry for entry in entries}
 
 
@@ -250,7 +262,8 @@ def _answer_all(
             if len(queries) > 1:
                 report("Requests", len(journal.entries), len(queries))
             chunk = {index: queries[index] for index in mine[start : start + size]}
-            journal.append(_answer_chunk(chunk, engine, settings, folder, len(queries), progress))
+            entries, files = _answer_chunk(chunk, engine, settings, len(queries), progress)
+            _keep(folder, entries, files, journal)
     if len(queries) > 1:
         report("Requests", len(queries), len(queries))
 
@@ -259,25 +272,43 @@ def _answer_chunk(
     chunk: dict[int, Query],
     engine: Engine,
     settings: Settings,
-    folder: Path,
     total: int,
     progress: Progress | None,
-) -> list[dict[str, Any]]:
-    entries = []
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Entries of some requests, and their CIFs by path in the run's folder."""
+    entries: list[dict[str, Any]] = []
+    files: dict[str, str] = {}
     ranked = {}
     for index, query in chunk.items():
         try:
             ranked[index] = (query, rank_symmetries(query, engine.prior, settings.top))
         except UserError as error:
-            entry = {"index": index, "status": "failed", "error": str(error)}
-            entries.append(entry | {"query": query.to_dict(), "folder": "", "crystals": []})
+            failed = {"index": index, "status": "failed", "error": str(error)}
+            entries.append(failed | {"query": query.to_dict(), "folder": "", "crystals": []})
     answers = answer(list(ranked.values()), engine, settings, progress) if ranked else []
     for (index, (query, _)), crystals in zip(ranked.items(), answers, strict=True):
         place = "" if total == 1 else f"{index + 1:05d}_{query.formula.text}"
-        for crystal in crystals:
-            write_atomic(folder / place / f"{crystal.name}.cif", crystal.to_cif())
-        entries.append(_entry(index, query, place, crystals))
-    return entries
+        entry = _entry(index, query, place, crystals)
+        rows = zip(entry["crystals"], crystals, strict=True)
+        files |= {row["file"]: crystal.to_cif() for row, crystal in rows}
+        entries.append(entry)
+    return entries, files
+
+
+def _keep(
+    folder: Path, entries: list[dict[str, Any]], files: dict[str, str], journal: _Journal
+) -> None:
+    """Save answers: the files first, for what the journal names is there."""
+    paths = {folder / name: text for name, text in files.items()}
+    write_together(paths)
+    try:
+        journal.append(entries)
+    except UserError:
+        for path in paths:
+            path.unlink()
+            with suppress(OSError):
+                path.parent.rmdir()
+        raise
 
 
 def _entry(
@@ -303,9 +334,13 @@ def _finish(folder: Path, description: dict[str, Any], entries: list[dict[str, A
     from common.report import render_report
 
     results = {**description, "format": "uni-mdm results", "results": entries}
-    write_atomic(folder / "results.json", _dump(results))
-    write_atomic(folder / "results.extxyz", "".join(_extxyz(row) for row in _rows(entries)))
-    write_atomic(folder / "report.html", render_report(results))
+    write_together(
+        {
+            folder / "results.json": _dump(results),
+            folder / "results.extxyz": "".join(_extxyz(row) for row in _rows(entries)),
+            folder / "report.html": render_report(results),
+        }
+    )
     write_atomic(folder / _RUN, _dump(description | {"status": "finished"}))
 
 

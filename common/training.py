@@ -321,7 +321,8 @@ def run_training(trainer: BaseTrainer, out: Path, resume: bool) -> None:
     from common.training_log import TrainingLog  # slow to import, and only needed here
 
     out.mkdir(parents=True, exist_ok=True)
-    with TrainingLog(out, trainer.step) as log, _progress() as progress:
+    log = TrainingLog(out, trainer.step)
+    with _progress() as progress:
         _lead(trainer, out, log, progress)
     save_checkpoint(
         out / "final",

@@ -1,26 +1,38 @@
 """What a run writes while it trains: one JSON object per line, and the same for TensorBoard."""
 
 import json
+import os
+import socket
 import time
+from io import BytesIO
 from pathlib import Path
-from types import TracebackType
 
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
+from tensorboard.summary.writer.record_writer import RecordWriter
+
+from common.files import append_whole
 
 
 class TrainingLog:
-    """``log.jsonl`` and ``tensorboard/`` in a run's folder.
+    """``log.jsonl`` and ``tensorboard/`` in a run's folder; both are whole after every call.
+
+    TensorBoard's own writer is a thread, whose errors come late and as a traceback.
 
     Args:
         folder: the run's.
         step: where the run goes on; what TensorBoard was told of later steps no longer counts.
+
+    Raises:
+        UserError: here and in ``write``, when the system refuses.
     """
 
     def __init__(self, folder: Path, step: int) -> None:
-        self._lines = (folder / "log.jsonl").open("a", encoding="utf-8")
-        self._events = EventFileWriter(str(folder / "tensorboard"))
+        self._lines = folder / "log.jsonl"
+        seconds, rest = divmod(time.time_ns(), 10**9)
+        name = f"events.out.tfevents.{seconds:010d}.{socket.gethostname()}.{os.getpid()}.{rest}"
+        self._events = folder / "tensorboard" / name
+        self._events.parent.mkdir(exist_ok=True)
         self._add(Event(step=step, file_version="brain.Event:2"))
         self._add(Event(step=step, session_log=SessionLog(status=SessionLog.START)))
 
@@ -34,8 +46,7 @@ class TrainingLog:
             values: by name.
         """
         row = {"kind": kind, "step": step, "seconds": round(seconds, 1), **values}
-        self._lines.write(json.dumps(row) + "\n")
-        self._lines.flush()
+        append_whole(self._lines, json.dumps(row).encode() + b"\n")
         scalars = [
             Summary.Value(tag=f"{kind}/{name}", simple_value=value)
             for name, value in values.items()
@@ -44,16 +55,6 @@ class TrainingLog:
 
     def _add(self, event: Event) -> None:
         event.wall_time = time.time()
-        self._events.add_event(event)
-
-    def __enter__(self) -> "TrainingLog":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._events.close()
-        self._lines.close()
+        record = BytesIO()
+        RecordWriter(record).write(event.SerializeToString())
+        append_whole(self._events, record.getvalue())

@@ -11,6 +11,7 @@ from common.config import parse_config
 from common.data.locations import DATASETS, dataset
 from common.data.store import Record
 from common.errors import UserError
+from common.files import output_folder
 
 
 def command(
@@ -52,32 +53,34 @@ def command(
     folder = checkpoint or _default_checkpoint()
     saved = load_checkpoint(folder)
     config = parse_config(saved.config, f"{folder}/config.yaml")
-    generator = load_generator(folder, backend, device)
-    references = _references(data, limit, workers)
-    training = dataset(config.train.data, workers)
-    evaluation = Evaluation(references, _split_name(data), training, config.train.data, workers)
-    calls = steps or config.diffusion.steps
-    if config.diffusion.kind == "score":
-        calls = steps or 2 * config.diffusion.timesteps
-    rows = [
-        evaluation.model(
-            generator,
-            name=config.name,
-            checkpoint=saved.hash,
-            k=num_samples,
-            seed=seed,
-            steps=calls,
-            device=generator.device_name,
-            given=generator.properties if use_property else (),
-        )
-    ]
-    if controls:
-        rows += evaluation.controls(seed)
     target = out or Path("runs") / f"evaluate-{config.name}-{_split_name(data)}"
-    paths = write_report(rows, target)
-    console = Console()
-    console.print(Markdown(to_markdown(rows)))
-    console.print(f"Report: {paths['md']}", highlight=False)
+    with output_folder(target, "give another --out"):
+        generator = load_generator(folder, backend, device)
+        references = _references(data, limit, workers)
+        training = dataset(config.train.data, workers)
+        evaluation = Evaluation(references, _split_name(data), training, config.train.data, workers)
+        calls = steps or config.diffusion.steps
+        if config.diffusion.kind == "score":
+            calls = steps or 2 * config.diffusion.timesteps
+        rows = [
+            evaluation.model(
+                generator,
+                name=config.name,
+                checkpoint=saved.hash,
+                k=num_samples,
+                seed=seed,
+                steps=calls,
+                device=generator.device_name,
+                given=generator.properties if use_property else (),
+            )
+        ]
+        if controls:
+            rows += evaluation.controls(seed)
+        console = Console()
+        # Seen even where it cannot be saved.
+        console.print(Markdown(to_markdown(rows)))
+        paths = write_report(rows, target)
+        console.print(f"Report: {paths['md']}", highlight=False)
 
 
 def _default_checkpoint() -> Path:

@@ -9,6 +9,7 @@ from common.backend import load_backend
 from common.checkpoint import latest, load_checkpoint
 from common.config import RunConfig, load_config, parse_config
 from common.errors import UserError
+from common.files import output_folder, refused
 from common.machine import cpu_count
 
 #: Settings of `train` that may change when a run goes on, for they do not change its result.
@@ -38,13 +39,12 @@ def command(
     run = load_config(config, tuple(settings or ()))
     folder = out or Path("runs") / run.name
     module = load_backend(backend)
-    module.train(
-        run,
-        folder,
-        resume=prepare(folder, run, resume),
-        threads=threads or cpu_count(),
-        device=device,
-    )
+    try:
+        resume = prepare(folder, run, resume)
+    except OSError as error:
+        raise refused(folder, error, "give another --out") from error
+    with output_folder(folder, "give another --out"):
+        module.train(run, folder, resume=resume, threads=threads or cpu_count(), device=device)
 
 
 def prepare(folder: Path, config: RunConfig, resume: bool | None) -> bool:

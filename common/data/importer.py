@@ -10,7 +10,6 @@ import json
 import math
 import multiprocessing
 import os
-import shutil
 import threading
 import time
 import warnings
@@ -41,7 +40,7 @@ from common.data.label import (
 from common.data.sources import RawEntry, Source, file_sha256, printable
 from common.data.store import SCHEMA_VERSION, Cell, Record, reduced_formula, write_records
 from common.errors import UserError
-from common.files import atomic_path, write_atomic
+from common.files import atomic_path, output_file, output_folder, write_atomic, write_together
 from common.machine import cpu_count
 
 #: Part of the key of cached imports: raise it when the same rows give another result.
@@ -133,10 +132,14 @@ def import_dataset(
     options = _options(source, max_atoms, require, label)
     if cache is None:
         return _run(source, out, options, _workers(workers), show_progress)
-    kept = import_cached(source, cache, workers, max_atoms, require, label, show_progress)
-    for origin, target in ((kept.quarantine_path, quarantine_path(out)), (kept.path, out)):
-        with atomic_path(target) as temporary:
-            shutil.copyfile(origin, temporary)
+    with output_file(out):
+        kept = import_cached(source, cache, workers, max_atoms, require, label, show_progress)
+        write_together(
+            {
+                quarantine_path(out): kept.quarantine_path.read_bytes(),
+                out: kept.path.read_bytes(),
+            }
+        )
     return replace(
         kept,
         path=out,
@@ -165,8 +168,9 @@ def import_cached(
     out = cache / "imports" / f"{hashlib.sha256(key.encode()).hexdigest()}.parquet"
     report = _read_report(out)
     if report is None:
-        report = _run(source, out, options, workers, show_progress)
-        _write_report(report)
+        with output_folder(out.parent, "set UNI_MDM_CACHE to another folder"):
+            report = _run(source, out, options, workers, show_progress)
+            _write_report(report)
         return report
     return replace(report, seconds=time.monotonic() - started, from_cache=True)
 
@@ -250,8 +254,9 @@ def _run(
                 records[outcome.material_id] = outcome
             progress.advance(task)
     lines = [json.dumps(asdict(rejection), sort_keys=True) + "\n" for rejection in rejections]
-    write_atomic(quarantine_path(out), "".join(lines))
-    write_records(records.values(), out, _provenance(source, options))
+    with atomic_path(quarantine_path(out)) as temporary:
+        temporary.write_text("".join(lines), encoding="utf-8")
+        write_records(records.values(), out, _provenance(source, options))
     reasons = Counter(rejection.reason for rejection in rejections)
     return ImportReport(
         out,

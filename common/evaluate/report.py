@@ -25,7 +25,7 @@ from common.evaluate.match import STANDARD, CandidateMatch
 from common.evaluate.statistics import PairedTest, Rate, mcnemar, mean
 from common.evaluate.strata import FREEDOM, freedom_class
 from common.evaluate.symmetry import SymmetryLabel
-from common.files import write_atomic
+from common.files import write_together
 
 FORMAT = "uni-mdm evaluation 1"
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
@@ -200,7 +200,7 @@ def paired_test(first: EvaluationRow, second: EvaluationRow) -> PairedTest:
 def write_report(
     rows: Sequence[EvaluationRow], folder: Path, name: str = "evaluation"
 ) -> dict[str, Path]:
-    """Write ``<name>.json``, ``<name>.md`` and ``<name>.png``, each complete or not at all.
+    """Write ``<name>.json``, ``<name>.md`` and ``<name>.png``, all three or none.
 
     Args:
         rows: the method in question first; the others are tested against it.
@@ -210,9 +210,13 @@ def write_report(
         The paths by suffix. Raises UserError if a file cannot be written.
     """
     paths = {suffix: Path(folder) / f"{name}.{suffix}" for suffix in ("json", "md", "png")}
-    write_atomic(paths["json"], to_json(rows))
-    write_atomic(paths["png"], to_png(rows))
-    write_atomic(paths["md"], to_markdown(rows, plot=paths["png"].name))
+    write_together(
+        {
+            paths["json"]: to_json(rows),
+            paths["png"]: to_png(rows),
+            paths["md"]: to_markdown(rows, plot=paths["png"].name),
+        }
+    )
     return paths
 
 

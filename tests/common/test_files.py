@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 
 from common.errors import UserError
-from common.files import atomic_path, write_atomic
+from common.files import (
+    append_whole,
+    atomic_path,
+    output_file,
+    output_folder,
+    write_atomic,
+    write_together,
+)
 
 
 def listing(folder: Path) -> list[str]:
@@ -57,6 +64,59 @@ def test_refused_places_are_user_errors(tmp_path: Path, place: str) -> None:
     assert (tmp_path / "file").read_text() == "kept"
 
 
+@pytest.mark.parametrize("place", ["file/below", "x" * 300, "made/file"])
+def test_refused_together_means_none(tmp_path: Path, place: str) -> None:
+    write_atomic(tmp_path / "file", "kept")
+    if place == "made/file":
+        (tmp_path / "made" / "file").mkdir(parents=True)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match="cannot write"):
+        write_together({tmp_path / "new" / "a.txt": "a", tmp_path / place: b"b"})
+    assert sorted(tmp_path.rglob("*")) == before
+    write_together({tmp_path / "new" / "a.txt": "a", tmp_path / "b.txt": b"b"})
+    assert (tmp_path / "new" / "a.txt").read_text() == "a"
+    assert (tmp_path / "b.txt").read_bytes() == b"b"
+
+
+def test_appends(tmp_path: Path) -> None:
+    append_whole(tmp_path / "log", b"1\n")
+    append_whole(tmp_path / "log", b"2\n")
+    assert (tmp_path / "log").read_bytes() == b"1\n2\n"
+    with pytest.raises(UserError, match="absent/log: No such file"):
+        append_whole(tmp_path / "absent" / "log", b"1\n")
+    with pytest.raises(UserError, match="No space left on device; make room and run again, or"):
+        append_whole(Path("/dev/full"), b"1\n")
+
+
+def test_output_folder_is_tried_and_goes_again_if_nothing_came_of_it(tmp_path: Path) -> None:
+    def fail(folder: Path, made: str) -> None:
+        with output_folder(folder):
+            assert listing(folder) == []
+            if made:
+                (folder / made).write_text("precious")
+            raise ZeroDivisionError
+
+    for made in ("", "file"):
+        with pytest.raises(ZeroDivisionError):
+            fail(tmp_path / "a" / "b", made)
+        assert listing(tmp_path) == (["a"] if made else [])
+    with output_folder(tmp_path / "c"):
+        pass
+    assert listing(tmp_path) == ["a", "c"]
+
+
+@pytest.mark.parametrize("place", ["folder", "file/below", "x" * 300])
+def test_output_file_is_refused_before_the_work(tmp_path: Path, place: str) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("kept")
+    with (
+        pytest.raises(UserError, match=r"cannot write .*; "),
+        output_file(tmp_path / place, "think"),
+    ):
+        raise AssertionError("the block is not entered")
+    assert listing(tmp_path) == ["file", "folder"]
+
+
 def test_device_is_not_replaced() -> None:
     with pytest.raises(UserError, match="not a regular file"):
         write_atomic("/dev/null", "text")
@@ -87,25 +147,42 @@ def run(code: str) -> subprocess.Popen[str]:
 
 def test_disk_that_fills_up(tmp_path: Path) -> None:
     """A limit on file size makes the real write fail midway, as a full disk does."""
-    target = tmp_path / "a.bin"
+    target, log = tmp_path / "a.bin", tmp_path / "log"
     target.write_bytes(b"old")
+    log.write_bytes(b"first line\n")
     code = f"""
-import resource, signal
+import resource
+from pathlib import Path
 from common.errors import UserError
-from common.files import write_atomic
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+from common.files import append_whole, output_folder, write_atomic, write_together
+folder = Path({str(tmp_path)!r})
+
+def try_folder(path):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, 10_000))
+    with output_folder(path):
+        raise AssertionError
+
 resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
-try:
-    write_atomic({str(target)!r}, b"x" * 100_000)
-except UserError as error:
-    print(error)
+for write, *arguments in (
+    (write_atomic, folder / "a.bin", b"x" * 100_000),
+    (append_whole, folder / "log", b"x" * 100_000),
+    (append_whole, folder / "new log", b"x" * 100_000),
+    (write_together, {{folder / "new" / "b.txt": "b", folder / "a.bin": b"x" * 100_000}}),
+    (try_folder, folder / "deep" / "deeper"),
+):
+    try:
+        write(*arguments)
+    except UserError as error:
+        print(error)
 """
     output, _ = run(code).communicate(timeout=60)
-    assert output.count("\n") == 1
-    assert str(target) in output
-    assert "too large" in output
+    lines = output.splitlines()
+    named = ["a.bin", "log", "new log", "a.bin", "deep/deeper"]
+    for line, name in zip(lines, named, strict=True):
+        assert line.startswith(f"cannot write {tmp_path / name}: File too large; make room")
     assert target.read_bytes() == b"old"
-    assert listing(tmp_path) == ["a.bin"]
+    assert log.read_bytes() == b"first line\n"
+    assert listing(tmp_path) == ["a.bin", "log"]
 
 
 def test_killed_writer_leaves_the_old_file(tmp_path: Path) -> None:

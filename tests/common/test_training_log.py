@@ -1,0 +1,26 @@
+"""What a run writes while it trains, read by TensorBoard itself."""
+
+import json
+from pathlib import Path
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from common.training_log import TrainingLog
+
+
+def test_tensorboard_reads_it(tmp_path: Path) -> None:
+    """A run that goes on from step 2 replaces what was told of step 3."""
+    first = TrainingLog(tmp_path, 0)
+    for step in (1, 2, 3):
+        first.write("train", step, 0.1, {"loss": step / 4, "rate": 1.0})
+    second = TrainingLog(tmp_path, 3)
+    second.write("train", 3, 0.2, {"loss": 5.0, "rate": 1.0})
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert events.Tags()["scalars"] == ["train/loss", "train/rate"]
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [
+        (1, 0.25),
+        (2, 0.5),
+        (3, 5.0),
+    ]
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [row["loss"] for row in rows] == [0.25, 0.5, 0.75, 5.0]
