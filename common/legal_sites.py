@@ -9,7 +9,7 @@ import bisect
 import heapq
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
@@ -186,61 +186,98 @@ def _in_group(
     ]
 
 
+@dataclass(frozen=True)
+class _Option:
+    """Letters for all atoms of one element: their weight, sites, and bits of the fixed ones."""
+
+    weight: float
+    sites: Sites
+    fixed: int
+
+
 def _assignments(
     needed: Mapping[int, int], table: WyckoffTable, log_letters: Mapping[str, float]
 ) -> list[tuple[float, Sites]]:
     """Ways to place all elements, the likeliest first: a beam over the elements."""
-    beam: list[tuple[float, Sites, frozenset[str]]] = [(0.0, (), frozenset())]
+    beam = [_Option(0.0, (), 0)]
     for atomic_number, atoms in sorted(needed.items(), key=lambda item: (item[1], item[0])):
-        options = _options(atoms, table, log_letters)
-        following = []
-        for weight, sites, used in beam:
-            for option_weight, letters, fixed in options:
-                if not used & fixed:
-                    added = tuple((atomic_number, x) for x, n in letters for _ in range(n))
-                    following.append((weight + option_weight, sites + added, used | fixed))
-        beam = heapq.nsmallest(_BEAM, following, key=lambda entry: (-entry[0], entry[1]))
+        options = _options(atomic_number, atoms, table, log_letters)
+        beam = _extended(beam, options)
     if not beam:
         legal = _first_legal(sorted(needed.items()), table, {})
-        beam = [] if legal is None else [(_weight(legal, log_letters), legal, frozenset())]
+        beam = [] if legal is None else [_Option(_weight(legal, log_letters), legal, 0)]
     order = {letter: index for index, letter in enumerate(table)}
     ranked = [
-        (weight, tuple(sorted(sites, key=lambda site: (order[site[1]], site[0]))))
-        for weight, sites, _ in beam
+        (each.weight, tuple(sorted(each.sites, key=lambda site: (order[site[1]], site[0]))))
+        for each in beam
     ]
     return sorted(ranked, key=lambda entry: (-entry[0], entry[1]))
 
 
+def _extended(beam: Sequence[_Option], options: Sequence[_Option]) -> list[_Option]:
+    """The likeliest of all pairs that do not share a fixed position."""
+    pairs = [
+        (old.weight + new.weight, old, new)
+        for old in beam
+        for new in options
+        if not old.fixed & new.fixed
+    ]
+    if len(pairs) > _BEAM:
+        # Only what can enter the beam is built.
+        least = heapq.nlargest(_BEAM, (weight for weight, _, _ in pairs))[-1]
+        pairs = [pair for pair in pairs if pair[0] >= least]
+    built = [
+        _Option(weight, old.sites + new.sites, old.fixed | new.fixed) for weight, old, new in pairs
+    ]
+    return sorted(built, key=lambda each: (-each.weight, each.sites))[:_BEAM]
+
+
 def _options(
-    atoms: int, table: WyckoffTable, log_letters: Mapping[str, float]
-) -> list[tuple[float, LetterCounts, frozenset[str]]]:
+    atomic_number: int, atoms: int, table: WyckoffTable, log_letters: Mapping[str, float]
+) -> list[_Option]:
     """Ways to make a number of atoms of one element out of the letters, the likeliest first."""
-    options = []
-    largest_first = sorted(table, key=lambda letter: (-table[letter][0], letter))
-    for letters in _partitions(atoms, largest_first, table):
-        weight = sum(count * log_letters[letter] for letter, count in letters)
-        fixed = frozenset(letter for letter, _ in letters if table[letter][1] == 0)
-        options.append((weight, letters, fixed))
-        if len(options) >= _MAX_OPTIONS:
-            break
-    return heapq.nsmallest(_BEAM, options, key=lambda option: (-option[0], option[1]))
+    weighed = [
+        (sum(count * log_letters[letter] for letter, count in letters), letters)
+        for letters in _partitions(atoms, table)
+    ]
+    bits = {x: 1 << i for i, (x, (_, freedom)) in enumerate(table.items()) if freedom == 0}
+    return [
+        _Option(
+            weight,
+            tuple((atomic_number, letter) for letter, count in letters for _ in range(count)),
+            sum(bits.get(letter, 0) for letter, _ in letters),
+        )
+        for weight, letters in heapq.nsmallest(_BEAM, weighed, key=lambda x: (-x[0], x[1]))
+    ]
 
 
-def _partitions(atoms: int, letters: Sequence[str], table: WyckoffTable) -> Iterator[LetterCounts]:
-    """All multisets of letters whose multiplicities add up; fixed positions at most once."""
-    if atoms == 0:
-        yield ()
-        return
-    for index, letter in enumerate(letters):
-        multiplicity, freedom = table[letter]
-        most = atoms // multiplicity if freedom else min(1, atoms // multiplicity)
-        for count in range(most, 0, -1):
-            rest = letters[index + 1 :]
-            left = atoms - count * multiplicity
-            if left % math.gcd(*(table[x][0] for x in rest), 0) if rest else left:
-                continue
-            for others in _partitions(left, rest, table):
-                yield ((letter, count), *others)
+def _partitions(atoms: int, table: WyckoffTable) -> list[LetterCounts]:
+    """Multisets of letters whose multiplicities add up, fixed positions at most once.
+
+    Those with large multiplicities first; at most _MAX_OPTIONS.
+    """
+    letters = sorted(table, key=lambda letter: (-table[letter][0], letter))
+    divisors = [math.gcd(*(table[x][0] for x in letters[i:])) for i in range(len(letters) + 1)]
+    found: list[LetterCounts] = []
+
+    def extend(chosen: LetterCounts, left: int, start: int) -> None:
+        if left == 0:
+            found.append(chosen)
+            return
+        for index in range(start, len(letters)):
+            multiplicity, freedom = table[letters[index]]
+            divisor = divisors[index + 1]
+            most = left // multiplicity
+            for count in range(most if freedom else min(1, most), 0, -1):
+                rest = left - count * multiplicity
+                if rest and (not divisor or rest % divisor):
+                    continue  # the letters that follow cannot add up to it
+                extend((*chosen, (letters[index], count)), rest, index + 1)
+                if len(found) == _MAX_OPTIONS:
+                    return
+
+    extend((), atoms, 0)
+    return found
 
 
 def _weight(sites: Sites, log_letters: Mapping[str, float]) -> float:
