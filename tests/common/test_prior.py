@@ -308,22 +308,63 @@ def test_nearest_is_itself_its_prototype_or_nothing(prior: TemplatePrior) -> Non
     assert prior.nearest(far) is None
 
 
-def test_nearest_sees_distortions_in_larger_cells(prior: TemplatePrior) -> None:
-    """The tilted Pnma cell has four times the atoms; one octahedral tilt is some tenths of an A."""
-    tilted = Crystal(
-        62,
-        (
-            Site(38, "c", (0.03, 0.0, 0.99)),
-            Site(22, "b"),
-            Site(8, "c", (0.48, 0.0, 0.07)),
-            Site(8, "d", (0.28, 0.04, 0.71)),
-        ),
-        np.diag([5.45, 7.65, 5.4]),
+def tetragonal(share: float) -> Crystal:
+    """SrTiO3 at 4.2 K, octahedra turned by 2.1 degrees (Unoki & Sakudo, JPSJ 23, 546 (1967)).
+
+    With a share of 0 they are not turned, as in the cubic crystal.
+    """
+    x = 0.25 * (1 - share * np.tan(np.radians(2.1)))
+    sites = Site(38, "b"), Site(22, "c"), Site(8, "a"), Site(8, "h", (x, 0.0, 0.0))
+    return Crystal(140, sites, np.diag([5.5225, 5.5225, 7.816]))
+
+
+def orthorhombic(share: float) -> Crystal:
+    """CaTiO3 (Sasaki et al., Acta Cryst. C43, 1668 (1987)), or a share of its displacements."""
+    ideal = np.array([[0.0, 0.25, 0.0], [0.5, 0.25, 0.0], [0.25, 0.0, 0.75]])
+    found = [[0.036, 0.25, -0.0068], [0.4838, 0.25, 0.0714], [0.2888, 0.0371, 0.7108]]
+    calcium, first, second = np.mod(ideal + share * (np.array(found) - ideal), 1.0).tolist()
+    sites = (
+        Site(20, "c", (calcium[0], 0.0, calcium[2])),
+        Site(22, "b"),
+        Site(8, "c", (first[0], 0.0, first[2])),
+        Site(8, "d", tuple(second)),
     )
-    nearest = prior.nearest(tilted)
+    return Crystal(62, sites, np.diag([5.4423, 7.6401, 5.3796]))
+
+
+@pytest.mark.parametrize("distorted", [tetragonal, orthorhombic])
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_nearest_sees_distortions_in_larger_cells(prior: TemplatePrior, distorted, share) -> None:
+    """The distance to the cubic crystal is that of the atoms from where it has them."""
+    crystal, ideal = (distorted(x).to_structure() for x in (share, 0.0))
+    moved = crystal.frac_coords - ideal.frac_coords
+    moved -= np.round(moved)
+    moved = (moved - moved.mean(axis=0)) @ crystal.lattice.matrix
+    expected = np.sqrt((moved**2).sum(axis=1).mean()) / (crystal.volume / len(crystal)) ** (1 / 3)
+    nearest = prior.nearest(distorted(share))
     assert nearest is not None
-    assert (nearest.formula, nearest.space_group) == ("SrTiO3", 221)
-    assert nearest.distance > 0.05
+    assert (nearest.space_group, nearest.kind) == (221, "same composition")
+    assert nearest.distance == pytest.approx(expected, rel=5e-3, abs=1e-6)
+    assert (nearest.distance > 0.001) == (share > 0)
+    itself = TemplatePrior.fit([Record("x", distorted(share))]).nearest(distorted(share))
+    assert itself is not None
+    assert itself.distance < 1e-4
+
+
+@pytest.mark.parametrize("scaling", [(2, 1, 1), (2, 2, 1), (1, 1, 3)])
+def test_nearest_of_a_larger_cell_of_the_same_crystal(
+    prior: TemplatePrior, scaling: tuple[int, int, int]
+) -> None:
+    cubic_cell = cubic(221, 3.905, (38, "a"), (22, "b"), (8, "c")).to_structure()
+    large = cubic_cell * scaling
+    sites = [Site(atom.specie.Z, "a", tuple(atom.frac_coords.tolist())) for atom in large]
+    crystal = Crystal(1, tuple(sites), large.lattice.matrix)
+    for known, query in ((prior, crystal), (TemplatePrior.fit([Record("x", crystal)]), cubic_cell)):
+        asked = query if isinstance(query, Crystal) else label_structure(query)
+        nearest = known.nearest(asked)
+        assert nearest is not None
+        assert nearest.formula == "SrTiO3"
+        assert nearest.distance < 1e-4
 
 
 def test_shipped_prior_is_small_fast_and_knows_textbooks(shipped: TemplatePrior) -> None:
