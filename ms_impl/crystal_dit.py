@@ -1,0 +1,292 @@
+"""Crystal DiT: velocities (or scores) of a crystal's free coordinates and lattice numbers.
+
+Shapes: B crystals, S sites, T tokens, A atoms, D width, E edge width, P properties.
+"""
+
+import math
+from itertools import product
+
+import mindspore as ms
+import numpy as np
+from mindspore import Parameter, Tensor, nn, ops
+from mindspore.common.initializer import Normal, Zero, initializer
+
+from common.config import ModelConfig
+from common.crystal.lattice import LATTICE_BASIS
+from ms_impl.layers import (
+    LAYER_NORM_EPS,
+    MLP,
+    RADIAL_CENTERS,
+    CrystalAttention,
+    EdgeEmbedding,
+    EdgeFusion,
+    Embedding,
+    LayerNorm,
+    Linear,
+    apply,
+    fourier_features,
+    image_distances,
+    inverse,
+    lattice_matrix,
+    modulate,
+    radial_features,
+    sinusoidal_embedding,
+    spread,
+)
+from ms_impl.tensors import TensorBatch
+
+NUM_ELEMENTS = 119
+NUM_SPACE_GROUPS = 231
+NUM_LETTERS = 27
+TIME_WIDTH = 128
+#: Sines of the relative position that carry the output along edges.
+HEAD_FREQUENCIES = 2
+
+
+class PropertyEmbedding(nn.Cell):
+    """P_emb of eqs. 8 and 9: an MLP of the standardised property, or a learned null."""
+
+    def __init__(self, properties: int, width: int) -> None:
+        super().__init__()
+        self.null = Parameter(initializer(Zero(), (properties, width)), name="null")
+        self.mlp = nn.CellList([MLP(1, width, width) for _ in range(properties)])
+
+    def construct(self, values: Tensor, mask: Tensor) -> Tensor:
+        """[B,P] standardised, [B,P] -> [B,D], the sum over properties."""
+        total = ops.zeros((values.shape[0], self.null.shape[1]), values.dtype)
+        for index, mlp in enumerate(self.mlp):
+            given = mask[:, index][:, None]
+            total = total + ops.where(given, mlp(values[:, index][:, None]), self.null[index])
+        return total
+
+
+class TokenEmbedding(nn.Cell):
+    """Embedding module of Figure 3(b): element, Wyckoff position and its directions."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.element = Embedding(NUM_ELEMENTS, width)
+        self.letter = Embedding(NUM_LETTERS, width)
+        self.position = Linear(14, width)
+
+    def construct(self, batch: TensorBatch) -> Tensor:
+        """[B,T,D]."""
+        site = batch["token_site"]
+        size, tokens = site.shape
+        multiplicity = ops.gather_d(batch["multiplicity"], 1, site).astype(ms.float32)
+        total = batch["num_atoms"].astype(ms.float32)[:, None]
+        directions = ops.concat(
+            (
+                batch["token_rot"].reshape(size, tokens, 9),
+                batch["token_trans"],
+                ops.log1p(multiplicity)[..., None],
+                (multiplicity / total)[..., None],
+            ),
+            -1,
+        )  # [B,T,14]
+        element = self.element(ops.gather_d(batch["atomic_numbers"], 1, site))
+        letter = self.letter(ops.gather_d(batch["letter"], 1, site))
+        return element + letter + self.position(directions)
+
+
+class Block(nn.Cell):
+    """Edge fusion, crystal attention and a feed-forward part, each behind a norm.
+
+    The norms and gates of the parts follow the condition (adaLN, arXiv:2212.09748), or the norms
+    are plain and there are no gates.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width = config.width
+        self.parts = 1 + int(config.attention) + int(config.feed_forward > 0)
+        self.norms = nn.CellList(
+            [
+                LayerNorm(width, eps=LAYER_NORM_EPS, elementwise_affine=not config.modulation)
+                for _ in range(self.parts)
+            ]
+        )
+        self.modulation = Linear(width, 3 * self.parts * width) if config.modulation else None
+        self.fusion = EdgeFusion(width, config.edge_width, config.heads, config.aggregation)
+        self.attention = CrystalAttention(width, config.heads) if config.attention else None
+        self.feed_forward = (
+            MLP(width, config.feed_forward * width, width) if config.feed_forward else None
+        )
+
+    def construct(
+        self,
+        nodes: Tensor,
+        edges: Tensor,
+        condition: Tensor,
+        prop: Tensor,
+        batch: TensorBatch,
+        sender_index: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """nodes [B,T,D], edges [B,T,A,E], condition [B,D], property [B,D] -> nodes, messages."""
+        chunks = ()
+        if self.modulation is not None:
+            chunks = ops.chunk(self.modulation(condition), 3 * self.parts, -1)  # 3 x parts x [B,D]
+        x = self._normed(0, nodes, chunks)
+        update, messages = self.fusion(x, edges, sender_index, batch["atom_mask"])
+        nodes = self._added(0, nodes, update, chunks)  # eq. 7
+        if self.attention is not None:
+            x = self._normed(1, nodes, chunks)
+            update = self.attention(x, prop, batch["token_mask"])  # eqs. 8, 9
+            nodes = self._added(1, nodes, update, chunks)
+        if self.feed_forward is not None:
+            last = self.parts - 1
+            update = self.feed_forward(self._normed(last, nodes, chunks))
+            nodes = self._added(last, nodes, update, chunks)
+        return nodes, messages
+
+    def _normed(self, part: int, nodes: Tensor, chunks: tuple[Tensor, ...]) -> Tensor:
+        x = self.norms[part](nodes)
+        return modulate(x, chunks[3 * part], chunks[3 * part + 1]) if chunks else x
+
+    def _added(
+        self, part: int, nodes: Tensor, update: Tensor, chunks: tuple[Tensor, ...]
+    ) -> Tensor:
+        if chunks:
+            update = spread(chunks[3 * part + 2], nodes.shape[1]) * update
+        return nodes + update
+
+
+class CrystalDiT(nn.Cell):
+    """The network: noisy free coordinates and lattice numbers in, their velocities out."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.width
+        self.basis = Tensor(LATTICE_BASIS, ms.float32)
+        self.shifts = Tensor(np.array(list(product((-1, 0, 1), repeat=3))), ms.float32)
+        self.tokens = TokenEmbedding(width)
+        self.time = MLP(TIME_WIDTH, width, width)
+        self.space_group = Embedding(NUM_SPACE_GROUPS, width)
+        self.lattice_in = Linear(12, width)
+        self.property = PropertyEmbedding(len(config.properties), width)
+        frames = 2 if config.frames else 1
+        features = frames * 6 * config.frequencies
+        features += 2 * RADIAL_CENTERS if config.distances else 0
+        self.edges = EdgeEmbedding(features, config.edge_width)
+        self.blocks = nn.CellList([Block(config) for _ in range(config.layers)])
+        self.norm = LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.coordinate_head = MLP(width, width, 3)
+        self.edge_head = Linear(width, HEAD_FREQUENCIES)
+        self.lattice_head = MLP(2 * width, width, 6)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Every residual branch and the outputs start at zero (adaLN-zero)."""
+        for embedding in (self.tokens.element, self.tokens.letter, self.space_group):
+            _fill(embedding.weight, Normal(0.5))
+        for block in self.blocks:
+            if block.modulation is not None:
+                _fill(block.modulation.weight, Zero())
+                _fill(block.modulation.bias, Zero())
+        for layer in (self.coordinate_head.output, self.edge_head, self.lattice_head.output):
+            _fill(layer.weight, Zero())
+            _fill(layer.bias, Zero())
+
+    def construct(
+        self, batch: TensorBatch, free_params: Tensor, lattice: Tensor, t: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Velocities of the free coordinates and of the lattice.
+
+        Gradients reach the parameters, and none of the arguments.
+
+        Args:
+            batch: the symmetry and the properties.
+            free_params: [B,S,3], noisy, in [0,1).
+            lattice: [B,6], noisy, standardised.
+            t: [B] in [0,1].
+
+        Returns:
+            [B,S,3] in units of the coordinate noise, zero where not free, and [B,6] standardised.
+        """
+        k = batch["lattice_center"] + batch["lattice_scale"] * lattice  # [B,6]
+        features, difference = self.geometry(batch, free_params, k)
+        features, difference = ops.stop_gradient(features), ops.stop_gradient(difference)
+        edges = self.edges(features, k - batch["lattice_center"])  # [B,T,A,E]
+        nodes = self.tokens(batch)  # [B,T,D]
+        prop = self.property(batch["properties"], batch["property_mask"])  # [B,D]
+        condition = ops.silu(
+            self.time(sinusoidal_embedding(t, TIME_WIDTH))
+            + self.space_group(batch["space_group"])
+            + self.lattice_in(ops.concat((lattice * batch["k_mask"], k), -1))
+            + prop
+        )  # [B,D]
+        if not self.config.modulation:
+            nodes = nodes + spread(condition, nodes.shape[1])
+        messages = edges
+        for block in self.blocks:
+            nodes, messages = block(nodes, edges, condition, prop, batch, batch["atom_token"])
+        nodes = self.norm(nodes)
+        weights = self.edge_head(messages).astype(ms.float32)  # [B,T,A,F]
+        return (
+            self.coordinates(batch, nodes, weights, difference),
+            self.lattice_velocity(batch, nodes, condition.astype(ms.float32)),
+        )
+
+    def geometry(self, batch: TensorBatch, free_params: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Edge features [B,T,A,.] and differences [B,T,A,3].
+
+        The differences are fractional in the conventional cell, from token to atom.
+        """
+        at_token = ops.gather(free_params, batch["token_site"], 1, 1)  # [B,T,3]
+        at_atom = ops.gather(free_params, batch["atom_site"], 1, 1)  # [B,A,3]
+        token = apply(batch["token_rot"], at_token) + batch["token_trans"]  # [B,T,3]
+        atom = apply(batch["orbit_rot"], at_atom) + batch["orbit_trans"]  # [B,A,3]
+        difference = atom[:, None] - token[:, :, None]  # [B,T,A,3]
+        size, tokens, atoms, _ = difference.shape
+        to_primitive = batch["to_primitive"].swapaxes(1, 2)
+        primitive = ops.bmm(difference.reshape(size, tokens * atoms, 3), to_primitive)
+        primitive = primitive.reshape(size, tokens, atoms, 3)
+        parts = (fourier_features(primitive, self.config.frequencies),)
+        if self.config.frames:
+            # The same edge as the atom's own representative sees it.
+            turn = ops.matmul(batch["to_primitive"][:, None], batch["frame_inverse"])  # [B,A,3,3]
+            seen = -apply(turn[:, None], difference)
+            parts = (*parts, fourier_features(seen, self.config.frequencies))
+        if self.config.distances:
+            # [B,3,3], rows of the primitive lattice
+            lattice = ops.bmm(inverse(to_primitive), lattice_matrix(k, self.basis))
+            metric = ops.bmm(lattice, lattice.swapaxes(1, 2))
+            distances = image_distances(primitive, metric, self.shifts)
+            radial = radial_features(distances).reshape(size, tokens, atoms, -1)
+            parts = (*parts, radial)
+        return ops.concat(parts, -1), difference
+
+    def coordinates(
+        self, batch: TensorBatch, nodes: Tensor, weights: Tensor, difference: Tensor
+    ) -> Tensor:
+        """[B,S,3]: from the nodes, and along the edges as sines of the relative position."""
+        size, tokens, atoms, _ = difference.shape
+        weights = weights * batch["atom_mask"][:, None, :, None]  # [B,T,A,F]
+        n = ops.arange(1, HEAD_FREQUENCIES + 1).astype(ms.float32)
+        waves = ops.sin(2 * math.pi * difference[:, :, :, None] * n[:, None])  # [B,T,A,F,3]
+        along = ops.bmm(
+            weights.reshape(size * tokens, 1, atoms * HEAD_FREQUENCIES),
+            waves.reshape(size * tokens, atoms * HEAD_FREQUENCIES, 3),
+        ).reshape(size, tokens, 3)
+        vector = self.coordinate_head(nodes).astype(ms.float32) + along  # [B,T,3]
+        shares = apply(batch["token_to_free"], vector) * batch["token_mask"][..., None]
+        if self.config.cell == "conventional":
+            sites = ops.arange(batch["free_mask"].shape[1]).astype(ms.int32)
+            members = (sites[:, None] == batch["token_site"][:, None]).astype(ms.float32)  # [B,S,T]
+            shares = ops.bmm(members, shares)
+        return shares * batch["free_mask"]
+
+    def lattice_velocity(self, batch: TensorBatch, nodes: Tensor, condition: Tensor) -> Tensor:
+        """[B,6] from the atoms' mean and the condition."""
+        site = batch["token_site"]
+        weights = ops.gather_d(batch["multiplicity"], 1, site).astype(ms.float32)
+        weights = weights * batch["token_mask"]
+        weights = weights / weights.sum(1, keepdims=True)
+        pooled = ops.bmm(weights[:, None], nodes)[:, 0]
+        velocity = self.lattice_head(ops.concat((pooled, condition), -1))
+        return velocity.astype(ms.float32) * batch["k_mask"]
+
+
+def _fill(parameter: Parameter, values: object) -> None:
+    parameter.set_data(initializer(values, parameter.shape, parameter.dtype))

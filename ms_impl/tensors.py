@@ -1,0 +1,75 @@
+"""A batch as MindSpore tensors, with the lattice's centre and scale beside it."""
+
+import numpy as np
+from mindspore import Tensor
+
+from common.data.batch import Batch
+from common.diffusion.scaler import Standardizer
+
+
+class Tensors(dict[str, Tensor]):
+    """Tensors by name, as an argument of a compiled network.
+
+    A dictionary that MindSpore takes for variables: tensors in other dictionaries, tuples and data
+    classes are constants to it, and every new batch would be compiled anew.
+    """
+
+    __ms_mutable__ = True
+
+
+class TensorBatch(Tensors):
+    """The fields of ``common.data.batch.Batch`` that a network reads, as tensors.
+
+    ``lattice_center`` and ``lattice_scale``, both [B,6], take standardised lattice numbers to k:
+    k = center + scale * lattice. ``properties`` are standardised.
+    """
+
+    atomic_numbers: Tensor
+    site_mask: Tensor
+    multiplicity: Tensor
+    letter: Tensor
+    free_mask: Tensor
+    token_site: Tensor
+    token_mask: Tensor
+    token_rot: Tensor
+    token_trans: Tensor
+    token_to_free: Tensor
+    atom_token: Tensor
+    atom_site: Tensor
+    atom_mask: Tensor
+    orbit_rot: Tensor
+    orbit_trans: Tensor
+    frame_inverse: Tensor
+    to_primitive: Tensor
+    k_mask: Tensor
+    num_atoms: Tensor
+    space_group: Tensor
+    properties: Tensor
+    property_mask: Tensor
+    lattice_center: Tensor
+    lattice_scale: Tensor
+
+    @classmethod
+    def from_batch(
+        cls, batch: Batch, standardizer: Standardizer, properties: tuple[str, ...]
+    ) -> "TensorBatch":
+        """Copies a batch to the device.
+
+        Args:
+            batch: the crystals.
+            standardizer: of the lattice and the properties.
+            properties: names of those that the network takes, in its order.
+        """
+        names = cls.__annotations__
+        arrays = {name: getattr(batch, name) for name in names if hasattr(batch, name)}
+        values, mask = standardizer.properties(batch, properties)
+        arrays["properties"], arrays["property_mask"] = values, mask
+        arrays["lattice_center"] = standardizer.lattice_center(batch)
+        arrays["lattice_scale"] = standardizer.lattice_scales(batch)
+        return cls({name: _tensor(array) for name, array in arrays.items()})
+
+
+def _tensor(array: np.ndarray) -> Tensor:
+    """In 32 bits: 64-bit kernels are missing or slow on NPUs."""
+    narrow = {np.dtype(np.float64): np.float32, np.dtype(np.int64): np.int32}
+    return Tensor(np.ascontiguousarray(array, dtype=narrow.get(array.dtype, array.dtype)))
