@@ -24,7 +24,6 @@ from common.crystal.structure import Crystal
 MAX_COMPARED = 16
 MAX_COMPARED_ATOMS = 40
 _TOO_CLOSE = 0.5
-_NO_MATCH = 0.5
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ def choose_sample(samples: Sequence[Crystal]) -> Choice:
 
 def _distances(crystals: Sequence[Crystal]) -> NDArray[np.float64]:
     """[N,N], see the module."""
-    from pymatgen.analysis.structure_matcher import StructureMatcher
+    from common.evaluate.match import STANDARD, cell_distance, reduced_cell
 
     lengths = np.array([np.log(abs(np.linalg.det(c.lattice))) / 3 for c in crystals])
     distances: NDArray[np.float64] = np.abs(lengths[:, None] - lengths)
@@ -79,12 +78,11 @@ def _distances(crystals: Sequence[Crystal]) -> NDArray[np.float64]:
         return distances
     if crystals[0].num_free_coords == 0 and crystals[0].space_group >= 195:
         return distances  # equal but for the volume
-    structures = [crystal.to_structure(primitive=True) for crystal in crystals]
-    matcher = StructureMatcher(stol=_NO_MATCH, angle_tol=10, ltol=0.3, primitive_cell=False)
-    for i, first in enumerate(structures):
+    cells = [reduced_cell(crystal.to_structure(primitive=True), False) for crystal in crystals]
+    for i, first in enumerate(cells):
         for j in range(i):
-            match = matcher.get_rms_dist(first, structures[j])
-            rms = _NO_MATCH if match is None else float(match[0])
+            found = cell_distance(first, cells[j], STANDARD)
+            rms = STANDARD.stol if found is None else found
             distances[i, j] += rms
             distances[j, i] += rms
     return distances

@@ -195,8 +195,8 @@ def _cpu_limit(seconds: float) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class _Cell:
-    """A crystal reduced to its primitive Niggli cell: lattice rows (A), [N,3], [N]."""
+class Cell:
+    """A crystal reduced to a Niggli cell: lattice rows (A), [N,3], [N]."""
 
     lattice: Array
     frac_coords: Array
@@ -211,11 +211,11 @@ class _Reference:
         self.valid = self.sound and is_valid(structure)
         self.formula = structure.composition.element_composition.reduced_formula
         self.structure = structure
-        self._cell: _Cell | None = None
+        self._cell: Cell | None = None
 
-    def cell(self) -> _Cell:
+    def cell(self) -> Cell:
         if self._cell is None:
-            self._cell = _reduce(self.structure)
+            self._cell = reduced_cell(self.structure)
         return self._cell
 
 
@@ -236,7 +236,7 @@ def _compare(
                 return unmatched, "broken reference"
             if predicted.composition.element_composition.reduced_formula != reference.formula:
                 return unmatched, None
-            return _search(_reduce(predicted), reference.cell(), thresholds), None
+            return _search(reduced_cell(predicted), reference.cell(), thresholds), None
     except CpuTimeout:
         return unmatched, "timeout"
     except Exception as error:  # a structure can break cell reduction in many ways: no match
@@ -262,22 +262,34 @@ def _images_within_longest(lattice: Lattice) -> float:
     return float(np.prod(2 * radius * _inverse_lengths(lattice.matrix) + 1))
 
 
-def _reduce(structure: Structure) -> _Cell:
-    """The primitive Niggli cell, oxidation states dropped."""
+def reduced_cell(structure: Structure, primitive: bool = True) -> Cell:
+    """The Niggli cell, oxidation states dropped.
+
+    Args:
+        structure: a sound cell.
+        primitive: whether to look for a smaller cell, which averages distortions of up to 0.25 A.
+    """
     numbers = [site.specie.Z for site in structure]
     plain = Structure(
         structure.lattice, [Element.from_Z(z) for z in numbers], structure.frac_coords
     )
-    reduced = plain.get_reduced_structure(reduction_algo="niggli").get_primitive_structure()
-    return _Cell(
+    reduced = plain.get_reduced_structure(reduction_algo="niggli")
+    if primitive:
+        reduced = reduced.get_primitive_structure()
+    return Cell(
         np.array(reduced.lattice.matrix, dtype=float),
         np.array(reduced.frac_coords, dtype=float),
         np.array(reduced.atomic_numbers, dtype=np.int64),
     )
 
 
+def cell_distance(predicted: Cell, reference: Cell, thresholds: Thresholds) -> float | None:
+    """Normalised rms distance of two cells with the same number of atoms, None if too far apart."""
+    return _search(predicted, reference, (thresholds,))[0]
+
+
 def _search(
-    predicted: _Cell, reference: _Cell, thresholds: Sequence[Thresholds]
+    predicted: Cell, reference: Cell, thresholds: Sequence[Thresholds]
 ) -> list[float | None]:
     """The smallest rms distance at each tolerance, the first of which contains the others."""
     best = np.full(len(thresholds), np.inf)

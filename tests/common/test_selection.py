@@ -1,0 +1,40 @@
+"""The distances behind the choice of a sample, against pymatgen's matcher."""
+
+import numpy as np
+import pytest
+from pymatgen.analysis.structure_matcher import StructureMatcher
+
+from common.crystal.structure import Crystal, Site
+from common.selection import _distances, choose_sample
+
+
+def perovskites(spread: float) -> list[Crystal]:
+    """Tilted perovskites (Pnma) whose numbers differ by about as much as `spread`."""
+    random = np.random.default_rng(0)
+    samples = []
+    for _ in range(4):
+        x = spread * random.normal(size=8)
+        sites = (
+            Site(20, "c", (0.036 + x[0], 0.0, 0.993 + x[1])),
+            Site(22, "b"),
+            Site(8, "c", (0.484 + x[2], 0.0, 0.071 + x[3])),
+            Site(8, "d", (0.289 + x[4], 0.037 + x[5], 0.711 + x[6])),
+        )
+        samples.append(Crystal(62, sites, np.diag([5.44, 7.64, 5.38]) * (1 + x[7])))
+    return samples
+
+
+@pytest.mark.parametrize("spread", [0.005, 0.05, 0.2])
+def test_distances_are_pymatgens(spread: float) -> None:
+    samples = perovskites(spread)
+    matcher = StructureMatcher(ltol=0.3, stol=0.5, angle_tol=10, primitive_cell=False)
+    structures = [sample.to_structure(primitive=True) for sample in samples]
+    found = _distances(samples)
+    for i, first in enumerate(structures):
+        assert found[i, i] == 0
+        for j in range(i):
+            match = matcher.get_rms_dist(first, structures[j])
+            lengths = abs(np.log(first.volume / structures[j].volume)) / 3
+            expected = lengths + (0.5 if match is None else match[0])
+            assert found[i, j] == found[j, i] == pytest.approx(expected, abs=1e-6)
+    assert 0 <= choose_sample(samples).sample < len(samples)
