@@ -56,6 +56,11 @@ def electronegativity(atomic_number: int) -> float:
     return value if np.isfinite(value) else 0.0
 
 
+def formula_order(atomic_number: int) -> tuple[float, int]:
+    """Sorts elements as formulas are written, the least electronegative first."""
+    return electronegativity(atomic_number), atomic_number
+
+
 def pair_differences(table: Array) -> Array:
     """[119, 119, len(PAIR_FEATURES)], symmetric, zero for an element and itself."""
     difference = np.abs(table[:, None] - table[None])

@@ -14,7 +14,7 @@ from itertools import groupby, permutations, product
 
 from common.crystal.structure import Crystal
 from common.crystal.wyckoff import Sites, wyckoff_summary
-from common.elements import electronegativity
+from common.elements import formula_order
 
 #: Counts of an anonymous formula unit, ascending.
 Stoichiometry = tuple[int, ...]
@@ -99,10 +99,10 @@ def _canonical(
 ) -> tuple[RoleLetters, tuple[int, ...]]:
     """The smallest equivalent letters, and which of the given roles takes each place in them."""
     best: tuple[RoleLetters, tuple[int, ...]] | None = None
-    for relabelled in _relabelled(space_group, letters):
+    for image in relabelled(space_group, letters):
         # Equal roles may be exchanged: sort them by their letters.
-        order = sorted(range(len(letters)), key=lambda r: (stoichiometry[r], relabelled[r], r))
-        candidate = tuple(relabelled[r] for r in order), tuple(order)
+        order = sorted(range(len(letters)), key=lambda r: (stoichiometry[r], image[r], r))
+        candidate = tuple(image[r] for r in order), tuple(order)
         if best is None or candidate < best:
             best = candidate
     assert best is not None
@@ -112,7 +112,7 @@ def _canonical(
 def _automorphisms(
     stoichiometry: Stoichiometry, space_group: int, letters: RoleLetters
 ) -> tuple[tuple[int, ...], ...]:
-    images = _relabelled(space_group, letters)
+    images = relabelled(space_group, letters)
     return tuple(
         permutation
         for permutation in role_permutations(stoichiometry)
@@ -120,7 +120,7 @@ def _automorphisms(
     )
 
 
-def _relabelled(space_group: int, letters: RoleLetters) -> set[RoleLetters]:
+def relabelled(space_group: int, letters: RoleLetters) -> set[RoleLetters]:
     """All descriptions of the same letters, role by role."""
     summary = wyckoff_summary(space_group)
     names = list(summary.letters)
@@ -134,7 +134,7 @@ def _relabelled(space_group: int, letters: RoleLetters) -> set[RoleLetters]:
 def ordered_sites(sites: Iterable[tuple[int, str]], space_group: int) -> Sites:
     """Sites as formulas are written, the least electronegative element first, then by letter."""
     order = list(wyckoff_summary(space_group).letters)
-    return tuple(sorted(sites, key=lambda s: (electronegativity(s[0]), s[0], order.index(s[1]))))
+    return tuple(sorted(sites, key=lambda s: (*formula_order(s[0]), order.index(s[1]))))
 
 
 def template_sites(roles: Sequence[int], letters: RoleLetters, space_group: int) -> Sites:

@@ -1,0 +1,1 @@
+"""Symmetries as text: what a language model is asked, and what it may answer."""
