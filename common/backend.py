@@ -5,6 +5,7 @@ A backend is a module behind an entry point of the group ``uni_mdm.backends``, w
     load(checkpoint: Path, device: str) -> Generator
     train(config: RunConfig, out: Path, *, resume: bool, threads: int, device: str) -> None
     devices() -> list[str]      what `device` may be here, best first
+    problems(device: str, processes: int) -> list[str]      what is missing to train with that many
 """
 
 from collections.abc import Callable, Sequence

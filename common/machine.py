@@ -11,6 +11,16 @@ def cpu_count() -> int:
     return os.cpu_count() or 1
 
 
+def launched_by(variable: str) -> bool:
+    """Whether a launcher started this process together with others.
+
+    Args:
+        variable: where it says how many: ``WORLD_SIZE`` (torchrun) or ``MS_WORKER_NUM`` (msrun).
+    """
+    count = os.environ.get(variable, "")
+    return count.isdecimal() and int(count) > 1
+
+
 def start_worker() -> None:
     """First call of a worker process: one thread each, and Ctrl-C is the parent's business."""
     from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]

@@ -3,6 +3,7 @@
 A backend's ``Trainer`` adds the network, the optimiser and the moving of arrays.
 """
 
+import hashlib
 import math
 import time
 from abc import ABC, abstractmethod
@@ -154,6 +155,10 @@ class BaseTrainer(ABC):
     def restore(self, saved: Checkpoint) -> None:
         """Takes weights, averages and moments from a checkpoint that has all of them."""
 
+    def summed(self, values: list[float]) -> list[float]:
+        """Sums over the processes that train together; without others the values themselves."""
+        return values
+
     # Schedules
 
     def learning_rate(self, step: int) -> float:
@@ -179,7 +184,7 @@ class BaseTrainer(ABC):
             step += 1
 
     def prepare(self, data: BucketedData, plan: BatchPlan, stream: str, step: int) -> TrainingBatch:
-        """This process's share of a batch, with the noise of a step.
+        """A batch with the noise of a step; of a training batch, this process's share.
 
         Args:
             data: the training or the validation data.
@@ -190,7 +195,9 @@ class BaseTrainer(ABC):
         settings, diffusion = self.config.train, self.config.diffusion
         group = data.buckets[plan.bucket]
         size, sites = len(plan.rows), group.batch.site_mask.shape[1]
-        share, real = self.shard.rows(size)
+        # Only the first process validates.
+        shard = self.shard if stream == "train" else Shard()
+        share, real = shard.rows(size)
         draws = TrainingDraws.of_step(
             settings.seed, stream, step, (size, sites), diffusion.origin_tries
         ).take(share)
@@ -286,6 +293,22 @@ class BaseTrainer(ABC):
         self.restore(saved)
 
 
+def check_agreement(trainer: BaseTrainer) -> None:
+    """Makes sure that the processes train the same run, from the same step on.
+
+    Raises:
+        UserError: in those processes that differ from the average, which stops all of them.
+    """
+    state = f"{trainer.config.model_dump_json()} {trainer.fingerprint} {trainer.step}"
+    # Small enough that every framework's sum is exact.
+    mine = float(int(hashlib.sha256(state.encode()).hexdigest()[:4], 16))
+    if trainer.summed([mine])[0] != trainer.shard.count * mine:
+        raise UserError(
+            "the processes differ in settings, training rows or checkpoint: give all machines "
+            "the same CONFIG and data, and an --out that they share"
+        )
+
+
 def batch_items(records: list[Record]) -> list[BatchItem]:
     """Records as a network sees them, without those too large to train on."""
     return [
@@ -315,6 +338,7 @@ def run_training(trainer: BaseTrainer, out: Path, resume: bool) -> None:
         folder = latest(out)
         assert folder is not None
         trainer.resume(folder)
+    check_agreement(trainer)
     if trainer.shard.rank:
         _follow(trainer)
         return
@@ -350,7 +374,12 @@ def _lead(trainer: BaseTrainer, out: Path, log: "TrainingLog", progress: Progres
         done = trainer.step == settings.steps
         progress.update(task, completed=trainer.step, loss=f"loss {window[-1]['loss']:.3f}")
         if trainer.step % settings.log_every == 0 or done:
-            log.write("train", trainer.step, trainer.seconds, _mean(window))
+            mean = _mean(window)
+            log.write("train", trainer.step, trainer.seconds, mean)
+            if not progress.console.is_terminal:  # which shows the bar only when it is full
+                print(
+                    f"step {trainer.step} of {settings.steps}: loss {mean['loss']:.4f}", flush=True
+                )
             window = []
         if trainer.step % settings.validation_every == 0 or done:
             log.write("validation", trainer.step, trainer.seconds, trainer.validate())

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the other scripts: `install_project EXTRAS` makes .venv/ in the project's root and installs
 # the project with those extras, in the versions that were verified together.
 

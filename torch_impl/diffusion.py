@@ -4,11 +4,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from common.config import DiffusionConfig
 from common.diffusion.noisy import LossWeights, NoisyCrystals
-from torch_impl.crystal_dit import CrystalDiT
 from torch_impl.tensors import TensorBatch
 
 
@@ -50,12 +49,12 @@ class Loss:
 
 
 def denoising_loss(
-    model: CrystalDiT, batch: TensorBatch, noisy: NoisyTensors, config: DiffusionConfig
+    model: nn.Module, batch: TensorBatch, noisy: NoisyTensors, config: DiffusionConfig
 ) -> Loss:
     """Weighted squared error of the targets.
 
     Args:
-        model: the network.
+        model: a CrystalDiT, or what stands for it when several processes train it.
         batch: B crystals.
         noisy: the crystals with noise.
         config: weights of coordinates and lattice.

@@ -24,6 +24,13 @@ from common.training import (
 from common.weights import MODEL_PREFIX, MOMENTS, WEIGHT_PREFIX, Arrays, model_weights
 from torch_impl.crystal_dit import CrystalDiT
 from torch_impl.diffusion import Loss, NoisyTensors, denoising_loss
+from torch_impl.distributed import (
+    first_alone,
+    joined,
+    local_count,
+    sum_gradients,
+    sum_values,
+)
 from torch_impl.tensors import TensorBatch
 
 
@@ -53,6 +60,7 @@ class Trainer(BaseTrainer):
             saved = load_checkpoint(Path(settings.init_from))
             load_weights(self.model, saved.model, settings.init_from)
         self.average = [parameter.detach().clone() for parameter in self.parameters]
+        self.network = sum_gradients(self.model)
         self.optimizer = torch.optim.AdamW(
             self.parameters,
             lr=settings.learning_rate,
@@ -70,7 +78,7 @@ class Trainer(BaseTrainer):
         noisy = NoisyTensors.from_arrays(data.noisy, data.weights, self.device)
         bfloat16 = self.config.train.precision == "bfloat16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16):
-            return denoising_loss(self.model, tensors, noisy, self.config.diffusion)
+            return denoising_loss(self.network, tensors, noisy, self.config.diffusion)
 
     def update(self, data: TrainingBatch, rate: float, decay: float) -> dict[str, float]:
         """One step of AdamW; see ``BaseTrainer``."""
@@ -83,12 +91,18 @@ class Trainer(BaseTrainer):
         if torch.isfinite(norm):
             self.optimizer.step()
             torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
+        values = torch.stack([loss.total, loss.coordinate, loss.lattice]).detach()
+        total, coordinate, lattice = sum_values(values).tolist()
         return {
-            "loss": loss.total.item(),
-            "coordinate": loss.coordinate.item(),
-            "lattice": loss.lattice.item(),
+            "loss": total,
+            "coordinate": coordinate,
+            "lattice": lattice,
             "gradient_norm": norm.item(),
         }
+
+    def summed(self, values: list[float]) -> list[float]:
+        """Sums over the processes."""
+        return sum_values(torch.tensor(values, dtype=torch.float64, device=self.device)).tolist()
 
     @torch.no_grad()
     def losses(self, data: TrainingBatch) -> LossValues:
@@ -168,16 +182,20 @@ def train(
         config: the run.
         out: the run's folder.
         resume: whether to go on from the latest step in it.
-        threads: CPU threads.
+        threads: CPU threads, which the processes of this machine share.
         device: ``auto``, ``cpu`` or ``cuda``.
 
     Raises:
-        UserError: for data that cannot be read or a checkpoint that does not fit.
+        UserError: for data that cannot be read, a checkpoint that does not fit, or an environment
+            that is not torchrun's although there are other processes.
     """
-    torch.set_num_threads(threads)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    run_training(Trainer(config, *records_of(config), device), out, resume)
+    with joined(device) as shard:
+        torch.set_num_threads(max(1, threads // local_count()))
+        with first_alone():
+            records = records_of(config)
+        run_training(Trainer(config, *records, device, shard), out, resume)
 
 
 def _tensor(array: np.ndarray) -> Tensor:

@@ -10,7 +10,7 @@ from common.checkpoint import latest, load_checkpoint
 from common.config import RunConfig, load_config, parse_config
 from common.errors import UserError
 from common.files import output_folder, refused
-from common.machine import cpu_count
+from common.machine import cpu_count, launched_by
 
 #: Settings of `train` that may change when a run goes on, for they do not change its result.
 FREE_SETTINGS = {"validation_every", "checkpoint_every", "log_every"}
@@ -36,6 +36,8 @@ def command(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
 ) -> None:
     """Train a network as a YAML file says; a run that was interrupted goes on."""
+    if resume is False and (launched_by("WORLD_SIZE") or launched_by("MS_WORKER_NUM")):
+        raise UserError("--fresh: several processes cannot put a run aside; give another --out")
     run = load_config(config, tuple(settings or ()))
     folder = out or Path("runs") / run.name
     module = load_backend(backend)

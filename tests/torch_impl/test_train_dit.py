@@ -10,12 +10,12 @@ import torch
 
 from common.checkpoint import latest, load_checkpoint, save_step
 from common.config import RunConfig
-from common.data.label import label_structure
 from common.data.store import Record, read_records, write_records
 from common.errors import UserError
 from common.training import MAX_ATOMS, MODEL_PREFIX, Shard, TrainingBatch, batch_items
-from tests.crystals import TEXTBOOK, textbook
-from tests.networks import SMALL, fill_value
+from tests.crystals import TEXTBOOK
+from tests.networks import fill_value
+from tests.training import textbook_records, tiny_run
 from torch_impl.backend import load, train
 from torch_impl.train_dit import Trainer
 
@@ -24,15 +24,7 @@ SCORE = {"kind": "score", "timesteps": 50}
 
 @pytest.fixture(scope="session")
 def records() -> list[Record]:
-    """Every textbook crystal; the properties are made up, one is missing."""
-    return [
-        Record(
-            name,
-            label_structure(textbook(name)),
-            properties={"band_gap": 0.5 * index, "formation_energy": -0.2 * index or None},
-        )
-        for index, name in enumerate(TEXTBOOK)
-    ]
+    return textbook_records()
 
 
 @pytest.fixture(scope="session")
@@ -40,34 +32,6 @@ def parquet(records: list[Record], tmp_path_factory: pytest.TempPathFactory) -> 
     path = tmp_path_factory.mktemp("textbook") / "textbook.parquet"
     write_records(records, path)
     return path
-
-
-def config(
-    parquet: Path | str = "unused",
-    model: dict[str, object] | None = None,
-    diffusion: dict[str, object] | None = None,
-    **settings: object,
-) -> RunConfig:
-    """A tiny run that logs, validates and saves at every third step."""
-    base: dict[str, object] = {
-        "data": str(parquet),
-        "validation": str(parquet),
-        "steps": 6,
-        "batch_size": 4,
-        "edge_budget": 256,
-        "warmup": 2,
-        "validation_every": 3,
-        "checkpoint_every": 3,
-        "log_every": 1,
-        "learning_rate": 3e-3,
-    }
-    data = {
-        "name": "tiny",
-        "model": SMALL | (model or {}),
-        "diffusion": diffusion or {},
-        "train": base | settings,
-    }
-    return RunConfig.model_validate(data)
 
 
 def trainer_of(records: list[Record], run: RunConfig) -> Trainer:
@@ -105,7 +69,7 @@ def test_loss_falls(
 ) -> None:
     """Over 30 steps, for the same noise before and after."""
     settings = {"batch_size": 16, "edge_budget": 2048, "learning_rate": 1e-2} | settings
-    run = config(model=model, diffusion=diffusion, steps=30, ema=0.5, **settings)
+    run = tiny_run(model=model, diffusion=diffusion, steps=30, ema=0.5, **settings)
     trainer = trainer_of(records, run)
     before = trainer.validate()
     assert all(math.isfinite(row["loss"]) for row in steps(trainer, 30))
@@ -117,7 +81,7 @@ def test_loss_falls(
 def test_newborn_loss_is_the_size_of_the_targets(records: list[Record]) -> None:
     """The network says zero at first: the mean square of unit targets, up to sampling noise."""
     free = [record for record in records if record.crystal.num_free_coords]
-    run = config(model={"properties": []}, diffusion=SCORE, batch_size=64, edge_budget=16384)
+    run = tiny_run(model={"properties": []}, diffusion=SCORE, batch_size=64, edge_budget=16384)
     losses = trainer_of(free, run).validate()
     assert 0.7 < losses["coordinate"] < 1.3
     assert 0.7 < losses["lattice"] < 1.3
@@ -125,13 +89,13 @@ def test_newborn_loss_is_the_size_of_the_targets(records: list[Record]) -> None:
 
 
 def test_weights_of_the_losses(records: list[Record]) -> None:
-    run = config(diffusion={"coordinate_weight": 3.0, "lattice_weight": 0.25})
+    run = tiny_run(diffusion={"coordinate_weight": 3.0, "lattice_weight": 0.25})
     losses = trainer_of(records, run).validate()
     assert np.isclose(losses["loss"], 3 * losses["coordinate"] + 0.25 * losses["lattice"])
 
 
 def test_validation_changes_nothing(records: list[Record]) -> None:
-    trainer = trainer_of(records, config())
+    trainer = trainer_of(records, tiny_run())
     steps(trainer, 2)
     before = [p.detach().clone() for p in trainer.parameters]
     assert trainer.validate() == trainer.validate()
@@ -141,7 +105,7 @@ def test_validation_changes_nothing(records: list[Record]) -> None:
 def test_dropped_property_is_not_learned_from(records: list[Record]) -> None:
     """With every property dropped only the null embedding learns; without, the layers do."""
     for dropout, null_moves, values_move in ((1.0, True, False), (0.0, False, True)):
-        run = config(model={"properties": ["band_gap"]}, property_dropout=dropout, weight_decay=0)
+        run = tiny_run(model={"properties": ["band_gap"]}, property_dropout=dropout, weight_decay=0)
         trainer = trainer_of(records, run)
         before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
         steps(trainer, 4)
@@ -154,7 +118,7 @@ def test_dropped_property_is_not_learned_from(records: list[Record]) -> None:
 
 
 def test_learning_rate(records: list[Record]) -> None:
-    run = config(steps=110, warmup=10, learning_rate=1.0, final_rate=0.1)
+    run = tiny_run(steps=110, warmup=10, learning_rate=1.0, final_rate=0.1)
     rate = trainer_of(records, run).learning_rate
     np.testing.assert_allclose([rate(step) for step in range(10)], np.arange(1, 11) / 10)
     for step, expected in ((10, 1.0), (35, 0.1 + 0.9 * (2 + 2**0.5) / 4), (60, 0.55), (110, 0.1)):
@@ -164,7 +128,7 @@ def test_learning_rate(records: list[Record]) -> None:
 
 
 def test_learning_rate_is_the_one_used(records: list[Record]) -> None:
-    trainer = trainer_of(records, config(warmup=3))
+    trainer = trainer_of(records, tiny_run(warmup=3))
     logged = [row["learning_rate"] for row in steps(trainer, 3)]
     np.testing.assert_allclose(logged, [1e-3, 2e-3, 3e-3])
     assert trainer.optimizer.param_groups[0]["lr"] == logged[-1]
@@ -172,7 +136,7 @@ def test_learning_rate_is_the_one_used(records: list[Record]) -> None:
 
 def test_average_is_the_exponential_one(records: list[Record]) -> None:
     """average <- d average + (1 - d) weights, with d = min(ema, (1 + s) / (10 + s))."""
-    trainer = trainer_of(records, config(ema=0.15))
+    trainer = trainer_of(records, tiny_run(ema=0.15))
     expected = [p.detach().double().clone() for p in trainer.parameters]
     for step in range(5):
         steps(trainer, 1)
@@ -188,14 +152,14 @@ def test_average_is_the_exponential_one(records: list[Record]) -> None:
 
 def test_gradient_is_clipped(records: list[Record]) -> None:
     """What AdamW sees has at most the given norm; the log keeps the norm before."""
-    trainer = trainer_of(records, config(clip_norm=1e-3))
+    trainer = trainer_of(records, tiny_run(clip_norm=1e-3))
     for row in steps(trainer, 3):
         norms = [p.grad.norm() for p in trainer.parameters if p.grad is not None]
         assert float(torch.stack(norms).norm()) <= 1.001e-3 < row["gradient_norm"]
 
 
 def test_gradient_that_is_not_finite(records: list[Record]) -> None:
-    trainer = trainer_of(records, config())
+    trainer = trainer_of(records, tiny_run())
     steps(trainer, 1)
     with torch.no_grad():
         trainer.model.lattice_head.output.bias[5] = math.inf
@@ -206,7 +170,7 @@ def test_gradient_that_is_not_finite(records: list[Record]) -> None:
 
 
 def test_seed_decides_everything(records: list[Record]) -> None:
-    first, again, other = (trainer_of(records, config(seed=seed)) for seed in (0, 0, 1))
+    first, again, other = (trainer_of(records, tiny_run(seed=seed)) for seed in (0, 0, 1))
     torch.rand(7)  # another consumer of torch's generator has no influence
     losses = [[row["loss"] for row in steps(trainer, 3)] for trainer in (first, again, other)]
     assert losses[0] == losses[1] != losses[2]
@@ -242,7 +206,7 @@ def test_resumed_run_ends_with_the_same_bytes(
     diffusion: dict[str, object],
 ) -> None:
     model: dict[str, object] = {"properties": []} if diffusion else {}
-    run = config(parquet, model=model, diffusion=diffusion)
+    run = tiny_run(parquet, model=model, diffusion=diffusion)
     train(run, tmp_path / "whole", device="cpu")
     run_until(run, tmp_path / "parts", 5, monkeypatch)
     assert latest(tmp_path / "parts") == tmp_path / "parts" / "step_00000003"
@@ -258,7 +222,7 @@ def test_resumed_run_ends_with_the_same_bytes(
 
 
 def test_log_and_finished_checkpoint(parquet: Path, records: list[Record], tmp_path: Path) -> None:
-    run = config(parquet, log_every=2)
+    run = tiny_run(parquet, log_every=2)
     train(run, tmp_path, device="cpu")
     logged = rows(tmp_path, "train")
     assert [row["step"] for row in logged] == [2, 4, 6]
@@ -279,7 +243,7 @@ def test_log_and_finished_checkpoint(parquet: Path, records: list[Record], tmp_p
 
 def test_noise_levels_are_told_apart(records: list[Record]) -> None:
     """The losses per level, weighted by the crystals in them, are the loss per crystal."""
-    trainer = trainer_of(records, config())
+    trainer = trainer_of(records, tiny_run())
     steps(trainer, 3)
     found = trainer.validate()
     per_level: dict[int, list[float]] = {}
@@ -299,22 +263,22 @@ def test_noise_levels_are_told_apart(records: list[Record]) -> None:
 
 
 def test_resume_with_other_rows(records: list[Record], tmp_path: Path) -> None:
-    trainer = trainer_of(records, config())
+    trainer = trainer_of(records, tiny_run())
     steps(trainer, 1)
     save_step(tmp_path, trainer.step, **trainer.checkpoint())
-    other = trainer_of(records[:-1], config())
+    other = trainer_of(records[:-1], tiny_run())
     with pytest.raises(UserError, match="other rows"):
         other.resume(tmp_path)
-    other = trainer_of(records, config())
+    other = trainer_of(records, tiny_run())
     other.resume(tmp_path)
     assert other.step == 1
     assert steps(other, 1)[0]["loss"] == steps(trainer, 1)[0]["loss"]
 
 
 def test_starts_from_a_checkpoint(records: list[Record], parquet: Path, tmp_path: Path) -> None:
-    train(config(parquet), tmp_path, device="cpu")
+    train(tiny_run(parquet), tmp_path, device="cpu")
     final = tmp_path / "final"
-    trainer = trainer_of(records, config(init_from=str(final), seed=5))
+    trainer = trainer_of(records, tiny_run(init_from=str(final), seed=5))
     weights = load_checkpoint(final).model
     assert trainer.step == 0
     for name, parameter, average in zip(
@@ -323,9 +287,9 @@ def test_starts_from_a_checkpoint(records: list[Record], parquet: Path, tmp_path
         np.testing.assert_array_equal(parameter.detach().numpy(), weights[MODEL_PREFIX + name])
         np.testing.assert_array_equal(average.numpy(), weights[MODEL_PREFIX + name])
     with pytest.raises(UserError, match="has shape"):
-        trainer_of(records, config(model={"width": 32}, init_from=str(final)))
+        trainer_of(records, tiny_run(model={"width": 32}, init_from=str(final)))
     with pytest.raises(UserError):
-        trainer_of(records, config(init_from=str(tmp_path / "absent")))
+        trainer_of(records, tiny_run(init_from=str(tmp_path / "absent")))
 
 
 # Data
@@ -335,10 +299,10 @@ def test_no_rows(tmp_path: Path, parquet: Path, records: list[Record]) -> None:
     empty = tmp_path / "empty.parquet"
     write_records([], empty)
     with pytest.raises(UserError, match="no crystal"):
-        train(config(parquet, data=str(empty)), tmp_path / "run", device="cpu")
+        train(tiny_run(parquet, data=str(empty)), tmp_path / "run", device="cpu")
     assert not (tmp_path / "run").exists()
     with pytest.raises(UserError, match="no data set"):
-        train(config(tmp_path / "absent.parquet"), tmp_path / "run", device="cpu")
+        train(tiny_run(tmp_path / "absent.parquet"), tmp_path / "run", device="cpu")
 
 
 def test_large_crystals_are_left_out(records: list[Record]) -> None:
@@ -360,7 +324,7 @@ def test_rows_come_back_from_parquet(records: list[Record], parquet: Path) -> No
 def test_shares_of_a_batch_add_up(records: list[Record]) -> None:
     """Gradients of three processes, whose rows do not divide evenly, sum to that of one."""
     settings: dict[str, object] = {"batch_size": 7, "edge_budget": 2048}
-    whole = trainer_of(records, config(**settings))
+    whole = trainer_of(records, tiny_run(**settings))
     weights = [torch.from_numpy(fill_value(n, p.shape)) for n, p in whole.model.named_parameters()]
     gradients, sizes = [], []
     for count in (1, 3):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from common.checkpoint import latest, save_step
+from common.cli import run
 from common.commands.train import prepare
 from common.config import RunConfig
 from common.errors import UserError
@@ -76,3 +77,15 @@ def test_out_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("text")
     with pytest.raises(UserError, match="not a folder"):
         prepare(tmp_path / "run", CONFIG, None)
+
+
+@pytest.mark.parametrize("variable", ["WORLD_SIZE", "MS_WORKER_NUM"])
+def test_one_of_many_processes_puts_nothing_aside(
+    variable: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(variable, "2")
+    assert run(["train", "absent.yaml", "--fresh"]) == 2
+    assert "--fresh" in capsys.readouterr().err
+    monkeypatch.setenv(variable, "1")
+    assert run(["train", "absent.yaml", "--fresh"]) == 2
+    assert "absent.yaml" in capsys.readouterr().err

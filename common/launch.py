@@ -1,0 +1,75 @@
+"""What a launcher asks before it starts many processes: is everything here, and where does it go?
+
+    python -m common.launch CONFIG [KEY=VALUE ...] --backend torch --device cuda --processes 8
+
+prints the run's folder, or, with exit status 2, one line on stderr for everything that is missing.
+"""
+
+import sys
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from common.backend import REQUIRED_PACKAGE, load_backend
+from common.config import load_config
+from common.errors import UserError
+
+
+def main(
+    config: Annotated[Path, typer.Argument(help="YAML file of the run.")],
+    settings: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
+    backend: Annotated[str, typer.Option(help="torch or mindspore.")] = "torch",
+    device: Annotated[str, typer.Option(help="As the framework calls it.")] = "cpu",
+    processes: Annotated[int, typer.Option(min=1, help="On this machine.")] = 1,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run; runs/NAME.")] = None,
+) -> None:
+    """Checks what a run needs."""
+    problems = list(missing(backend, device, processes))
+    try:
+        run = load_config(config, tuple(settings or ()))
+        folder = out or Path("runs") / run.name
+    except UserError as error:
+        problems.append(str(error))
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)
+    if problems:
+        raise typer.Exit(2)
+    print(folder)
+
+
+def missing(backend: str, device: str, processes: int) -> Iterator[str]:
+    """One line for everything that this machine lacks.
+
+    Args:
+        backend: ``torch`` or ``mindspore``.
+        device: as the framework calls it.
+        processes: on this machine.
+    """
+    wrong = _wrong_version(REQUIRED_PACKAGE[backend])
+    if wrong:
+        yield wrong
+        return
+    try:
+        yield from load_backend(backend).problems(device, processes)
+    except (UserError, ImportError, OSError, RuntimeError) as error:
+        yield f"backend '{backend}': {' '.join(str(error).split())}"
+
+
+def _wrong_version(package: str) -> str | None:
+    """A line if another version is installed than the one that was verified, or none."""
+    pins = {line.split(";")[0].strip() for line in requires("uni-mdm") or ()}
+    wanted = next(pin for pin in pins if pin.startswith(f"{package}=="))
+    try:
+        found = version(package)
+    except PackageNotFoundError:
+        return f"package '{package}' is not installed: install {wanted}"
+    if found.split("+")[0] != wanted.split("==")[1]:
+        return f"{package} {found} is installed, which was never tried here: install {wanted}"
+    return None
+
+
+if __name__ == "__main__":
+    typer.run(main)

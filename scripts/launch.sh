@@ -1,0 +1,112 @@
+# shellcheck shell=bash
+# Sourced by run_gpu.sh and run_ascend_distributed.sh: what starting many processes has in common.
+#
+# They set SELF (their path), and call in this order: find_python, check_run, open_logs, start, follow.
+
+# Threads of many processes on one machine slow each other down; `uni-mdm train` shares out the CPUs.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+source "$(dirname "${BASH_SOURCE[0]}")/install.sh"
+
+# The comment at the head of a script is its help.
+print_help() {
+    sed -n '2,/^[^#]/{/^#/s/^# \{0,1\}//p}' "$SELF"
+}
+
+# need_value OPTION [VALUE]: an option that has one.
+need_value() {
+    [[ $# -ge 2 ]] || fail "$1 needs a value (see --help)"
+}
+
+# take_argument WORD: CONFIG first, then KEY=VALUE; sets CONFIG and SETTINGS.
+take_argument() {
+    if [[ $1 == -* ]]; then
+        fail "no option $1 (see --help)"
+    elif [[ -z ${CONFIG:-} ]]; then
+        CONFIG="$1"
+    elif [[ $1 == *=* ]]; then
+        SETTINGS+=("$1")
+    else
+        fail "'$1' is no KEY=VALUE (see --help)"
+    fi
+}
+
+is_count() {
+    [[ $1 =~ ^[1-9][0-9]*$ ]]
+}
+
+# Sets PYTHON: the project's own unless the user says otherwise.
+find_python() {
+    PYTHON="${PYTHON:-$VENV/bin/python}"
+    is_python_311 "$PYTHON" ||
+        fail "no Python 3.11 at $PYTHON: run scripts/quickstart.sh once, or set PYTHON"
+    PYTHON="$(command -v "$PYTHON")"
+}
+
+# check_run BACKEND DEVICE PROCESSES: sets OUT, or ends with a line for everything that is missing.
+check_run() {
+    [[ -n ${CONFIG:-} ]] || fail "CONFIG is missing (see --help)"
+    OUT="$("$PYTHON" -m common.launch --backend "$1" --device "$2" --processes "$3" \
+        ${OUT:+--out "$OUT"} -- "$CONFIG" "${SETTINGS[@]}")" || exit $?
+    TRAIN=(-m common train --backend "$1" --device "$2" --out "$OUT")
+    local setting
+    for setting in "${SETTINGS[@]}"; do
+        TRAIN+=(--set "$setting")
+    done
+    TRAIN+=(-- "$CONFIG")
+}
+
+# Sets LOG_DIR, a new folder for every start, unless the user says otherwise.
+open_logs() {
+    LOG_DIR="${LOG_DIR:-$OUT/logs/$(date +%Y%m%d-%H%M%S)}"
+    mkdir -p "$LOG_DIR" || fail "cannot write $LOG_DIR: give another folder"
+    export LOG_DIR
+}
+
+# start LOG COMMAND...: runs the launcher as LAUNCHER, which ends when this script is told to.
+start() {
+    LAUNCHER_LOG="$1"
+    shift
+    "$@" >"$LAUNCHER_LOG" 2>&1 &
+    LAUNCHER=$!
+    trap 'stop 143' TERM
+    trap 'stop 130' INT
+    trap 'stop 129' HUP
+}
+
+# stop STATUS: ends everything; what a shell starts in the background would not heed INT.
+stop() {
+    STOPPED="$1"
+    kill -TERM "$LAUNCHER" 2>/dev/null || true
+}
+
+# Shows the first process's log while the launcher runs, and returns the launcher's status.
+follow() {
+    local status=0
+    echo "Logs: $LOG_DIR"
+    tail -n +1 -F --pid="$LAUNCHER" "$LOG_DIR/worker_0.log" 2>/dev/null &
+    while kill -0 "$LAUNCHER" 2>/dev/null; do
+        status=0
+        wait "$LAUNCHER" || status=$?
+    done
+    wait
+    [[ -z ${STOPPED:-} ]] || exit "$STOPPED"
+    return "$status"
+}
+
+# report RANK STATUS: says how a process ended, and exits with its status; signals are negative.
+report() {
+    local log="$LOG_DIR/worker_$1.log" reason status="$2" words
+    if ((status < 0)); then
+        reason="was killed by signal $((-status)) ($(kill -l "$((-status))"))"
+        status=$((128 - status))
+    else
+        reason="ended with status $status"
+    fi
+    words="$(last_words "$log")"
+    echo "error: rank $1 $reason${words:+: $words} ($log)" >&2
+    exit "$status"
+}
+
+last_words() {
+    { grep -E '^[A-Za-z_.]*(Error|error)\b' "$1" || tail -n 1 "$1"; } 2>/dev/null | tail -n 1
+}
