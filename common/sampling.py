@@ -5,7 +5,9 @@ A backend's generator adds the network and the sampler.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +31,8 @@ EDGES_PER_CALL = 4096
 COORDINATE_DIGITS = 6
 
 Array = NDArray[np.float32]
+#: Free parameters [B,S,3] in [0,1) and standardised lattice numbers [B,6].
+Solution = tuple[Array, Array]
 
 
 def rows_per_call(shape: tuple[int, int]) -> int:
@@ -87,6 +91,9 @@ class BaseGenerator(ABC):
         standardizer: of the same.
     """
 
+    #: Calls that ``solve`` is given at once, in threads of their own.
+    parallel_calls = 1
+
     def __init__(self, config: RunConfig, standardizer: Standardizer) -> None:
         self.config = config
         self.standardizer = standardizer
@@ -102,9 +109,7 @@ class BaseGenerator(ABC):
         """What samples, in words, for reports."""
 
     @abstractmethod
-    def solve(
-        self, call: Call, seed: int, steps: int, process: ScoreProcess | None
-    ) -> tuple[Array, Array]:
+    def solve(self, call: Call, seed: int, steps: int, process: ScoreProcess | None) -> Solution:
         """Runs the sampler.
 
         Args:
@@ -128,12 +133,26 @@ class BaseGenerator(ABC):
         settings = self.config.diffusion
         process = score_process(settings, steps)
         crystals: dict[int, Crystal] = {}
-        for call in calls(requests, self.config.model.cell):
-            free, lattice = self.solve(call, seed, steps or settings.steps, process)
+        solve = partial(self.solve, seed=seed, steps=steps or settings.steps, process=process)
+        for call, (free, lattice) in self._solved(calls(requests, self.config.model.cell), solve):
             crystals.update(zip(call.rows, self._crystals(call, free, lattice), strict=False))
             if progress is not None:
                 progress(len(call.rows))
         return [crystals[index] for index in range(len(requests))]
+
+    def _solved(
+        self, waiting: Iterator[Call], solve: Callable[[Call], Solution]
+    ) -> Iterator[tuple[Call, Solution]]:
+        """Calls with what came out of them, in their order."""
+        if self.parallel_calls == 1:
+            yield from ((call, solve(call)) for call in waiting)
+            return
+        pool = ThreadPoolExecutor(self.parallel_calls)
+        try:
+            at_once = list(waiting)
+            yield from zip(at_once, pool.map(solve, at_once), strict=True)
+        finally:
+            pool.shutdown(cancel_futures=True)  # after an interruption nothing more is begun
 
     def _crystals(self, call: Call, free: Array, lattice: Array) -> list[Crystal]:
         batch = call.batch

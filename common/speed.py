@@ -117,7 +117,7 @@ def _sampling_seconds(generator: BaseGenerator, records: list[Record], calls: in
         groups.setdefault(bucket(record.crystal, generator.config.model.cell), []).append(request)
     seconds = 0.0
     for shape, requests in groups.items():
-        size = rows_per_call(shape)
+        size = rows_per_call(shape) * generator.parallel_calls
         full = [requests[i % len(requests)] for i in range(size)]
         generator.sample(full, 0, 1)
         start = time.perf_counter()

@@ -1,10 +1,13 @@
 """Sampling crystals from a checkpoint with torch."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
+from common.backend import SampleRequest
 from common.config import RunConfig
+from common.crystal.structure import Crystal
 from common.diffusion.scaler import Standardizer
 from common.diffusion.score import ScoreProcess
 from common.sampling import Array, BaseGenerator, Call, read_checkpoint
@@ -12,6 +15,9 @@ from torch_impl.crystal_dit import CrystalDiT
 from torch_impl.sampler import sample_flow, sample_predictor_corrector
 from torch_impl.tensors import TensorBatch
 from torch_impl.train_dit import load_weights
+
+#: Of which more only wait for Python's lock.
+MAX_PARALLEL_CALLS = 8
 
 
 class Generator(BaseGenerator):
@@ -23,13 +29,34 @@ class Generator(BaseGenerator):
         super().__init__(config, standardizer)
         self.model = model.to(device).eval().requires_grad_(False)
         self.device = device
+        if device == "cpu":
+            self.parallel_calls = min(torch.get_num_threads(), MAX_PARALLEL_CALLS)
 
     @property
     def device_name(self) -> str:
         """What samples, in words, for reports."""
         if self.device == "cpu":
-            return f"cpu, {torch.get_num_threads()} threads"
+            return f"cpu, {self.parallel_calls} threads"
         return torch.cuda.get_device_name(self.device)
+
+    def sample(
+        self,
+        requests: Sequence[SampleRequest],
+        seed: int,
+        steps: int | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> list[Crystal]:
+        """See ``BaseGenerator``; on a CPU each call has one thread.
+
+        Several threads in one call change the last bits of its result with their number, wait for
+        one another after each of many small operations, and burn whole cores if one is kept busy.
+        """
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return super().sample(requests, seed, steps, progress)
+        finally:
+            torch.set_num_threads(threads)
 
     @torch.inference_mode()
     def solve(

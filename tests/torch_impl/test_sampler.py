@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from common.backend import SampleRequest
-from common.checkpoint import save_checkpoint
+from common.checkpoint import save_checkpoint, shipped
 from common.config import DiffusionConfig, RunConfig
 from common.crystal.lattice import k_constraints, lattice_to_k
 from common.crystal.structure import Crystal
@@ -343,6 +343,24 @@ def test_checkpoints_that_do_not_fit(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "config", config=config | {"model": {"depth": 3}}, model=model)
     with pytest.raises(UserError, match=r"model\.depth"):
         load(tmp_path / "config", "cpu")
+
+
+def test_number_of_threads_changes_nothing() -> None:
+    """Sums over 400 edges are parted among threads, which shows in their last bits."""
+    sites = tuple((number, "a") for number in range(11, 31))
+    requests = [SampleRequest(1, sites, key="x", sample=sample) for sample in range(11)]
+    found = []
+    threads = torch.get_num_threads()
+    try:
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            generator = load(shipped()["crystal_dit_small_fm"])
+            assert generator.parallel_calls == number
+            found.append([c.to_dict() for c in generator.sample(requests, 0, steps=2)])
+            assert torch.get_num_threads() == number
+    finally:
+        torch.set_num_threads(threads)
+    assert found[0] == found[1] == found[2]
 
 
 def test_devices() -> None:
