@@ -8,6 +8,7 @@ real file system.
 import csv
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -101,8 +102,8 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "work"
 
 
-def generate(checkpoint: Path, *arguments: str, samples: int = 2) -> list[str]:
-    options = ["--top", "2", "--num-samples", str(samples), "--checkpoint", str(checkpoint)]
+def generate(checkpoint: Path, *arguments: str, top: int = 2, samples: int = 2) -> list[str]:
+    options = ["--top", str(top), "--num-samples", str(samples), "--checkpoint", str(checkpoint)]
     return ["generate", *options, *arguments]
 
 
@@ -329,7 +330,7 @@ def test_log_on_a_disk_that_fills_up(commands, error_of, work: Path) -> None:
 # A real one
 
 _ON_A_SMALL_DISK = """
-mount -t tmpfs -o size=400k tmpfs "$1" && cd "$1" && shift && head -c 340000 /dev/zero >ballast
+mount -t tmpfs -o size=400k tmpfs "$1" && cd "$1" && shift && head -c 370000 /dev/zero >ballast
 "$@"
 echo "exit code $?"
 rm ballast
@@ -338,7 +339,7 @@ rm ballast
 
 
 def test_generate_on_a_small_file_system(checkpoint: Path, requests: Path, tmp_path: Path) -> None:
-    """Two requests at a time go into 60 kB, then there is room."""
+    """Two requests at a time go into some ten blocks, then there is room."""
     namespace = ["unshare", "--user", "--map-root-user", "--mount"]
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -347,12 +348,13 @@ def test_generate_on_a_small_file_system(checkpoint: Path, requests: Path, tmp_p
         subprocess.run([*namespace, *mount], check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError) as error:
         pytest.skip(f"no file system can be mounted in a namespace here: {error}")
-    command = generate(checkpoint, "--input", str(requests), "--out", "out", samples=64)
+    arguments = ["--input", str(requests), "--out", "out"]
+    command = generate(checkpoint, *arguments, top=1, samples=128)
     script = ["sh", "-c", _ON_A_SMALL_DISK, "sh", str(disk), str(UNI_MDM), *command]
     finished = subprocess.run([*namespace, *script], capture_output=True, text=True, timeout=300)
     assert finished.returncode == 0
     assert finished.stderr.count("\n") == 1
     assert "No space left on device; make room and run again" in finished.stderr
     assert "exit code 2\n" in finished.stdout
-    assert "4 of them had been answered before" in finished.stdout
+    assert re.search("[24] of them had been answered before", finished.stdout)
     assert whole(tmp_path / "result") == len(PAIRS)
