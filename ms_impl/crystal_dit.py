@@ -48,7 +48,7 @@ class PropertyEmbedding(nn.Cell):
 
     def __init__(self, properties: int, width: int) -> None:
         super().__init__()
-        self.null = Parameter(initializer(Zero(), (properties, width)), name="null")
+        self.null = Parameter(Tensor(np.zeros((properties, width)), ms.float32), name="null")
         self.mlp = nn.CellList([MLP(1, width, width) for _ in range(properties)])
 
     def construct(self, values: Tensor, mask: Tensor) -> Tensor:

@@ -3,11 +3,10 @@
 from typing import NamedTuple
 
 import numpy as np
-from mindspore import Tensor, ops
+from mindspore import Tensor, nn, ops
 
 from common.config import DiffusionConfig
 from common.diffusion.noisy import LossWeights, NoisyCrystals
-from ms_impl.crystal_dit import CrystalDiT
 from ms_impl.tensors import TensorBatch, Tensors
 
 
@@ -43,12 +42,12 @@ class Loss(NamedTuple):
 
 
 def denoising_loss(
-    model: CrystalDiT, batch: TensorBatch, noisy: NoisyTensors, config: DiffusionConfig
+    model: nn.Cell, batch: TensorBatch, noisy: NoisyTensors, config: DiffusionConfig
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Weighted squared error of the targets.
 
     Args:
-        model: the network.
+        model: a CrystalDiT, or what stands for it when several processes train it.
         batch: B crystals.
         noisy: the crystals with noise.
         config: weights of coordinates and lattice.
