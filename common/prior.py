@@ -77,7 +77,8 @@ class SymmetryCandidate:
         sites: atomic number and letter of every orbit.
         z: formula units in the conventional cell.
         probability: of this symmetry among all, given what was fixed.
-        source: ``template`` (seen in training), ``enumeration`` (legal, not seen) or ``given``.
+        source: ``template`` (seen in training), ``enumeration`` (legal, not seen), ``given`` or
+            ``language model``.
     """
 
     space_group: int

@@ -24,6 +24,7 @@ from common.crystal.wyckoff import wyckoff_summary
 from common.elements import formula_order
 from common.errors import UserError
 from common.language import prompt
+from common.language.prompt import Symmetry
 from common.language.site_solver import Progress, SiteSolver, site_solver
 from common.language.tokenizer import SymmetryTokenizer
 
@@ -281,6 +282,14 @@ class TokenGrammar:
         mask = np.zeros(self.head_size, dtype=bool)
         mask[list(cursor.allowed)] = True
         return mask
+
+    def read(self, tokens: Sequence[int]) -> Symmetry:
+        """The symmetry of a complete answer's tokens, as it is written there.
+
+        Raises:
+            AnswerError: if they are none.
+        """
+        return prompt.parse_answer(self._tokenizer.decode(tokens))
 
     def _resolve(self, node: "_Node | _Leaf") -> Cursor:
         """The next place with a choice, and what is determined until there."""
