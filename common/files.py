@@ -1,6 +1,7 @@
 """Files that are either complete or absent: nothing half-written is ever seen."""
 
 import errno
+import fcntl
 import os
 import secrets
 from collections.abc import Iterator, Mapping
@@ -117,6 +118,22 @@ def output_folder(
         except OSError as error:
             raise refused(path, error, advice) from error
         yield path
+
+
+@contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """Other processes of this machine wait before the same block for the same folder.
+
+    The system ends the wait when the process inside the block is killed. File systems without
+    locks let all of them in.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

@@ -184,7 +184,7 @@ class BaseTrainer(ABC):
             step += 1
 
     def prepare(self, data: BucketedData, plan: BatchPlan, stream: str, step: int) -> TrainingBatch:
-        """A batch with the noise of a step; of a training batch, this process's share.
+        """This process's share of a batch, with the noise of a step.
 
         Args:
             data: the training or the validation data.
@@ -195,9 +195,7 @@ class BaseTrainer(ABC):
         settings, diffusion = self.config.train, self.config.diffusion
         group = data.buckets[plan.bucket]
         size, sites = len(plan.rows), group.batch.site_mask.shape[1]
-        # Only the first process validates.
-        shard = self.shard if stream == "train" else Shard()
-        share, real = shard.rows(size)
+        share, real = self.shard.rows(size)
         draws = TrainingDraws.of_step(
             settings.seed, stream, step, (size, sites), diffusion.origin_tries
         ).take(share)
@@ -240,24 +238,27 @@ class BaseTrainer(ABC):
         return values | {"learning_rate": rate}
 
     def validate(self) -> dict[str, float]:
-        """Losses of the averaged weights, the coordinate's also per noise level."""
-        sums = {"loss": 0.0, "coordinate": 0.0, "lattice": 0.0}
+        """Losses of the averaged weights, the coordinate's also per noise level.
+
+        Every process takes its share, and all of them get the whole.
+        """
+        sums = np.zeros(3)
         levels = np.zeros((NOISE_BINS, 2))
         plans = self.validation.epoch(0, 0)
         with self.averaged():
             for index, plan in enumerate(plans):
                 data = self.prepare(self.validation, plan, "validation", index)
                 found = self.losses(data)
-                sums["loss"] += found.total / len(plans)
-                sums["coordinate"] += found.coordinate / len(plans)
-                sums["lattice"] += found.lattice / len(plans)
+                sums += np.array([found.total, found.coordinate, found.lattice]) / len(plans)
                 bins = (data.noisy.t * NOISE_BINS).astype(int).clip(max=NOISE_BINS - 1)
-                has_free = data.batch.free_mask.any(axis=(1, 2))
-                for column, values in enumerate((found.per_crystal, has_free)):
+                counted = data.weights.coordinate.any(axis=(1, 2))  # not those without free ones
+                for column, values in enumerate((found.per_crystal * counted, counted)):
                     levels[:, column] += np.bincount(bins, values, NOISE_BINS)
-        for index, (total, count) in enumerate(levels):
-            sums[f"coordinate_t{index / NOISE_BINS:.1f}"] = float(total / max(count, 1))
-        return sums
+        total = self.summed([*sums.tolist(), *levels.ravel().tolist()])
+        means = dict(zip(("loss", "coordinate", "lattice"), total, strict=False))
+        for index, (value, count) in enumerate(np.reshape(total[3:], levels.shape).tolist()):
+            means[f"coordinate_t{index / NOISE_BINS:.1f}"] = value / max(count, 1)
+        return means
 
     # Checkpoints
 
@@ -362,6 +363,8 @@ def _follow(trainer: BaseTrainer) -> None:
     batches = trainer.batches()
     while trainer.step < trainer.config.train.steps:
         trainer.train_step(next(batches))
+        if _due(trainer, trainer.config.train.validation_every):
+            trainer.validate()
 
 
 def _lead(trainer: BaseTrainer, out: Path, log: "TrainingLog", progress: Progress) -> None:
@@ -371,9 +374,8 @@ def _lead(trainer: BaseTrainer, out: Path, log: "TrainingLog", progress: Progres
     window: list[dict[str, float]] = []
     while trainer.step < settings.steps:
         window.append(trainer.train_step(next(batches)))
-        done = trainer.step == settings.steps
         progress.update(task, completed=trainer.step, loss=f"loss {window[-1]['loss']:.3f}")
-        if trainer.step % settings.log_every == 0 or done:
+        if _due(trainer, settings.log_every):
             mean = _mean(window)
             log.write("train", trainer.step, trainer.seconds, mean)
             if not progress.console.is_terminal:  # which shows the bar only when it is full
@@ -381,10 +383,15 @@ def _lead(trainer: BaseTrainer, out: Path, log: "TrainingLog", progress: Progres
                     f"step {trainer.step} of {settings.steps}: loss {mean['loss']:.4f}", flush=True
                 )
             window = []
-        if trainer.step % settings.validation_every == 0 or done:
+        if _due(trainer, settings.validation_every):
             log.write("validation", trainer.step, trainer.seconds, trainer.validate())
-        if trainer.step % settings.checkpoint_every == 0 or done:
+        if _due(trainer, settings.checkpoint_every):
             save_step(out, trainer.step, **trainer.checkpoint())
+
+
+def _due(trainer: BaseTrainer, every: int) -> bool:
+    """Whether what happens every so many steps, and after the last one, happens now."""
+    return trainer.step % every == 0 or trainer.step == trainer.config.train.steps
 
 
 def _mean(rows: list[dict[str, float]]) -> dict[str, float]:

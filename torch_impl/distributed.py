@@ -21,8 +21,8 @@ from common.training import Shard
 
 #: What torchrun tells every process.
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-#: How long a process waits for the others, of which the first one labels data and validates alone.
-TIMEOUT = timedelta(minutes=30)
+#: How long a process waits for the others, the first of which writes checkpoints meanwhile.
+TIMEOUT = timedelta(minutes=10)
 
 
 @contextmanager
@@ -55,17 +55,6 @@ def joined(device: str) -> Iterator[Shard]:
 def local_count() -> int:
     """Processes on this machine."""
     return int(os.environ["LOCAL_WORLD_SIZE"]) if dist.is_initialized() else 1
-
-
-@contextmanager
-def first_alone() -> Iterator[None]:
-    """The first process of every machine goes first, and the others find what it has cached."""
-    first = not dist.is_initialized() or os.environ["LOCAL_RANK"] == "0"
-    if not first:
-        _wait_for_all()
-    yield
-    if first:
-        _wait_for_all()
 
 
 def sum_gradients(model: nn.Module) -> nn.Module:
@@ -124,11 +113,6 @@ def _take_gpu(index: int) -> None:
     if index >= torch.cuda.device_count():
         raise UserError(f"no GPU for local rank {index}: {torch.cuda.device_count()} are visible")
     torch.cuda.set_device(index)
-
-
-def _wait_for_all() -> None:
-    if dist.is_initialized():
-        dist.barrier()
 
 
 def _sum_bucket(state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:

@@ -25,7 +25,6 @@ from common.weights import MODEL_PREFIX, MOMENTS, WEIGHT_PREFIX, Arrays, model_w
 from torch_impl.crystal_dit import CrystalDiT
 from torch_impl.diffusion import Loss, NoisyTensors, denoising_loss
 from torch_impl.distributed import (
-    first_alone,
     joined,
     local_count,
     sum_gradients,
@@ -193,9 +192,7 @@ def train(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     with joined(device) as shard:
         torch.set_num_threads(max(1, threads // local_count()))
-        with first_alone():
-            records = records_of(config)
-        run_training(Trainer(config, *records, device, shard), out, resume)
+        run_training(Trainer(config, *records_of(config), device, shard), out, resume)
 
 
 def _tensor(array: np.ndarray) -> Tensor:

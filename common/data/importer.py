@@ -40,7 +40,14 @@ from common.data.label import (
 from common.data.sources import RawEntry, Source, file_sha256, printable
 from common.data.store import SCHEMA_VERSION, Cell, Record, reduced_formula, write_records
 from common.errors import UserError
-from common.files import atomic_path, output_file, output_folder, write_atomic, write_together
+from common.files import (
+    atomic_path,
+    one_at_a_time,
+    output_file,
+    output_folder,
+    write_atomic,
+    write_together,
+)
 from common.machine import cpu_count
 
 #: Part of the key of cached imports: raise it when the same rows give another result.
@@ -168,10 +175,13 @@ def import_cached(
     out = cache / "imports" / f"{hashlib.sha256(key.encode()).hexdigest()}.parquet"
     report = _read_report(out)
     if report is None:
-        with output_folder(out.parent, "set UNI_MDM_CACHE to another folder"):
-            report = _run(source, out, options, workers, show_progress)
-            _write_report(report)
-        return report
+        refusal = "set UNI_MDM_CACHE to another folder"
+        with output_folder(out.parent, refusal), one_at_a_time(out.parent):
+            report = _read_report(out)  # which another process may have made meanwhile
+            if report is None:
+                report = _run(source, out, options, workers, show_progress)
+                _write_report(report)
+                return report
     return replace(report, seconds=time.monotonic() - started, from_cache=True)
 
 

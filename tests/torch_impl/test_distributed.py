@@ -64,7 +64,6 @@ def work(rank: int, port: int, expected: list[list[dict[str, float]]]) -> None:
             assert shard == Shard(rank, 2)
             assert distributed.local_count() == 2
             check_same_training(shard, expected)
-            check_order(rank)
             check_disagreement(rank, shard)
         environment(patch, rank, 2, port + 1)
         patch.setattr(distributed, "TIMEOUT", timedelta(seconds=3))
@@ -79,18 +78,6 @@ def check_same_training(shard: Shard, expected: list[list[dict[str, float]]]) ->
             assert mine == pytest.approx(one, rel=1e-5, abs=1e-7), (settings, model, step)
         norms = torch.tensor([row["gradient_norm"] for row in found], dtype=torch.float64)
         assert torch.equal(distributed.sum_values(norms.clone()), 2 * norms), "the same bits"
-
-
-def check_order(rank: int) -> None:
-    """The second process enters after the first one has left."""
-    with distributed.first_alone():
-        entered = time.time()
-        time.sleep(0.2)
-        left = time.time()
-    times = torch.zeros(2, 2, dtype=torch.float64)
-    times[rank] = torch.tensor([entered, left])
-    (_, first_left), (second_entered, _) = distributed.sum_values(times).tolist()
-    assert first_left <= second_entered
 
 
 def check_disagreement(rank: int, shard: Shard) -> None:
@@ -122,8 +109,6 @@ def test_alone() -> None:
         assert distributed.local_count() == 1
         assert distributed.sum_gradients(model) is model
         assert distributed.sum_values(torch.tensor([3.0])).tolist() == [3.0]
-        with distributed.first_alone():
-            pass
 
 
 def test_environment_that_is_not_torchruns(monkeypatch: pytest.MonkeyPatch) -> None:

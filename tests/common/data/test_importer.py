@@ -11,6 +11,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from common.data.importer import (
     ImportOptions,
     ImportReport,
     Rejection,
+    import_cached,
     import_dataset,
     process_entry,
 )
@@ -159,6 +161,19 @@ def test_cache_is_used_until_something_changes(source: CsvSource, tmp_path: Path
     assert not run(source, tmp_path / "d.parquet", cache=cache).from_cache
     changed = write_csv(tmp_path / "rows.csv", [row for row, _ in ROWS[:-1]])
     assert not run(changed, tmp_path / "e.parquet", cache=cache).from_cache
+
+
+def test_processes_that_need_the_same_rows_label_them_once(
+    source: CsvSource, tmp_path: Path
+) -> None:
+    """As those of a training run by several processes do."""
+    cache = tmp_path / "cache"
+    with ThreadPoolExecutor(3) as pool:
+        jobs = [pool.submit(import_cached, source, cache, show_progress=False) for _ in range(3)]
+    reports = [job.result() for job in jobs]
+    assert sorted(report.from_cache for report in reports) == [False, True, True]
+    assert len({report.path for report in reports}) == 1
+    assert not list((cache / "imports").glob(".*"))
 
 
 def test_what_a_source_does_not_offer_is_not_asked_for(tmp_path: Path) -> None:
