@@ -1,0 +1,123 @@
+"""ROUGE against its definition, on words that are cut as documented."""
+
+import functools
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.evaluate.language import jieba_words, rouge
+from common.language.prompt import Symmetry, write_answer
+from tests.symmetries import symmetries
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("UNI_MDM_CACHE", str(folder))
+        yield folder
+
+
+def f1(same: int, answer: int, reference: int) -> float:
+    return 100 * 2 * same / (answer + reference) if same else 0.0
+
+
+def by_definition(
+    answer: Sequence[str], reference: Sequence[str], distinct: bool = False
+) -> list[float]:
+    """ROUGE-1, 2 and L of words: shared n-grams, each as often as in both; longest subsequence.
+
+    ``distinct`` counts every n-gram once.
+    """
+    scores = []
+    for n in (1, 2):
+        grams = [
+            Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
+            for words in (answer, reference)
+        ]
+        if distinct:
+            grams = [Counter(set(counted)) for counted in grams]
+        scores.append(f1((grams[0] & grams[1]).total(), grams[0].total(), grams[1].total()))
+
+    @functools.cache
+    def longest(i: int, j: int) -> int:
+        if i == 0 or j == 0:
+            return 0
+        if answer[i - 1] == reference[j - 1]:
+            return 1 + longest(i - 1, j - 1)
+        return max(longest(i - 1, j), longest(i, j - 1))
+
+    same = longest(len(answer), len(reference))
+    return [*scores, f1(same, len(answer), len(reference))]
+
+
+def letters_and_digits(text: str) -> list[str]:
+    """rouge-score's words."""
+    return re.findall(r"[a-z0-9]+", text.lower())
+
+
+def latin_words(text: str) -> list[str]:
+    """jieba's words of the text that ``prompt`` writes; blanks and line feeds fall away."""
+    return re.findall(r"[A-Za-z0-9]+|[^A-Za-z0-9\s]", text)
+
+
+@given(st.lists(st.tuples(symmetries(), symmetries()), min_size=1, max_size=2))
+@settings(max_examples=12)
+def test_scores_follow_the_definition(pairs: list[tuple[Symmetry, Symmetry]]) -> None:
+    answers = [write_answer(first) for first, _ in pairs]
+    references = [write_answer(second) for _, second in pairs]
+    found = rouge(answers, references)
+    for library, words, distinct in (
+        ("rouge_score", letters_and_digits, False),
+        ("rouge_chinese", latin_words, True),
+    ):
+        rows = [
+            by_definition(words(answer), words(reference), distinct)
+            for answer, reference in zip(answers, references, strict=True)
+        ]
+        expected = np.mean(rows, axis=0).tolist()
+        assert list(found[library].values()) == pytest.approx(expected, abs=1e-3)
+
+
+@given(symmetries())
+@settings(max_examples=30)
+def test_words_are_cut_as_documented(cache: Path, symmetry: Symmetry) -> None:
+    text = write_answer(symmetry)
+    assert jieba_words(cache)(text).split() == latin_words(text)
+
+
+def test_best_and_worst() -> None:
+    text = write_answer(Symmetry.of(225, [(11, "a"), (17, "b")]))
+    perfect = rouge([text], [text])
+    assert all(score == pytest.approx(100) for row in perfect.values() for score in row.values())
+    done: list[tuple[int, int]] = []
+    nothing = rouge(["", "?"], [text, text], lambda *counts: done.append(counts))
+    assert all(score == 0 for row in nothing.values() for score in row.values())
+    assert done == [(1, 2), (2, 2)]
+    half = rouge([text, ""], [text, text])
+    assert half["rouge_chinese"]["rouge-l"] == pytest.approx(50)
+
+
+def test_longest_subsequence_can_score_above_single_words() -> None:
+    """Only where repeated words count once: four of five words right, two of three kinds."""
+    found = rouge(["a b a b c"], ["a b a b d"])
+    assert found["rouge_chinese"]["rouge-1"] == pytest.approx(100 * 2 / 3)
+    assert found["rouge_chinese"]["rouge-l"] == pytest.approx(80)
+    assert found["rouge_score"]["rouge-1"] == pytest.approx(80)
+
+
+def test_dictionary_stays_in_the_users_cache(cache: Path) -> None:
+    assert jieba_words(cache)("Pm-3m").split() == ["Pm", "-", "3m"]
+    assert list(cache.iterdir())
+
+
+@pytest.mark.parametrize(("answers", "references"), [([], []), (["a"], ["a", "b"])])
+def test_unequal_numbers_are_refused(answers: list[str], references: list[str]) -> None:
+    with pytest.raises(ValueError, match="answers for"):
+        rouge(answers, references)
