@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from common.data.importer import ImportReport, import_dataset
-from common.data.locations import cache_dir, dataset_path
+from common.data.locations import cache_dir, dataset, dataset_path
 from common.data.sources import open_source
 from common.data.store import (
     PROPERTIES,
@@ -22,6 +22,16 @@ from common.data.store import (
     write_records,
 )
 from common.errors import UserError
+from common.language.dataset import (
+    Drop,
+    Form,
+    PromptSet,
+    Reference,
+    make_prompt_set,
+    prompt_rows,
+    read_ids,
+    write_prompts,
+)
 
 app = typer.Typer(help="Import, split and describe data sets.", no_args_is_help=True)
 
@@ -81,6 +91,73 @@ def split(
         origin |= {"of": metadata["fingerprint"], "source": metadata["source"]}
         write_records(part, out / f"{name}.parquet", origin)
         typer.echo(f"{out / name}.parquet: {len(part)} rows")
+
+
+class Target(StrEnum):
+    """The property that a language model is told."""
+
+    band_gap = "band_gap"
+    formation_energy = "formation_energy"
+    none = "none"
+
+
+@app.command()
+def prompts(
+    data: Annotated[list[str], typer.Argument(help="train, extra, or CSV or Parquet files.")],
+    out: Annotated[Path, typer.Option(help="Folder for the parts and report.json.")],
+    target: Annotated[Target, typer.Option(help="Property in the questions.")] = Target.band_gap,
+    form: Annotated[
+        Form, typer.Option("--format", help="JSON lines, or the list MindFormers reads.")
+    ] = Form.jsonl,
+    fractions: Annotated[
+        str, typer.Option(help="Fractions for train, val and test.")
+    ] = "0.8,0.1,0.1",
+    seed: Annotated[int, typer.Option(help="Another seed gives another split.")] = 0,
+    against: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Set that must stay unseen: val, a CSV or Parquet file, or a .txt file with an "
+            "id and, if known, a formula per line. Repeatable; default: val."
+        ),
+    ] = None,
+    drop: Annotated[
+        Drop, typer.Option(help="Leave out rows that share this with such a set.")
+    ] = Drop.id,
+    workers: Annotated[int | None, typer.Option(help="Processes for labels.")] = None,
+) -> None:
+    """Write questions and answers for a language model, and what they share with other sets."""
+    from rich.progress import track
+
+    records = {r.material_id: r for name in data for r in dataset(name, workers)}
+    references = [_reference(name, workers) for name in against or ["val"]]
+    made = make_prompt_set(records.values(), references, _fractions(fractions, 3), seed, drop)
+    wanted = None if target is Target.none else target.value
+    parts = {
+        name: list(track(prompt_rows(rows, wanted), f"{name} prompts", len(rows)))
+        for name, rows in made.parts.items()
+    }
+    for path in write_prompts(made, parts, out, wanted, form):
+        typer.echo(path)
+    Console().print(_overlap_table(made))
+
+
+def _reference(name: str, workers: int | None) -> Reference:
+    if name.endswith(".txt"):
+        return read_ids(Path(name))
+    return Reference.of_records(name, dataset(name, workers))
+
+
+def _overlap_table(made: PromptSet) -> Table:
+    table = Table(title="Rows shared with other sets", title_justify="left")
+    for column in ("part", "rows", "set", "ids", "formulas", "same symmetry too"):
+        table.add_column(column)
+    for name, parts in made.overlaps.items():
+        for part, shared in parts.items():
+            counts = (shared.ids, shared.formula, shared.symmetry)
+            cells = ["unknown" if n is None else str(n) for n in counts]
+            table.add_row(part, str(len(made.parts[part])), name, *cells)
+    table.caption = f"{made.dropped} rows were left out, whose {made.drop} is in one of these sets"
+    return table
 
 
 @app.command()
