@@ -11,6 +11,13 @@ def cpu_count() -> int:
     return os.cpu_count() or 1
 
 
+def cpu_share() -> int:
+    """CPUs for each of the processes that torchrun or run_ascend_distributed.sh started here."""
+    counts = (os.environ.get(name, "") for name in ("LOCAL_WORLD_SIZE", "LOCAL_WORKER"))
+    processes = max((int(count) for count in counts if count.isdecimal()), default=1)
+    return max(1, cpu_count() // max(1, processes))
+
+
 def launched_by(variable: str) -> bool:
     """Whether a launcher started this process together with others.
 

@@ -1,7 +1,8 @@
 # shellcheck shell=bash
 # Sourced by run_gpu.sh and run_ascend_distributed.sh: what starting many processes has in common.
 #
-# They set SELF (their path), and call in this order: find_python, check_run, open_logs, start, follow.
+# They set SELF (their path) and MACHINES (how many), and call in this order: find_python, check_run,
+# open_logs, start, follow, and after a failure report or give_up.
 
 # Threads of many processes on one machine slow each other down; `uni-mdm train` shares out the CPUs.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
@@ -30,8 +31,9 @@ take_argument() {
     fi
 }
 
-is_count() {
-    [[ $1 =~ ^[1-9][0-9]*$ ]]
+# need_count NAME VALUE: a positive number.
+need_count() {
+    [[ $2 =~ ^[1-9][0-9]*$ ]] || fail "$1 $2: give a positive number"
 }
 
 # Sets PYTHON: the project's own unless the user says otherwise.
@@ -42,7 +44,8 @@ find_python() {
     PYTHON="$(command -v "$PYTHON")"
 }
 
-# check_run BACKEND DEVICE PROCESSES: sets OUT, or ends with a line for everything that is missing.
+# check_run BACKEND DEVICE PROCESSES: sets OUT and TRAIN, the arguments of Python, or ends with a line
+# for everything that is missing.
 check_run() {
     [[ -n ${CONFIG:-} ]] || fail "CONFIG is missing (see --help)"
     OUT="$("$PYTHON" -m common.launch --backend "$1" --device "$2" --processes "$3" \
@@ -58,7 +61,7 @@ check_run() {
 # Sets LOG_DIR, a new folder for every start, unless the user says otherwise.
 open_logs() {
     LOG_DIR="${LOG_DIR:-$OUT/logs/$(date +%Y%m%d-%H%M%S)}"
-    mkdir -p "$LOG_DIR" || fail "cannot write $LOG_DIR: give another folder"
+    mkdir -p "$LOG_DIR" "$OUT/logs" || fail "cannot write $LOG_DIR: give another folder"
     export LOG_DIR
 }
 
@@ -66,6 +69,11 @@ open_logs() {
 start() {
     LAUNCHER_LOG="$1"
     shift
+    # The last failure on any machine; those of earlier starts are older than the stamp.
+    FAILURE="$OUT/logs/failure"
+    STAMP="$LAUNCHER_LOG.started"
+    : >"$STAMP"
+    trap 'rm -f "$STAMP"' EXIT
     "$@" >"$LAUNCHER_LOG" 2>&1 &
     LAUNCHER=$!
     trap 'stop 143' TERM
@@ -76,37 +84,62 @@ start() {
 # stop STATUS: ends everything; what a shell starts in the background would not heed INT.
 stop() {
     STOPPED="$1"
+    end_launcher
+}
+
+end_launcher() {
     kill -TERM "$LAUNCHER" 2>/dev/null || true
 }
 
-# Shows the first process's log while the launcher runs, and returns the launcher's status.
+# follow [CHECK]: shows the first process's log while the launcher runs, calls CHECK every second, ends
+# it when another machine fails, and returns its status.
 follow() {
-    local status=0
+    local status=0 ended=""
     echo "Logs: $LOG_DIR"
     tail -n +1 -F --pid="$LAUNCHER" "$LOG_DIR/worker_0.log" 2>/dev/null &
     while kill -0 "$LAUNCHER" 2>/dev/null; do
-        status=0
-        wait "$LAUNCHER" || status=$?
+        "${1:-true}"
+        if [[ -z $ended ]] && failed_somewhere; then
+            ended=yes
+            end_launcher
+        fi
+        sleep 1
     done
+    wait "$LAUNCHER" || status=$?
     wait
     [[ -z ${STOPPED:-} ]] || exit "$STOPPED"
     return "$status"
 }
 
-# report RANK STATUS: says how a process ended, and exits with its status; signals are negative.
-report() {
-    local log="$LOG_DIR/worker_$1.log" reason status="$2" words
-    if ((status < 0)); then
-        reason="was killed by signal $((-status)) ($(kill -l "$((-status))"))"
-        status=$((128 - status))
-    else
-        reason="ended with status $status"
-    fi
-    words="$(last_words "$log")"
-    echo "error: rank $1 $reason${words:+: $words} ($log)" >&2
-    exit "$status"
+# Whether this script, here or on another machine, has said that a process failed.
+failed_somewhere() {
+    [[ $FAILURE -nt $STAMP ]]
 }
 
+# report RANK STATUS: says how a process ended, and exits with its status; signals are negative.
+report() {
+    local log="$LOG_DIR/worker_$1.log" status="$2" line words
+    words="$(last_words "$log")"
+    if ((status < 0)); then
+        line="rank $1 was killed by signal $((-status)) ($(kill -l "$((-status))"))"
+        status=$((128 - status))
+        echo "$line ($log)" >"$FAILURE"
+    else
+        line="rank $1 ended with status $status${words:+: $words}"
+        # It may have lost one on another machine, where the script is about to say so.
+        ((MACHINES == 1)) || sleep 4
+    fi
+    give_up "$status" "$line ($log)"
+}
+
+# give_up STATUS LINE: unless another machine has said more.
+give_up() {
+    failed_somewhere || echo "$2" >"$FAILURE"
+    echo "error: $(cat "$FAILURE")" >&2
+    exit "$1"
+}
+
+# The last error that a log names, or its last line.
 last_words() {
     { grep -E '^[A-Za-z_.]*(Error|error)\b' "$1" || tail -n 1 "$1"; } 2>/dev/null | tail -n 1
 }

@@ -25,6 +25,7 @@ source "$(dirname "$SELF")/launch.sh"
 SETTINGS=()
 DEVICE=cuda NPROC="" OUT=""
 while (($#)); do
+    [[ $1 != --*=* ]] || set -- "${1%%=*}" "${1#*=}" "${@:2}"
     case "$1" in
     -h | --help) print_help && exit ;;
     --device) need_value "$@" && DEVICE="$2" && shift 2 ;;
@@ -36,9 +37,10 @@ done
 
 NNODES="${NNODES:-1}" NODE_RANK="${NODE_RANK:-0}"
 [[ $DEVICE == cuda || $DEVICE == cpu ]] || fail "--device $DEVICE: give cuda or cpu"
-[[ -z $NPROC ]] || is_count "$NPROC" || fail "--nproc $NPROC: give a number of processes"
+[[ -z $NPROC ]] || need_count --nproc "$NPROC"
 [[ $DEVICE == cuda || -n $NPROC ]] || fail "--device cpu needs --nproc"
-is_count "$NNODES" || fail "NNODES=$NNODES: give the number of machines"
+need_count NNODES "$NNODES"
+MACHINES="$NNODES"
 if ((NNODES > 1)); then
     [[ -n ${MASTER_ADDR:-} ]] || fail "NNODES=$NNODES needs MASTER_ADDR, the first machine"
     if [[ ! $NODE_RANK =~ ^[0-9]+$ ]] || ((NODE_RANK >= NNODES)); then
@@ -67,5 +69,5 @@ read -r rank status < <(awk '
     $1 == "exitcode" && $3 < 0 && $3 != -15 && killed == "" { killed = rank " " $3 }
     $1 == "exitcode" { cause = rank " " $3 }
     END { print killed != "" ? killed : cause }' "$LAUNCHER_LOG") || true
-[[ -n ${status:-} ]] || fail "torchrun failed: $(last_words "$LAUNCHER_LOG") ($LAUNCHER_LOG)"
+[[ -n ${status:-} ]] || give_up 1 "torchrun failed: $(last_words "$LAUNCHER_LOG") ($LAUNCHER_LOG)"
 report "$rank" "$status"

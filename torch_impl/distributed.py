@@ -52,11 +52,6 @@ def joined(device: str) -> Iterator[Shard]:
     dist.destroy_process_group()
 
 
-def local_count() -> int:
-    """Processes on this machine."""
-    return int(os.environ["LOCAL_WORLD_SIZE"]) if dist.is_initialized() else 1
-
-
 def sum_gradients(model: nn.Module) -> nn.Module:
     """A network whose gradients, once they are there, are sums over the processes."""
     if not dist.is_initialized():

@@ -24,12 +24,7 @@ from common.training import (
 from common.weights import MODEL_PREFIX, MOMENTS, WEIGHT_PREFIX, Arrays, model_weights
 from torch_impl.crystal_dit import CrystalDiT
 from torch_impl.diffusion import Loss, NoisyTensors, denoising_loss
-from torch_impl.distributed import (
-    joined,
-    local_count,
-    sum_gradients,
-    sum_values,
-)
+from torch_impl.distributed import joined, sum_gradients, sum_values
 from torch_impl.tensors import TensorBatch
 
 
@@ -181,7 +176,7 @@ def train(
         config: the run.
         out: the run's folder.
         resume: whether to go on from the latest step in it.
-        threads: CPU threads, which the processes of this machine share.
+        threads: CPU threads.
         device: ``auto``, ``cpu`` or ``cuda``.
 
     Raises:
@@ -190,8 +185,8 @@ def train(
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_num_threads(threads)
     with joined(device) as shard:
-        torch.set_num_threads(max(1, threads // local_count()))
         run_training(Trainer(config, *records_of(config), device, shard), out, resume)
 
 

@@ -10,7 +10,7 @@ from common.checkpoint import latest, load_checkpoint
 from common.config import RunConfig, load_config, parse_config
 from common.errors import UserError
 from common.files import output_folder, refused
-from common.machine import cpu_count, launched_by
+from common.machine import cpu_share, launched_by
 
 #: Settings of `train` that may change when a run goes on, for they do not change its result.
 FREE_SETTINGS = {"validation_every", "checkpoint_every", "log_every"}
@@ -46,7 +46,7 @@ def command(
     except OSError as error:
         raise refused(folder, error, "give another --out") from error
     with output_folder(folder, "give another --out"):
-        module.train(run, folder, resume=resume, threads=threads or cpu_count(), device=device)
+        module.train(run, folder, resume=resume, threads=threads or cpu_share(), device=device)
 
 
 def prepare(folder: Path, config: RunConfig, resume: bool | None) -> bool:

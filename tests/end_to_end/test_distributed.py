@@ -235,7 +235,7 @@ def test_what_is_missing_for_gpus(tmp_path: Path) -> None:
         (("x.yaml",), {"PYTHON": "/absent/python"}, "no Python 3.11 at /absent/python"),
         (("x.yaml",), {"NNODES": "2"}, "MASTER_ADDR"),
         (("x.yaml",), {"NNODES": "2", "MASTER_ADDR": "a", "NODE_RANK": "2"}, "NODE_RANK=2"),
-        (("x.yaml",), {"NNODES": "all"}, "NNODES=all"),
+        (("x.yaml",), {"NNODES": "all"}, "NNODES all"),
     ],
 )
 def test_wrong_call_of_the_gpu_script(
