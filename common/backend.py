@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 from common.crystal.structure import Crystal
 from common.errors import UserError
+from common.machine import let_threads_sleep
 
 ENTRY_POINT_GROUP = "uni_mdm.backends"
 #: In the order in which ``auto`` tries them: the package a backend needs, by its name.
@@ -95,6 +96,7 @@ def load_backend(name: str = "auto") -> Any:
     if name not in available:
         names = ", ".join(available) or "none"
         raise UserError(f"backend '{name}' is not available here; available: {names}")
+    let_threads_sleep()
     entry = next(e for e in entry_points(group=ENTRY_POINT_GROUP) if e.name == name)
     return import_module(entry.value)
 

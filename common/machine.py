@@ -28,6 +28,17 @@ def launched_by(variable: str) -> bool:
     return count.isdecimal() and int(count) > 1
 
 
+def let_threads_sleep() -> None:
+    """Make threads that wait for one another sleep, unless the user has chosen how they wait.
+
+    GNU OpenMP reads this when a framework loads it. By default its threads wait in a loop for some
+    milliseconds, at the end of every operation: with another program on one core, all of them then
+    wait for the one that was interrupted, and training takes up to ten times as long.
+    """
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
+        os.environ["OMP_WAIT_POLICY"] = "passive"
+
+
 def start_worker() -> None:
     """First call of a worker process: one thread each, and Ctrl-C is the parent's business."""
     from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
