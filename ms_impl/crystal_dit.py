@@ -55,8 +55,9 @@ class PropertyEmbedding(nn.Cell):
         """[B,P] standardised, [B,P] -> [B,D], the sum over properties."""
         total = ops.zeros((values.shape[0], self.null.shape[1]), values.dtype)
         for index, mlp in enumerate(self.mlp):
-            given = mask[:, index][:, None]
-            total = total + ops.where(given, mlp(values[:, index][:, None]), self.null[index])
+            column = slice(index, index + 1)
+            embedded = mlp(values[:, column])
+            total = total + ops.where(mask[:, column], embedded, self.null[index])
         return total
 
 
@@ -74,13 +75,13 @@ class TokenEmbedding(nn.Cell):
         site = batch["token_site"]
         size, tokens = site.shape
         multiplicity = ops.gather_d(batch["multiplicity"], 1, site).astype(ms.float32)
-        total = batch["num_atoms"].astype(ms.float32)[:, None]
+        total = batch["num_atoms"].astype(ms.float32).reshape(-1, 1)
         directions = ops.concat(
             (
                 batch["token_rot"].reshape(size, tokens, 9),
                 batch["token_trans"],
-                ops.log1p(multiplicity)[..., None],
-                (multiplicity / total)[..., None],
+                ops.expand_dims(ops.log1p(multiplicity), -1),
+                ops.expand_dims(multiplicity / total, -1),
             ),
             -1,
         )  # [B,T,14]
@@ -237,7 +238,7 @@ class CrystalDiT(nn.Cell):
         at_atom = ops.gather(free_params, batch["atom_site"], 1, 1)  # [B,A,3]
         token = apply(batch["token_rot"], at_token) + batch["token_trans"]  # [B,T,3]
         atom = apply(batch["orbit_rot"], at_atom) + batch["orbit_trans"]  # [B,A,3]
-        difference = atom[:, None] - token[:, :, None]  # [B,T,A,3]
+        difference = ops.expand_dims(atom, 1) - ops.expand_dims(token, 2)  # [B,T,A,3]
         size, tokens, atoms, _ = difference.shape
         to_primitive = batch["to_primitive"].swapaxes(1, 2)
         primitive = ops.bmm(difference.reshape(size, tokens * atoms, 3), to_primitive)
@@ -245,8 +246,8 @@ class CrystalDiT(nn.Cell):
         parts = (fourier_features(primitive, self.config.frequencies),)
         if self.config.frames:
             # The same edge as the atom's own representative sees it.
-            turn = ops.matmul(batch["to_primitive"][:, None], batch["frame_inverse"])  # [B,A,3,3]
-            seen = -apply(turn[:, None], difference)
+            turn = ops.matmul(ops.expand_dims(batch["to_primitive"], 1), batch["frame_inverse"])
+            seen = apply(ops.expand_dims(turn * -1.0, 1), difference)
             parts = (*parts, fourier_features(seen, self.config.frequencies))
         if self.config.distances:
             # [B,3,3], rows of the primitive lattice
@@ -262,19 +263,20 @@ class CrystalDiT(nn.Cell):
     ) -> Tensor:
         """[B,S,3]: from the nodes, and along the edges as sines of the relative position."""
         size, tokens, atoms, _ = difference.shape
-        weights = weights * batch["atom_mask"][:, None, :, None]  # [B,T,A,F]
-        n = ops.arange(1, HEAD_FREQUENCIES + 1).astype(ms.float32)
-        waves = ops.sin(2 * math.pi * difference[:, :, :, None] * n[:, None])  # [B,T,A,F,3]
+        weights = weights * batch["atom_mask"].reshape(size, 1, atoms, 1)  # [B,T,A,F]
+        n = ops.arange(1, HEAD_FREQUENCIES + 1).astype(ms.float32).reshape(-1, 1)
+        waves = ops.sin(2 * math.pi * ops.expand_dims(difference, 3) * n)  # [B,T,A,F,3]
         along = ops.bmm(
             weights.reshape(size * tokens, 1, atoms * HEAD_FREQUENCIES),
             waves.reshape(size * tokens, atoms * HEAD_FREQUENCIES, 3),
         ).reshape(size, tokens, 3)
         vector = self.coordinate_head(nodes).astype(ms.float32) + along  # [B,T,3]
-        shares = apply(batch["token_to_free"], vector) * batch["token_mask"][..., None]
+        shares = apply(batch["token_to_free"], vector)
+        shares = shares * ops.expand_dims(batch["token_mask"], -1)
         if self.config.cell == "conventional":
-            sites = ops.arange(batch["free_mask"].shape[1]).astype(ms.int32)
-            members = (sites[:, None] == batch["token_site"][:, None]).astype(ms.float32)  # [B,S,T]
-            shares = ops.bmm(members, shares)
+            sites = ops.arange(batch["free_mask"].shape[1]).astype(ms.int32).reshape(-1, 1)
+            members = sites == ops.expand_dims(batch["token_site"], 1)  # [B,S,T]
+            shares = ops.bmm(members.astype(ms.float32), shares)
         return shares * batch["free_mask"]
 
     def lattice_velocity(self, batch: TensorBatch, nodes: Tensor, condition: Tensor) -> Tensor:
@@ -283,7 +285,7 @@ class CrystalDiT(nn.Cell):
         weights = ops.gather_d(batch["multiplicity"], 1, site).astype(ms.float32)
         weights = weights * batch["token_mask"]
         weights = weights / weights.sum(1, keepdims=True)
-        pooled = ops.bmm(weights[:, None], nodes)[:, 0]
+        pooled = ops.bmm(ops.expand_dims(weights, 1), nodes).reshape(nodes.shape[0], -1)
         velocity = self.lattice_head(ops.concat((pooled, condition), -1))
         return velocity.astype(ms.float32) * batch["k_mask"]
 

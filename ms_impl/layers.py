@@ -2,9 +2,10 @@
 
 Shapes: B crystals, T tokens, A atoms, D width, E edge width, H heads, F frequencies.
 
-Everything runs in graph mode on CPU and Ascend. Tensors of edges are kept as rows, [B*T*A,.], and
-what is spread over rows or summed over them goes through a batched product of matrices: CPU kernels
-for broadcasting and for sums over inner axes are several times slower, and their gradients too.
+Everything runs in graph mode on CPU and Ascend. What is spread over rows or summed over them goes
+through a batched product of matrices: CPU kernels for broadcasting and for sums over inner axes are
+several times slower, and their gradients too. New axes come from expand_dims, because an index of
+None copies, and nothing large is negated, which is slower than a product of matrices.
 """
 
 import math
@@ -26,7 +27,7 @@ SELF_DISTANCE_SQUARED = 1e-4
 
 def sinusoidal_embedding(t: Tensor, width: int, max_period: float = 1000.0) -> Tensor:
     """Sines and cosines of a time in [0,1]: [B] -> [B,width]."""
-    angles = t[:, None] * 1000.0 * _time_frequencies(width // 2, max_period)
+    angles = ops.expand_dims(t, 1) * 1000.0 * _time_frequencies(width // 2, max_period)
     return ops.concat((ops.sin(angles), ops.cos(angles)), -1)
 
 
@@ -39,11 +40,20 @@ def _time_frequencies(half: int, max_period: float) -> Tensor:
 def fourier_features(difference: Tensor, frequencies: int) -> Tensor:
     """psi_FT of eq. 6: sin and cos of 2 pi n d, n = 1..F, per axis: [...,3] -> [...,6F].
 
-    The differences are taken modulo whole cells, so every feature is periodic.
+    The differences are taken modulo whole cells, so every feature is periodic. Those of n = m+1..2m
+    come from those of 1..m by the sum of angles, which costs less than sines and cosines do.
     """
-    n = ops.arange(1, frequencies + 1).astype(difference.dtype)
-    angles = (2 * math.pi * difference)[..., None] * n
-    features = ops.concat((ops.sin(angles), ops.cos(angles)), -1)
+    angles = ops.expand_dims(2 * math.pi * difference, -1)
+    sines, cosines = ops.sin(angles), ops.cos(angles)  # [...,3,1], n = 1
+    while sines.shape[-1] < frequencies:
+        last_sine, last_cosine = sines[..., -1:], cosines[..., -1:]
+        more_sines = sines * last_cosine + cosines * last_sine
+        more_cosines = cosines * last_cosine - sines * last_sine
+        sines = ops.concat((sines, more_sines), -1)
+        cosines = ops.concat((cosines, more_cosines), -1)
+    if sines.shape[-1] > frequencies:
+        sines, cosines = sines[..., :frequencies], cosines[..., :frequencies]
+    features = ops.concat((sines, cosines), -1)
     return features.reshape((*difference.shape[:-1], 6 * frequencies))
 
 
@@ -51,7 +61,7 @@ def radial_features(distance: Tensor) -> Tensor:
     """Gaussians of a distance in A: [...] -> [...,RADIAL_CENTERS]."""
     step = RADIAL_END / (RADIAL_CENTERS - 1)
     centers = ops.arange(RADIAL_CENTERS).astype(distance.dtype) * step
-    return ops.exp(-ops.square((distance[..., None] - centers) / step))
+    return ops.exp(ops.square((ops.expand_dims(distance, -1) - centers) / step) * -1.0)
 
 
 def lattice_matrix(k: Tensor, basis: Tensor) -> Tensor:
@@ -86,7 +96,7 @@ def image_distances(difference: Tensor, metric: Tensor, shifts: Tensor) -> Tenso
     squared = (
         (ops.bmm(d, metric) * d).sum(-1, keepdims=True)
         + 2 * ops.bmm(d, steps.swapaxes(1, 2))
-        + (steps * shifts).sum(-1)[:, None]
+        + ops.expand_dims((steps * shifts).sum(-1), 1)
     )  # [B,TA,N]
     squared = ops.masked_fill(squared, squared < SELF_DISTANCE_SQUARED, 1e4)
     index, first = ops.ArgMinWithValue(axis=-1, keep_dims=True)(squared)
@@ -103,18 +113,18 @@ def inverse(matrix: Tensor) -> Tensor:
         a, last, 2
     ) * ops.gather(b, following, 2)
     determinant = (matrix[:, 0] * cofactors[:, 0]).sum(-1)
-    return cofactors.swapaxes(1, 2) / determinant[:, None, None]
+    return cofactors.swapaxes(1, 2) / determinant.reshape(-1, 1, 1)
 
 
 def apply(matrices: Tensor, vectors: Tensor) -> Tensor:
     """Matrices times vectors: [...,3,3], [...,3] -> [...,3]."""
-    return (matrices * vectors[..., None, :]).sum(-1)
+    return (matrices * ops.expand_dims(vectors, -2)).sum(-1)
 
 
 def spread(x: Tensor, rows: int) -> Tensor:
     """Every row repeated: [B,.] -> [B,rows,.]."""
     ones = ops.ones((x.shape[0], rows, 1), x.dtype)
-    return ops.bmm(ones, x[:, None])
+    return ops.bmm(ones, ops.expand_dims(x, 1))
 
 
 class Linear(nn.Cell):
@@ -148,21 +158,28 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, precision: ms.Type) -
 
 
 class LayerNorm(nn.Cell):
-    """torch's layer norm over the last axis, in float32."""
+    """torch's layer norm over the last axis, in float32.
+
+    Written out: MindSpore's own takes three times as long on CPU, most of it for the gradient.
+    """
 
     def __init__(self, width: int, eps: float, elementwise_affine: bool = True) -> None:
         super().__init__()
-        self.norm = ops.LayerNorm(begin_norm_axis=-1, begin_params_axis=-1, epsilon=eps)
-        weight, bias = initializer(One(), (width,)), initializer(Zero(), (width,))
+        self.eps = eps
+        self.weight, self.bias = None, None
         if elementwise_affine:
-            self.weight = Parameter(weight, name="weight")
-            self.bias = Parameter(bias, name="bias")
-        else:
-            self.weight, self.bias = weight.init_data(), bias.init_data()
+            self.weight = Parameter(initializer(One(), (width,)), name="weight")
+            self.bias = Parameter(initializer(Zero(), (width,)), name="bias")
 
     def construct(self, x: Tensor) -> Tensor:
         """[...,D] -> [...,D]."""
-        return self.norm(x.astype(ms.float32), self.weight, self.bias)[0]
+        rows = x.reshape(-1, x.shape[-1]).astype(ms.float32)
+        centred = rows + rows.mean(-1, keep_dims=True) * -1.0
+        variance = ops.square(centred).mean(-1, keep_dims=True)
+        normed = centred * ops.rsqrt(variance + self.eps)
+        if self.weight is not None:
+            normed = normed * self.weight + self.bias
+        return normed.reshape(x.shape)
 
 
 class Embedding(nn.Cell):
@@ -239,7 +256,11 @@ class EdgeFusion(nn.Cell):
         """
         size, tokens, width = nodes.shape
         atoms = sender_index.shape[1]
-        ends = ops.concat((self.receiver(nodes), self.sender(nodes)), 1)  # [B,2T,D]
+        # A token as receiver and as sender in one product, one row each.
+        weight = ops.concat((self.receiver.weight, self.sender.weight), 0)
+        bias = ops.concat((self.receiver.bias, ops.zeros_like(self.receiver.bias)), 0)
+        ends = linear(nodes, weight, bias, self.receiver.precision)  # [B,T,2D]
+        ends = ends.reshape(size, 2 * tokens, width)
         selection = select_ends(sender_index, tokens).astype(ends.dtype)
         of_ends = ops.bmm(selection, ends).reshape(size, tokens, atoms, width)
         messages = ops.silu(self.edge(edges) + of_ends)
@@ -255,15 +276,15 @@ class EdgeFusion(nn.Cell):
             weights = spread(mask / mask.sum(-1, keepdims=True), tokens)
             weights = weights.reshape(size * tokens, 1, atoms).astype(messages.dtype)
             return ops.bmm(weights, rows).reshape(size, tokens, width)
-        logits = self.weight(messages).reshape(size * tokens, atoms, self.heads)
-        logits = logits.swapaxes(1, 2).reshape(size, tokens * self.heads, atoms)
-        logits = logits.astype(ms.float32) + ((1 - mask) * MASKED_LOGIT)[:, None]
-        weights = ops.softmax(logits, -1).reshape(size * tokens, self.heads, atoms)
-        # Every head's weights on all columns, of which each head keeps its own.
-        summed = ops.bmm(weights.astype(messages.dtype), rows)  # [BT,H,D]
-        own = _head_columns(self.heads, width).astype(messages.dtype)
-        ones = ops.ones((size * tokens, 1, self.heads), messages.dtype)
-        return ops.bmm(ones, summed * own).reshape(size, tokens, width)
+        logits = self.weight(messages).astype(ms.float32)
+        logits = logits.reshape(size, tokens, atoms, self.heads).swapaxes(2, 3)  # [B,T,H,A]
+        logits = logits + ((1 - mask) * MASKED_LOGIT).reshape(size, 1, 1, atoms)
+        weights = ops.softmax(logits, -1).swapaxes(2, 3).reshape(-1, self.heads)
+        # Every column times the weight of its head.
+        weights = ops.matmul(weights, _head_columns(self.heads, width)).astype(messages.dtype)
+        ones = ops.ones((size * tokens, 1, atoms), messages.dtype)
+        weighted = weights.reshape(rows.shape) * rows
+        return ops.bmm(ones, weighted).reshape(size, tokens, width)
 
 
 @ops.constexpr
@@ -273,14 +294,17 @@ def _head_columns(heads: int, width: int) -> Tensor:
 
 
 def select_ends(sender_index: Tensor, tokens: int) -> Tensor:
-    """Rows that pick the receiver and the sender of every edge: [B,A] -> [B,T*A,2T], 0 or 1."""
+    """Rows that pick the ends of every edge: [B,A] -> [B,T*A,2T].
+
+    True in column 2t where token t receives, and in column 2t+1 where it sends.
+    """
     size, atoms = sender_index.shape
+    shape = (size, tokens, atoms, tokens)
     numbers = ops.arange(tokens).astype(ms.int32)
-    receivers = numbers[:, None] == numbers  # [T,T]
-    receivers = ops.broadcast_to(receivers[None, :, None], (size, tokens, atoms, tokens))
-    senders = sender_index[..., None] == numbers  # [B,A,T]
-    senders = ops.broadcast_to(senders[:, None], (size, tokens, atoms, tokens))
-    return ops.concat((receivers, senders), -1).reshape(size, tokens * atoms, 2 * tokens)
+    receivers = (numbers.reshape(-1, 1) == numbers).reshape(1, tokens, 1, tokens)
+    senders = ops.expand_dims(ops.expand_dims(sender_index, -1) == numbers, 1)  # [B,1,A,T]
+    ends = (ops.broadcast_to(receivers, shape), ops.broadcast_to(senders, shape))
+    return ops.stack(ends, -1).reshape(size, tokens * atoms, 2 * tokens)
 
 
 class CrystalAttention(nn.Cell):
@@ -300,33 +324,38 @@ class CrystalAttention(nn.Cell):
     def construct(self, nodes: Tensor, prop: Tensor, mask: Tensor) -> Tensor:
         """[B,T,D], property embedding [B,D], token mask [B,T] -> [B,T,D]."""
         size, tokens, width = nodes.shape
+        depth = width // self.heads
         embedded = self.property(prop)  # [B,D]
-        key = self._fused(self.key, self.fuse_key, nodes, embedded)
-        value = self._fused(self.value, self.fuse_value, nodes, embedded)
-        q, k, v = self._split(self.query(nodes)), self._split(key), self._split(value)
+        key, of_key = self._fused(self.key, self.fuse_key, embedded)
+        value, of_value = self._fused(self.value, self.fuse_value, embedded)
+        # Queries, keys and values in one product.
+        weight = ops.concat((self.query.weight, key, value), 0)
+        of_query = ops.broadcast_to(self.query.bias.astype(of_key.dtype), (size, width))
+        constants = spread(ops.concat((of_query, of_key, of_value), -1), tokens)
+        projected = linear(nodes, weight, None, self.query.precision) + constants  # [B,T,3D]
+        projected = projected.reshape(size, tokens, 3, self.heads, depth).transpose(2, 0, 3, 1, 4)
+        q, k, v = ops.split(projected.reshape(3 * size, self.heads, tokens, depth), size, 0)
         logits = ops.matmul(q, k.swapaxes(-1, -2)).astype(ms.float32)  # [B,H,T,T]
-        logits = logits / math.sqrt(width // self.heads)
-        logits = logits + ((1 - mask.astype(ms.float32)) * MASKED_LOGIT)[:, None, None]
+        logits = logits / math.sqrt(depth)
+        absent = (1 - mask.astype(ms.float32)) * MASKED_LOGIT
+        logits = logits + absent.reshape(size, 1, 1, tokens)
         weights = ops.softmax(logits, -1).astype(v.dtype)
         mixed = ops.matmul(weights, v).transpose(0, 2, 1, 3)
         return self.output(mixed.reshape(size, tokens, width))
 
-    def _split(self, x: Tensor) -> Tensor:
-        """[B,T,D] -> [B,H,T,D/H]."""
-        size, tokens, width = x.shape
-        return x.reshape(size, tokens, self.heads, width // self.heads).transpose(0, 2, 1, 3)
+    def _fused(self, inner: Linear, outer: Linear, embedded: Tensor) -> tuple[Tensor, Tensor]:
+        """outer([inner(nodes), embedded]) with the two linear maps multiplied first.
 
-    def _fused(self, inner: Linear, outer: Linear, nodes: Tensor, embedded: Tensor) -> Tensor:
-        """outer([inner(nodes), embedded]) with the two linear maps multiplied first: [B,T,D]."""
-        tokens, width = nodes.shape[1:]
-        of_nodes, of_property = outer.weight[:, :width], outer.weight[:, width:]
+        Returns:
+            What multiplies the nodes, [D,D], and what is added, [B,D].
+        """
+        of_nodes, of_property = ops.split(outer.weight, embedded.shape[1], 1)
         bias = outer.bias + ops.matmul(of_nodes, inner.bias)
         constant = linear(embedded, of_property, bias, outer.precision)
-        product = ops.matmul(of_nodes, inner.weight)
-        return linear(nodes, product, None, outer.precision) + spread(constant, tokens)
+        return ops.matmul(of_nodes, inner.weight), constant
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """Adaptive layer norm's affine part (DiT, arXiv:2212.09748): [B,T,D], [B,D], [B,D]."""
     tokens = x.shape[1]
-    return x * (1 + spread(scale, tokens)) + spread(shift, tokens)
+    return x * spread(1 + scale, tokens) + spread(shift, tokens)
