@@ -83,6 +83,27 @@ class _Node:
     cursor: Cursor
     handle: Any
 
+    def filled(self) -> "_Node":
+        """After what is determined here."""
+        tokens = self.tokens + self.cursor.forced
+        return _Node(self.log_prob, tokens, self.cursor.filled(), self.handle)
+
+
+@dataclass(frozen=True, eq=False)
+class _Step:
+    """A choice after a beginning. Most are never taken, so what follows is not worked out yet."""
+
+    log_prob: float
+    before: _Node
+    token: int
+    handle: Any
+
+    def take(self, grammar: TokenGrammar) -> _Node:
+        """The beginning that it leads to."""
+        after = grammar.advance(self.before.cursor, self.token)
+        tokens = (*self.before.tokens, self.token)
+        return _Node(self.log_prob, tokens, after, self.handle).filled()
+
 
 class _Search:
     """One request's frontier and finds."""
@@ -93,17 +114,16 @@ class _Search:
         self._certain = certain
         self._budget = budget
         self._order = count()
-        self._frontier: list[tuple[float, int, _Node]] = []
+        self._frontier: list[tuple[float, int, _Node | _Step]] = []
         self._found: dict[Symmetry, float] = {}
         self._seen = 0.0
         self._worst = 0.0
         self._dropped = False
         self.scored = 0
-        self._push(0.0, (), request.grammar.start, None)
+        self._push(_Node(0.0, (), request.grammar.start, None).filled())
 
-    def _push(self, log_prob: float, tokens: tuple[int, ...], cursor: Cursor, handle: Any) -> None:
-        node = _Node(log_prob, tokens + cursor.forced, cursor.filled(), handle)
-        heapq.heappush(self._frontier, (-log_prob, next(self._order), node))
+    def _push(self, entry: _Node | _Step) -> None:
+        heapq.heappush(self._frontier, (-entry.log_prob, next(self._order), entry))
 
     def is_finished(self) -> bool:
         """Whether going on cannot, or shall not, change the result."""
@@ -125,7 +145,8 @@ class _Search:
         """The likeliest beginnings that are to be scored next; counts answers met on the way."""
         taken = 0
         while taken < width and not self.is_finished():
-            node = heapq.heappop(self._frontier)[2]
+            entry = heapq.heappop(self._frontier)[2]
+            node = entry.take(self._request.grammar) if isinstance(entry, _Step) else entry
             if node.cursor.is_done:
                 self._count(node)
                 continue
@@ -158,8 +179,7 @@ class _Search:
                 # Cannot enter the first ones any more.
                 self._dropped |= score > -math.inf
                 continue
-            after = self._request.grammar.advance(node.cursor, token)
-            self._push(log_prob, (*node.tokens, token), after, handle)
+            self._push(_Step(log_prob, node, token, handle))
 
     def result(self) -> Ranking:
         """What was found."""
