@@ -11,18 +11,20 @@ A backend is a module behind an entry point of the group ``uni_mdm.backends``, w
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
-from importlib.metadata import entry_points
+from importlib.metadata import PackageNotFoundError, entry_points, requires, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
 from common.crystal.structure import Crystal
 from common.errors import UserError
-from common.machine import let_threads_sleep
+from common.machine import ascend_count, let_threads_sleep
 
 ENTRY_POINT_GROUP = "uni_mdm.backends"
-#: In the order in which ``auto`` tries them: the package a backend needs, by its name.
-REQUIRED_PACKAGE = {"mindspore": "mindspore", "torch": "torch"}
+#: The package a backend needs, by its name, in the order in which ``auto`` tries them.
+REQUIRED_PACKAGE = {"torch": "torch", "mindspore": "mindspore"}
+#: What only one backend can use.
+_BACKEND_OF_DEVICE = {"cuda": "torch", "ascend": "mindspore"}
 
 
 @dataclass(frozen=True)
@@ -73,32 +75,58 @@ class Generator(Protocol):
 
 
 def available_backends() -> list[str]:
-    """Installed backends whose framework is installed too, the preferred one first."""
+    """Installed backends whose framework is installed too, the preferred one first.
+
+    That is MindSpore where there is an NPU; on CPUs torch takes half the time and compiles nothing.
+    """
     installed = {entry.name for entry in entry_points(group=ENTRY_POINT_GROUP)}
-    return [
+    found = [
         name
         for name, package in REQUIRED_PACKAGE.items()
         if name in installed and find_spec(package) is not None
     ]
+    return found[::-1] if ascend_count() else found
 
 
-def load_backend(name: str = "auto") -> Any:
-    """The module of a framework: ``torch``, ``mindspore``, or ``auto`` for the first one here.
+def wrong_version(package: str) -> str | None:
+    """A line if a package is not there in the version that was verified, or none."""
+    pins = {line.split(";")[0].strip() for line in requires("uni-mdm") or ()}
+    wanted = next(pin for pin in pins if pin.startswith(f"{package}=="))
+    try:
+        found = version(package)
+    except PackageNotFoundError:
+        return f"package '{package}' is not installed: install {wanted}"
+    if found.split("+")[0] != wanted.split("==")[1]:
+        return f"{package} {found} is installed, which was never tried here: install {wanted}"
+    return None
+
+
+def load_backend(name: str = "auto", device: str = "auto") -> Any:
+    """The module of a framework.
+
+    Args:
+        name: ``torch``, ``mindspore``, or ``auto`` for the one that has the device, or for the
+            preferred one here.
+        device: what will be asked of it.
 
     Raises:
-        UserError: if there is no such backend here.
+        UserError: if there is no such backend here, or it cannot be imported.
     """
     available = available_backends()
     if name == "auto":
         if not available:
             raise UserError("no framework is installed: pip install 'uni-mdm[torch]'")
-        name = available[0]
+        name = _BACKEND_OF_DEVICE.get(device, available[0])
     if name not in available:
         names = ", ".join(available) or "none"
         raise UserError(f"backend '{name}' is not available here; available: {names}")
     let_threads_sleep()
     entry = next(e for e in entry_points(group=ENTRY_POINT_GROUP) if e.name == name)
-    return import_module(entry.value)
+    try:
+        return import_module(entry.value)
+    except (ImportError, OSError) as error:  # OSError: a library of the framework is missing
+        reason = wrong_version(REQUIRED_PACKAGE[name]) or " ".join(str(error).split())
+        raise UserError(f"backend '{name}' cannot be imported: {reason}") from error
 
 
 def load_generator(checkpoint: Path, backend: str = "auto", device: str = "auto") -> Generator:
@@ -112,5 +140,5 @@ def load_generator(checkpoint: Path, backend: str = "auto", device: str = "auto"
     Raises:
         UserError: if there is no such backend here, or the checkpoint cannot be read.
     """
-    generator: Generator = load_backend(backend).load(checkpoint, device)
+    generator: Generator = load_backend(backend, device).load(checkpoint, device)
     return generator

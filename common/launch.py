@@ -7,13 +7,12 @@ prints the run's folder, or, with exit status 2, one line on stderr for everythi
 
 import sys
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from common.backend import REQUIRED_PACKAGE, load_backend
+from common.backend import REQUIRED_PACKAGE, load_backend, wrong_version
 from common.config import load_config
 from common.errors import UserError
 
@@ -48,7 +47,7 @@ def missing(backend: str, device: str, processes: int) -> Iterator[str]:
         device: as the framework calls it.
         processes: on this machine.
     """
-    wrong = _wrong_version(REQUIRED_PACKAGE[backend])
+    wrong = wrong_version(REQUIRED_PACKAGE[backend])
     if wrong:
         yield wrong
         return
@@ -56,19 +55,6 @@ def missing(backend: str, device: str, processes: int) -> Iterator[str]:
         yield from load_backend(backend).problems(device, processes)
     except (UserError, ImportError, OSError, RuntimeError) as error:
         yield f"backend '{backend}': {' '.join(str(error).split())}"
-
-
-def _wrong_version(package: str) -> str | None:
-    """A line if another version is installed than the one that was verified, or none."""
-    pins = {line.split(";")[0].strip() for line in requires("uni-mdm") or ()}
-    wanted = next(pin for pin in pins if pin.startswith(f"{package}=="))
-    try:
-        found = version(package)
-    except PackageNotFoundError:
-        return f"package '{package}' is not installed: install {wanted}"
-    if found.split("+")[0] != wanted.split("==")[1]:
-        return f"{package} {found} is installed, which was never tried here: install {wanted}"
-    return None
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def command(
     ] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; one per CPU.")] = None,
     backend: Annotated[str, typer.Option(help="auto, torch or mindspore.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or ascend.")] = "auto",
 ) -> None:
     """Sample crystals for known ones' symmetry, match them, and write JSON, Markdown and a plot."""
     from rich.console import Console

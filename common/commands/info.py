@@ -45,8 +45,8 @@ def _backends() -> list[tuple[str, str]]:
 def _devices(backend: str) -> str:
     try:
         return ", ".join(load_backend(backend).devices())
-    except ImportError as error:
-        return f"[red]cannot be imported: {escape(str(error))}[/red]"
+    except UserError as error:
+        return f"[red]{escape(str(error))}[/red]"
 
 
 def _folders() -> list[tuple[str, str]]:

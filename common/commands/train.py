@@ -33,14 +33,14 @@ def command(
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; all of them.")] = None,
     backend: Annotated[str, typer.Option(help="auto, torch or mindspore.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or ascend.")] = "auto",
 ) -> None:
     """Train a network as a YAML file says; a run that was interrupted goes on."""
     if resume is False and (launched_by("WORLD_SIZE") or launched_by("MS_WORKER_NUM")):
         raise UserError("--fresh: several processes cannot put a run aside; give another --out")
     run = load_config(config, tuple(settings or ()))
     folder = out or Path("runs") / run.name
-    module = load_backend(backend)
+    module = load_backend(backend, device)
     try:
         resume = prepare(folder, run, resume)
     except OSError as error:
