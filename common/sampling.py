@@ -18,7 +18,16 @@ from common.checkpoint import Checkpoint, load_checkpoint
 from common.config import RunConfig, parse_config
 from common.crystal.lattice import k_to_lattice
 from common.crystal.structure import Crystal, Site
-from common.data.batch import Batch, BatchItem, View, bucket, collate, symmetry_only
+from common.data.batch import (
+    FINE,
+    Batch,
+    BatchItem,
+    Sizes,
+    View,
+    bucket,
+    collate,
+    symmetry_only,
+)
 from common.diffusion.noise import noise
 from common.diffusion.scaler import Standardizer
 from common.diffusion.score import ScoreProcess, score_process
@@ -65,7 +74,7 @@ class Call:
         return np.stack(rows)
 
 
-def calls(requests: Sequence[SampleRequest], view: View) -> Iterator[Call]:
+def calls(requests: Sequence[SampleRequest], view: View, sizes: Sizes = FINE) -> Iterator[Call]:
     """The calls that sample all requests, bucket by bucket."""
     items = [
         BatchItem(symmetry_only(request.space_group, request.sites), dict(request.properties))
@@ -73,7 +82,7 @@ def calls(requests: Sequence[SampleRequest], view: View) -> Iterator[Call]:
     ]
     groups: dict[tuple[int, int], list[int]] = {}
     for index, item in enumerate(items):
-        groups.setdefault(bucket(item.crystal, view), []).append(index)
+        groups.setdefault(bucket(item.crystal, view, sizes), []).append(index)
     for shape, rows in sorted(groups.items()):
         size = rows_per_call(shape)
         for start in range(0, len(rows), size):
@@ -93,6 +102,8 @@ class BaseGenerator(ABC):
 
     #: Calls that ``solve`` is given at once, in threads of their own.
     parallel_calls = 1
+    #: To which crystals are padded; always the same, for padding changes the last bits.
+    sizes = FINE
 
     def __init__(self, config: RunConfig, standardizer: Standardizer) -> None:
         self.config = config
@@ -134,7 +145,8 @@ class BaseGenerator(ABC):
         process = score_process(settings, steps)
         crystals: dict[int, Crystal] = {}
         solve = partial(self.solve, seed=seed, steps=steps or settings.steps, process=process)
-        for call, (free, lattice) in self._solved(calls(requests, self.config.model.cell), solve):
+        waiting = calls(requests, self.config.model.cell, self.sizes)
+        for call, (free, lattice) in self._solved(waiting, solve):
             crystals.update(zip(call.rows, self._crystals(call, free, lattice), strict=False))
             if progress is not None:
                 progress(len(call.rows))

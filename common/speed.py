@@ -114,7 +114,8 @@ def _sampling_seconds(generator: BaseGenerator, records: list[Record], calls: in
             tuple((site.atomic_number, site.letter) for site in record.crystal.sites),
             key=record.material_id,
         )
-        groups.setdefault(bucket(record.crystal, generator.config.model.cell), []).append(request)
+        shape = bucket(record.crystal, generator.config.model.cell, generator.sizes)
+        groups.setdefault(shape, []).append(request)
     seconds = 0.0
     for shape, requests in groups.items():
         size = rows_per_call(shape) * generator.parallel_calls

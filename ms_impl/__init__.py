@@ -1,0 +1,6 @@
+"""The networks, training and sampling in MindSpore."""
+
+import os
+
+# Before MindSpore is imported: its warnings are about itself.
+os.environ.setdefault("GLOG_v", "3")

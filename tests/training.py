@@ -3,10 +3,14 @@
 from pathlib import Path
 
 from common.config import RunConfig
+from common.data.batch import bucket
 from common.data.label import label_structure
 from common.data.store import Record
 from tests.crystals import TEXTBOOK, textbook
-from tests.networks import SMALL
+from tests.networks import SMALL, random_items
+
+#: Space groups and sites of three or four sites and at most eight atoms.
+ALIKE = ((2, "aii"), (12, "aij"), (139, "aeh"))
 
 
 def textbook_records() -> list[Record]:
@@ -18,6 +22,17 @@ def textbook_records() -> list[Record]:
             properties={"band_gap": 0.5 * index, "formation_energy": -0.2 * index or None},
         )
         for index, name in enumerate(TEXTBOOK)
+    ]
+
+
+def alike_records(count: int = 12) -> list[Record]:
+    """Random crystals of one padded shape, for a framework that compiles a network for each."""
+    systems = (ALIKE * count)[:count]
+    items = random_items(systems)
+    assert len({bucket(item.crystal, "asymmetric") for item in items}) == 1
+    return [
+        Record(f"random-{index}", item.crystal, properties=item.properties)
+        for index, item in enumerate(items)
     ]
 
 

@@ -29,10 +29,21 @@ PROPERTY_NAMES = ("band_gap", "formation_energy")
 #: Wyckoff letters in their order; ``A`` follows ``z``.
 LETTERS = "abcdefghijklmnopqrstuvwxyzA"
 
-# Padded sizes: few enough to compile a network for each, close enough to waste little.
-_TOKEN_SIZES = (2, 4, 6, 8, 12, 16, 20)
-_ATOM_SIZES = (4, 8, 12, 16, 20)
-_LARGE_STEP = 16
+
+@dataclass(frozen=True)
+class Sizes:
+    """Numbers of tokens and of atoms to which crystals are padded; beyond them multiples of one."""
+
+    tokens: tuple[int, ...]
+    atoms: tuple[int, ...]
+    step: int
+
+
+#: Few enough to compile a network for each in training, close enough to waste little.
+FINE = Sizes(tokens=(2, 4, 6, 8, 12, 16, 20), atoms=(4, 8, 12, 16, 20), step=16)
+#: For sampling where compiling takes as long as hundreds of crystals: twice the edges of ``FINE``
+#: on average, in an eighth of the buckets.
+COARSE = Sizes(tokens=(8, 20), atoms=(8, 20), step=32)
 
 
 @dataclass(frozen=True)
@@ -139,18 +150,18 @@ def view_sizes(crystal: Crystal, view: View) -> tuple[int, int]:
     return crystal.num_atoms, crystal.num_atoms
 
 
-def bucket(crystal: Crystal, view: View) -> tuple[int, int]:
+def bucket(crystal: Crystal, view: View, sizes: Sizes = FINE) -> tuple[int, int]:
     """Padded tokens and atoms (T, A) of a crystal in a view."""
     tokens, atoms = view_sizes(crystal, view)
-    padded_atoms = _padded(atoms, _ATOM_SIZES)
+    padded_atoms = _padded(atoms, sizes.atoms, sizes.step)
     if view == "conventional":
         return padded_atoms, padded_atoms
-    return min(_padded(tokens, _TOKEN_SIZES), padded_atoms), padded_atoms
+    return min(_padded(tokens, sizes.tokens, sizes.step), padded_atoms), padded_atoms
 
 
-def _padded(size: int, sizes: Sequence[int]) -> int:
+def _padded(size: int, sizes: Sequence[int], step: int) -> int:
     larger = [s for s in sizes if s >= size]
-    return larger[0] if larger else -(-size // _LARGE_STEP) * _LARGE_STEP
+    return larger[0] if larger else -(-size // step) * step
 
 
 def batch_shape(items: Sequence[BatchItem], view: View) -> tuple[int, int]:

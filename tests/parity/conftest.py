@@ -5,6 +5,7 @@ import pytest
 
 @pytest.fixture(scope="session", autouse=True)
 def graph_mode() -> None:
-    ms = pytest.importorskip("mindspore", reason="MindSpore is not installed")
-    ms.set_device("CPU")
-    ms.set_context(mode=ms.GRAPH_MODE, jit_syntax_level=ms.STRICT)
+    pytest.importorskip("mindspore", reason="MindSpore is not installed")
+    from ms_impl.device import use_device
+
+    use_device("cpu")
