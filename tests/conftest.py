@@ -6,6 +6,10 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+# MindSpore needs the Python implementation of protobuf, which TensorBoard, if it comes first,
+# would not choose.
+os.environ.setdefault("PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION", "python")
+
 # How long an example takes says how busy the machine is, and nothing of the code.
 settings.register_profile("no-deadline", deadline=None)
 settings.load_profile("no-deadline")
