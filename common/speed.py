@@ -1,15 +1,18 @@
 """What `uni-mdm bench` measures, whatever the framework."""
 
+import multiprocessing
 import time
+from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
-from common.backend import SampleRequest
-from common.config import ModelConfig
-from common.data.batch import bucket
+from common.backend import SampleRequest, load_backend
+from common.config import ModelConfig, RunConfig
+from common.data.batch import FINE, View, bucket
 from common.data.cif import parse_cif
 from common.data.label import label_structure
 from common.data.loader import BatchPlan
@@ -88,6 +91,43 @@ def network_speed(
         sampling=1 / _sampling_seconds(generator, records, calls),
         calls=calls,
     )
+
+
+def most_common(records: list[Record], cell: View, count: int) -> list[Record]:
+    """The crystals of the most common sizes.
+
+    Args:
+        records: the crystals.
+        cell: view in which they are measured.
+        count: of different sizes that are kept.
+    """
+    shapes = [bucket(record.crystal, cell, FINE) for record in records]
+    kept = {shape for shape, _ in Counter(shapes).most_common(count)}
+    return [record for record, shape in zip(records, shapes, strict=True) if shape in kept]
+
+
+def measure_apart(
+    backend: str, config: RunConfig, records: list[Record], calls: int, threads: int
+) -> NetworkSpeed:
+    """``network_speed`` in a process of its own: frameworks in one disturb each other's threads.
+
+    Args:
+        backend: as in ``common.backend.load_backend``.
+        config: network and batch sizes.
+        records: the crystals.
+        calls: network calls per sample.
+        threads: CPU threads.
+    """
+    fresh = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=fresh) as pool:
+        return pool.submit(_measure, backend, config, records, calls, threads).result()
+
+
+def _measure(
+    backend: str, config: RunConfig, records: list[Record], calls: int, threads: int
+) -> NetworkSpeed:
+    speed: NetworkSpeed = load_backend(backend).benchmark(config, records, calls, threads)
+    return speed
 
 
 def _training_seconds(trainer: BaseTrainer, index: int) -> float:

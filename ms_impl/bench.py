@@ -1,6 +1,7 @@
 """Speed of training and sampling with MindSpore on this machine."""
 
 from common.config import RunConfig
+from common.data.batch import FINE
 from common.data.store import Record
 from common.speed import NetworkSpeed, network_speed
 from ms_impl.crystal_dit import CrystalDiT
@@ -20,5 +21,6 @@ def benchmark(config: RunConfig, records: list[Record], calls: int, threads: int
     settings = config.train.model_copy(update={"init_from": None})
     trainer = Trainer(config.model_copy(update={"train": settings}), records, records)
     generator = Generator(config, CrystalDiT(config.model), trainer.standardizer, "cpu")
+    generator.sizes = FINE  # the shapes of training, and of torch
     parameters = sum(parameter.size for parameter in trainer.parameters)
     return network_speed(trainer, generator, records, calls, parameters)
