@@ -131,7 +131,7 @@ end_launcher() {
 }
 
 run_cluster() {
-    local pid status silent
+    local pid status silent words
     start "$LOG_DIR/msrun_$NODE_RANK.log" msrun \
         --worker_num "$WORKER_NUM" --local_worker_num "$LOCAL_WORKER" \
         --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" --node_rank "$NODE_RANK" \
@@ -144,7 +144,8 @@ run_cluster() {
     if [[ -n $silent ]]; then
         give_up 1 "rank $silent fell silent ($LOG_DIR/worker_$silent.log)"
     elif ((ORPHANED)); then
-        give_up 1 "msrun's scheduler failed: $(last_words "$LOG_DIR/scheduler.log") ($LOG_DIR)"
+        words="$(last_words "$LOG_DIR/scheduler.log")"
+        give_up 1 "msrun's scheduler ended${words:+: $words} ($LOG_DIR/scheduler.log)"
     elif [[ -n ${status:-} && -n ${RANK_OF[$pid]:-} ]]; then
         report "${RANK_OF[$pid]}" "$status"
     fi
