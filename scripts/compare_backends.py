@@ -1,0 +1,252 @@
+"""How closely MindSpore and torch agree on the shipped checkpoints and in training.
+
+    python scripts/compare_backends.py crystals [--rows 500] [--out FILE.json]
+    python scripts/compare_backends.py training CONFIG [--steps 100] [--out FILE.json]
+
+Each framework runs in a process of its own, on the CPU.
+"""
+
+import json
+import multiprocessing
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from shutil import copytree
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from common.backend import SampleRequest, load_backend, load_generator
+from common.checkpoint import shipped
+from common.config import RunConfig, load_config
+from common.crystal.structure import Crystal
+from common.data.locations import dataset
+from common.data.store import Record
+from common.evaluate.match import MatchItem, match_many
+from common.evaluate.run import read_back_many
+from common.files import write_atomic
+from common.machine import cpu_count
+
+BACKENDS = ("torch", "mindspore")
+#: Rows whose crystals are compared number by number; the match rate is that of all rows.
+COMPARED_ROWS = 200
+#: Largest differences of crystals that count as the same: lattice lengths (A), coordinates.
+LENGTH_LIMIT, COORDINATE_LIMIT = 1e-3, 1e-3
+CURVE_LIMIT = 1e-4
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+console = Console()
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Largest differences of two crystals: lattice lengths (A) and fractional coordinates."""
+
+    length: float
+    coordinate: float
+
+    @property
+    def is_small(self) -> bool:
+        """Whether both are within their limits; never where one is not a number."""
+        return self.length <= LENGTH_LIMIT and self.coordinate <= COORDINATE_LIMIT
+
+
+def difference(first: Crystal, second: Crystal) -> Difference:
+    """Of two crystals of one symmetry, over all atoms of the conventional cell."""
+    a, b = first.to_structure(), second.to_structure()
+    assert [site.species for site in a] == [site.species for site in b]
+    apart = a.frac_coords - b.frac_coords
+    lengths = np.abs(np.array(a.lattice.abc) - np.array(b.lattice.abc))
+    return Difference(float(lengths.max()), float(np.abs(apart - np.round(apart)).max()))
+
+
+def requests_of(records: Sequence[Record], properties: Sequence[str]) -> list[SampleRequest]:
+    """One per row: its symmetry, and its own properties."""
+    return [
+        SampleRequest(
+            record.crystal.space_group,
+            tuple((site.atomic_number, site.letter) for site in record.crystal.sites),
+            {p: v for p in properties if (v := record.properties[p]) is not None},
+            key=record.material_id,
+        )
+        for record in records
+    ]
+
+
+def sample(backend: str, checkpoint: Path, records: Sequence[Record], seed: int) -> list[Crystal]:
+    """A crystal per row, made in this process."""
+    generator = load_generator(checkpoint, backend, "cpu")
+    with Progress(console=Console(stderr=True)) as progress:
+        task = progress.add_task(f"sampling with {backend}", total=len(records))
+        return generator.sample(
+            requests_of(records, generator.properties),
+            seed,
+            progress=lambda count: progress.advance(task, count),
+        )
+
+
+def path(
+    backend: str, checkpoint: Path, records: Sequence[Record], seed: int
+) -> list[NDArray[np.float32]]:
+    """Free coordinates before every network call, one row at a time: each [calls,S,3]."""
+    generator: Any = load_generator(checkpoint, backend, "cpu")
+    name = "model" if backend == "torch" else "network"
+    network = getattr(generator, name)
+    seen: list[NDArray[np.float32]] = []
+
+    def watched(*inputs: Any) -> Any:
+        free = inputs[-3]  # (..., free_params, lattice, t)
+        seen.append(np.array(free.numpy() if backend == "torch" else free.asnumpy())[0])
+        return network(*inputs)
+
+    setattr(generator, name, watched)
+    paths = []
+    for request in requests_of(records, generator.properties):
+        seen.clear()
+        generator.sample([request], seed)
+        paths.append(np.stack(seen))
+    return paths
+
+
+def apart(function: Any, *arguments: Any) -> Any:
+    """What a function returns in a process of its own."""
+    fresh = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=fresh) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def parting_steps(
+    checkpoint: Path, records: Sequence[Record], seed: int
+) -> list[tuple[str, int | None]]:
+    """For each row the first network call before which coordinates differ beyond the limit."""
+    if not records:
+        return []
+    first, second = (apart(path, name, checkpoint, records, seed) for name in BACKENDS)
+    found: list[tuple[str, int | None]] = []
+    for record, a, b in zip(records, first, second, strict=True):
+        sites = min(a.shape[1], b.shape[1])  # padded to other sizes
+        between = a[:, :sites] - b[:, :sites]
+        far = np.abs(between - np.round(between)).max((1, 2)) > COORDINATE_LIMIT
+        found.append((record.material_id, int(np.argmax(far)) if far.any() else None))
+    return found
+
+
+def matched(crystals: Sequence[Crystal], records: Sequence[Record]) -> int:
+    """Rows whose crystal matches the reference at the standard tolerance."""
+    items = [
+        MatchItem((one.structure,), record.structure or record.crystal.to_structure(primitive=True))
+        for one, record in zip(read_back_many(crystals), records, strict=True)
+    ]
+    return sum(found[0].rms is not None for found in match_many(items))
+
+
+@app.command()
+def crystals(
+    rows: Annotated[int, typer.Option(min=1, help="First rows of the validation set.")] = 500,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    out: Annotated[Path | None, typer.Option(help="JSON file for the figures.")] = None,
+) -> None:
+    """The shipped checkpoints through both backends: same seed, same crystals?"""
+    records = dataset("val")[:rows]
+    figures: dict[str, Any] = {"data": "val", "rows": rows, "seed": seed}
+    table = Table("", *shipped())
+    columns = []
+    for name, checkpoint in shipped().items():
+        made = {b: apart(sample, b, checkpoint, records, seed) for b in BACKENDS}
+        pairs = list(zip(*made.values(), strict=True))[:COMPARED_ROWS]
+        found = [difference(a, b) for a, b in pairs]
+        same_group = sum(a.space_group == b.space_group for a, b in pairs)
+        others = [r for r, d in zip(records, found, strict=False) if not d.is_small]
+        own = figures[name] = {
+            "compared": len(pairs),
+            "same space group": same_group,
+            "same crystal": sum(d.is_small for d in found),
+            "median length (A)": float(np.median([d.length for d in found])),
+            "median coordinate": float(np.median([d.coordinate for d in found])),
+            "parted (row, step)": parting_steps(checkpoint, others, seed),
+        }
+        own |= {f"matched, {b}": matched(made[b], records) for b in BACKENDS}
+        columns.append(own)
+    for label in columns[0]:
+        table.add_row(label, *(_text(column[label]) for column in columns))
+    console.print(table)
+    console.print(
+        f"val, {rows} rows, seed {seed}; same: lengths within {LENGTH_LIMIT} A, coordinates within "
+        f"{COORDINATE_LIMIT}"
+    )
+    _save(figures, out)
+
+
+def _text(value: Any) -> str:
+    return f"{value:.1e}" if isinstance(value, float) else str(value)
+
+
+def train(backend: str, run: RunConfig, folder: Path, resume: bool) -> None:
+    """A run, or the rest of one, in this process."""
+    load_backend(backend).train(run, folder, resume=resume, threads=cpu_count(), device="cpu")
+
+
+def losses(folder: Path) -> dict[int, float]:
+    """Training loss by step."""
+    rows = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+    return {row["step"]: row["loss"] for row in rows if row["kind"] == "train"}
+
+
+@app.command()
+def training(
+    config: Annotated[Path, typer.Argument(help="The run; trained in float32.")],
+    steps: Annotated[int, typer.Option(min=1, help="Before the change, and after it.")] = 100,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace a setting.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file for the figures.")] = None,
+) -> None:
+    """Train in one framework, go on in the other: is the loss curve the same?"""
+    changes = [
+        f"train.steps={2 * steps}",
+        f"train.checkpoint_every={steps}",
+        f"train.validation_every={2 * steps}",
+        "train.log_every=1",
+        "train.precision=float32",
+        "train.compile=false",
+    ]
+    run = load_config(config, (*(settings or ()), *changes))
+    figures: dict[str, Any] = {"config": config.name, "steps": steps}
+    for stays, takes_over in (BACKENDS, BACKENDS[::-1]):
+        with TemporaryDirectory() as folder:
+            whole, rest = Path(folder, "whole"), Path(folder, "rest")
+            apart(train, stays, run, whole, False)
+            name = f"step_{steps:08d}"
+            copytree(whole / name, rest / name)  # as if the run had been stopped there
+            apart(train, takes_over, run, rest, True)
+            expected, found = losses(whole), losses(rest)
+            relative = {s: abs(found[s] / expected[s] - 1) for s in found if s > steps}
+        assert len(relative) == steps
+        worst = max(relative, key=relative.__getitem__)
+        figures[f"{stays} -> {takes_over}"] = {
+            "largest relative difference": relative[worst],
+            "at step": worst,
+            "within": next((s - steps - 1 for s in relative if relative[s] > CURVE_LIMIT), steps),
+            "differences": [relative[s] for s in sorted(relative)],
+        }
+        console.print(
+            f"{stays} {steps} steps, then {takes_over}: loss of the next {steps} steps differs by "
+            f"at most {relative[worst]:.1e} (step {worst}) from {stays}'s own"
+        )
+    _save(figures, out)
+
+
+def _save(figures: dict[str, Any], out: Path | None) -> None:
+    if out is not None:
+        write_atomic(out, json.dumps(figures, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    app()
