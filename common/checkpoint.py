@@ -5,6 +5,7 @@
     optimizer.safetensors  only while training, with
     state.json             what resuming needs besides tensors (step, data position, ...)
     README.md              model card
+    config.json, ...       companions: what other programs want beside the weights
     manifest.json          size and SHA-256 of each file above, its own digest, and the origin
 
 Safetensors has no checksum of its own, hence the manifest; no pickle is ever read. A run folder
@@ -46,6 +47,10 @@ STATE = "state.json"
 CARD = "README.md"
 MANIFEST = "manifest.json"
 LATEST = "latest"
+#: Files that transformers and peft read beside ``model.safetensors``.
+COMPANIONS = frozenset(
+    {"config.json", "tokenizer.json", "tokenizer_config.json", "adapter_config.json"}
+)
 #: Checkpoints that come with the project, a folder each.
 SHIPPED = Path(__file__).resolve().parent / "assets" / "checkpoints"
 
@@ -113,6 +118,7 @@ def save_checkpoint(
     state: Mapping[str, Any] | None = None,
     fingerprint: str = "",
     extra: Mapping[str, Any] | None = None,
+    companions: Mapping[str, bytes] | None = None,
 ) -> None:
     """Write a checkpoint, whole or not at all; one that is already there is replaced.
 
@@ -127,6 +133,7 @@ def save_checkpoint(
         state: JSON-able.
         fingerprint: of the training rows.
         extra: JSON-able, kept in the manifest.
+        companions: further files, of the names in ``COMPANIONS``.
 
     Raises:
         UserError: if a tensor is not finite, or the system refuses (no space, no permission).
@@ -137,6 +144,7 @@ def save_checkpoint(
         CONFIG: yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True).encode(),
         MODEL: _dump_tensors(folder, MODEL, model),
         CARD: card.encode(),
+        **(companions or {}),
     }
     if optimizer is not None:
         files[OPTIMIZER] = _dump_tensors(folder, OPTIMIZER, optimizer)
@@ -157,6 +165,7 @@ def save_step(
     state: Mapping[str, Any] | None = None,
     fingerprint: str = "",
     extra: Mapping[str, Any] | None = None,
+    companions: Mapping[str, bytes] | None = None,
 ) -> Path:
     """Save a training step, then make it the latest, then delete older steps but the last `keep`.
 
@@ -177,6 +186,7 @@ def save_step(
         state=state,
         fingerprint=fingerprint,
         extra=extra,
+        companions=companions,
     )
     write_atomic(run_folder / LATEST, folder.name + "\n")
     older = [path for number, path in _steps(run_folder) if number <= step]
@@ -470,7 +480,7 @@ def read_manifest(folder: Path, layout: Layout = NATIVE) -> dict[str, Any]:
         raise _broken(folder, found, "use the release of uni-mdm that wrote it")
     content = {key: value for key, value in manifest.items() if key != "manifest_sha256"}
     entries = manifest.get("files")
-    required, optional = {CONFIG, layout.model, CARD}, {layout.optimizer, STATE}
+    required, optional = {CONFIG, layout.model, CARD}, {layout.optimizer, STATE, *COMPANIONS}
     well_formed = (
         manifest.get("manifest_sha256") == _digest(content)
         and isinstance(entries, dict)

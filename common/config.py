@@ -1,7 +1,7 @@
 """Every setting of a run, as frozen models of the YAML files in ``configs/``."""
 
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -77,42 +77,56 @@ class DiffusionConfig(Settings):
     )
 
 
-class TrainConfig(Settings):
-    """Optimisation."""
+class Optimisation(Settings):
+    """What every training has, of whatever network."""
 
     data: str = Field("train", description="A known data set, or a path to CSV or Parquet.")
     validation: str = Field("val", description="Likewise; only its loss is watched.")
     validation_rows: int = Field(1024, ge=1, description="Rows of it, the first ones.")
     validation_every: int = Field(1000, ge=1, description="Steps between validations.")
     steps: int = Field(12000, ge=1, description="Optimiser steps.")
-    batch_size: int = Field(256, ge=1, description="Crystals in a batch, at most.")
-    edge_budget: int = Field(16384, ge=64, description="Padded edges in a batch, at most.")
     learning_rate: float = Field(1e-3, gt=0)
     warmup: int = Field(300, ge=0, description="Steps of linear warm-up.")
     final_rate: float = Field(0.01, ge=0, le=1, description="Cosine end over peak rate.")
     weight_decay: float = Field(0.01, ge=0)
     clip_norm: float = Field(1.0, gt=0, description="Largest norm of the gradient.")
     ema: float = Field(0.999, ge=0, lt=1, description="Decay of the averaged weights.")
-    property_dropout: float = Field(0.1, ge=0, le=1, description="Rows trained without property.")
     precision: Literal["float32", "bfloat16"] = Field("float32", description="Of autocast.")
-    compile: bool = Field(False, description="torch.compile the edge fusion.")
+    compile: bool = Field(False, description="torch.compile where most of the time goes.")
     init_from: str | None = Field(None, description="Checkpoint whose weights to start from.")
     checkpoint_every: int = Field(1000, ge=1, description="Steps between checkpoints.")
     log_every: int = Field(50, ge=1, description="Steps between lines of the log.")
     seed: int = Field(0, ge=0)
 
 
-class RunConfig(Settings):
-    """One run: network, diffusion, training."""
+class TrainConfig(Optimisation):
+    """Optimisation of the Crystal DiT."""
+
+    batch_size: int = Field(256, ge=1, description="Crystals in a batch, at most.")
+    edge_budget: int = Field(16384, ge=64, description="Padded edges in a batch, at most.")
+    property_dropout: float = Field(0.1, ge=0, le=1, description="Rows trained without property.")
+
+
+class AnyRunConfig(Settings):
+    """One run, of whatever network."""
 
     name: str = Field(description="Of the run and of its checkpoint.")
+    train: Optimisation = Optimisation()
+
+
+class RunConfig(AnyRunConfig):
+    """One run of the Crystal DiT: network, diffusion, training."""
+
     model: ModelConfig = ModelConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
     train: TrainConfig = TrainConfig()
 
 
+AnyRun = TypeVar("AnyRun", bound=AnyRunConfig)
+
+
 def load_config(path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
-    """Reads a run's YAML.
+    """Reads the YAML of a run of the Crystal DiT.
 
     Args:
         path: the file.
@@ -121,6 +135,11 @@ def load_config(path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
     Raises:
         UserError: if the file cannot be read, or a setting is unknown or out of its range.
     """
+    return parse_config(read_settings(path, overrides), str(path))
+
+
+def read_settings(path: Path, overrides: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The settings of a file, unchecked; arguments and errors as in `load_config`."""
     try:
         data = yaml.safe_load(path.read_text())
     except OSError as error:
@@ -131,13 +150,18 @@ def load_config(path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
         raise UserError(f"{path}: a mapping of settings is expected")
     for override in overrides:
         _apply_override(data, override)
-    return parse_config(data, str(path))
+    return data
 
 
 def parse_config(data: dict[str, Any], where: str) -> RunConfig:
+    """Checks the settings of a run of the Crystal DiT; errors as in `parse_as`."""
+    return parse_as(RunConfig, data, where)
+
+
+def parse_as(kind: type[AnyRun], data: dict[str, Any], where: str) -> AnyRun:
     """Checks a run's settings; UserError names every wrong one and where it stands."""
     try:
-        return RunConfig.model_validate(data)
+        return kind.model_validate(data)
     except ValidationError as error:
         problems = "; ".join(
             f"{'.'.join(str(part) for part in item['loc']) or 'settings'}: {item['msg']}"

@@ -1,4 +1,4 @@
-"""Training of the Crystal DiT, as far as it needs no gradient: data, noise, schedules, the loop.
+"""Training as far as it needs no gradient: schedules and the loop; data and noise of Crystal DiT.
 
 A backend's ``Trainer`` adds the network, the optimiser and the moving of arrays.
 """
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +25,7 @@ from rich.progress import (
 )
 
 from common.checkpoint import Checkpoint, latest, load_checkpoint, save_checkpoint, save_step
-from common.config import RunConfig
+from common.config import AnyRunConfig, RunConfig
 from common.data.batch import Batch, BatchItem, collate
 from common.data.loader import BatchPlan, Bucket, BucketedData
 from common.data.locations import dataset
@@ -47,6 +47,9 @@ ADAM_EPS = 1e-8
 #: Atoms in the primitive cell, at most; larger crystals are left out of training.
 MAX_ATOMS = 52
 NOISE_BINS = 5
+
+#: What a network gets in one step.
+Data = TypeVar("Data")
 
 
 @dataclass(frozen=True)
@@ -85,63 +88,42 @@ class LossValues:
     per_crystal: NDArray[np.float32]
 
 
-class BaseTrainer(ABC):
+class TrainingRun(ABC, Generic[Data]):
     """One training run; every step is a function of the configuration and the step's number.
 
     Args:
         config: of the run.
         train_records: what to learn from.
-        validation_records: whose loss is watched.
+        num_rows: of these, so many as are used.
         shard: this process's share of every batch.
     """
 
     def __init__(
-        self,
-        config: RunConfig,
-        train_records: list[Record],
-        validation_records: list[Record],
-        shard: Shard,
+        self, config: AnyRunConfig, train_records: list[Record], num_rows: int, shard: Shard
     ) -> None:
         self.config = config
         self.shard = shard
         self.step = 0
         self.seconds = 0.0
-        settings = config.train
-        items = batch_items(train_records)
-        if not items:
-            raise UserError(f"{settings.data}: no crystal of at most {MAX_ATOMS} atoms to train on")
         self.fingerprint = fingerprint(train_records)
-        self.num_rows = len(items)
-        self.standardizer = Standardizer.fit(collate(items, "asymmetric"))
-        self.data = self._bucketed(items)
-        watched = batch_items(validation_records[: settings.validation_rows])
-        self.validation = self._bucketed(watched)
-        self.score_process = score_process(config.diffusion)
-
-    def _bucketed(self, items: list[BatchItem]) -> BucketedData:
-        settings = self.config.train
-        return BucketedData(
-            items, self.config.model.cell, settings.batch_size, settings.edge_budget
-        )
-
-    # What a framework adds
+        self.num_rows = num_rows
 
     @abstractmethod
-    def update(self, data: TrainingBatch, rate: float, decay: float) -> dict[str, float]:
+    def batches(self) -> Iterator[Data]:
+        """The training batches from the current step on."""
+
+    @abstractmethod
+    def update(self, data: Data, rate: float, decay: float) -> dict[str, float]:
         """One step of the optimiser at a learning rate, then of the weights' average.
 
         Returns:
-            ``loss``, ``coordinate``, ``lattice`` and ``gradient_norm`` (before clipping) of the
-            whole batch; where the norm is not finite, nothing was changed.
+            ``loss``, its parts, and ``gradient_norm`` (before clipping) of the whole batch; where
+            the norm is not finite, nothing was changed.
         """
 
     @abstractmethod
-    def losses(self, data: TrainingBatch) -> LossValues:
-        """Of the current weights."""
-
-    @abstractmethod
-    def averaged(self) -> AbstractContextManager[None]:
-        """Within it the network has its averaged weights."""
+    def validate(self) -> dict[str, float]:
+        """Losses of the averaged weights on the validation rows."""
 
     @abstractmethod
     def average_arrays(self) -> Arrays:
@@ -173,6 +155,108 @@ class BaseTrainer(ABC):
     def average_decay(self, step: int) -> float:
         """Of the weights' average: short at first."""
         return min(self.config.train.ema, (1 + step) / (10 + step))
+
+    # Steps
+
+    def train_step(self, data: Data) -> dict[str, float]:
+        """One optimiser step; returns what to log."""
+        start = time.perf_counter()
+        rate = self.learning_rate(self.step)
+        values = self.update(data, rate, self.average_decay(self.step))
+        if not math.isfinite(values["gradient_norm"]):
+            raise UserError(
+                f"training step {self.step}: the gradient is not finite; lower learning_rate"
+            )
+        self.step += 1
+        self.seconds += time.perf_counter() - start
+        return values | {"learning_rate": rate}
+
+    # Checkpoints
+
+    def model_arrays(self) -> Arrays:
+        """What a checkpoint keeps as the model: the averaged weights."""
+        return self.average_arrays()
+
+    def companions(self) -> dict[str, bytes]:
+        """Files beside a checkpoint's own; see ``common.checkpoint``."""
+        return {}
+
+    def final(self) -> dict[str, Any]:
+        """Arguments of ``common.checkpoint.save_checkpoint`` that every checkpoint has."""
+        return {
+            "config": self.config.model_dump(mode="json"),
+            "model": self.model_arrays(),
+            "fingerprint": self.fingerprint,
+            "companions": self.companions(),
+        }
+
+    def checkpoint(self) -> dict[str, Any]:
+        """Arguments of ``common.checkpoint.save_step``."""
+        return self.final() | {
+            "optimizer": self.optimizer_arrays(),
+            "state": {"step": self.step, "seconds": self.seconds},
+            "extra": {"training_rows": self.num_rows},
+        }
+
+    def resume(self, folder: Path) -> None:
+        """Goes on from a checkpoint.
+
+        Raises:
+            UserError: if it was trained on other rows or cannot be read.
+        """
+        saved = load_checkpoint(folder, optimizer=True)
+        if saved.fingerprint != self.fingerprint:
+            raise UserError(f"{folder}: trained on other rows; give --fresh to start anew")
+        assert saved.state is not None
+        self.step, self.seconds = int(saved.state["step"]), float(saved.state["seconds"])
+        self.restore(saved)
+
+
+class BaseTrainer(TrainingRun[TrainingBatch]):
+    """One training run of the Crystal DiT.
+
+    Args:
+        config: of the run.
+        train_records: what to learn from.
+        validation_records: whose loss is watched.
+        shard: this process's share of every batch.
+    """
+
+    config: RunConfig
+
+    def __init__(
+        self,
+        config: RunConfig,
+        train_records: list[Record],
+        validation_records: list[Record],
+        shard: Shard,
+    ) -> None:
+        settings = config.train
+        items = batch_items(train_records)
+        if not items:
+            raise UserError(f"{settings.data}: no crystal of at most {MAX_ATOMS} atoms to train on")
+        super().__init__(config, train_records, len(items), shard)
+        self.standardizer = Standardizer.fit(collate(items, "asymmetric"))
+        self.data = self._bucketed(items)
+        watched = batch_items(validation_records[: settings.validation_rows])
+        self.validation = self._bucketed(watched)
+        self.score_process = score_process(config.diffusion)
+
+    def _bucketed(self, items: list[BatchItem]) -> BucketedData:
+        settings = self.config.train
+        return BucketedData(
+            items, self.config.model.cell, settings.batch_size, settings.edge_budget
+        )
+
+    # What a framework adds
+
+    @abstractmethod
+    def losses(self, data: TrainingBatch) -> LossValues:
+        """Of the current weights."""
+
+    @abstractmethod
+    def averaged(self) -> AbstractContextManager[None]:
+        """Within it the network has its averaged weights."""
 
     # Data
 
@@ -222,21 +306,6 @@ class BaseTrainer(ABC):
         free = group.descriptions.nearest(rows, draws.free, draws.origins)
         return make_path(free, lattice, draws.free, draws.lattice, draws.t)
 
-    # Steps
-
-    def train_step(self, data: TrainingBatch) -> dict[str, float]:
-        """One optimiser step; returns what to log."""
-        start = time.perf_counter()
-        rate = self.learning_rate(self.step)
-        values = self.update(data, rate, self.average_decay(self.step))
-        if not math.isfinite(values["gradient_norm"]):
-            raise UserError(
-                f"training step {self.step}: the gradient is not finite; lower learning_rate"
-            )
-        self.step += 1
-        self.seconds += time.perf_counter() - start
-        return values | {"learning_rate": rate}
-
     def validate(self) -> dict[str, float]:
         """Losses of the averaged weights, the coordinate's also per noise level.
 
@@ -269,32 +338,8 @@ class BaseTrainer(ABC):
             arrays[STANDARDIZER_PREFIX + name] = array.astype(np.float32)
         return arrays
 
-    def checkpoint(self) -> dict[str, Any]:
-        """Arguments of ``common.checkpoint.save_step``."""
-        return {
-            "config": self.config.model_dump(mode="json"),
-            "model": self.model_arrays(),
-            "optimizer": self.optimizer_arrays(),
-            "state": {"step": self.step, "seconds": self.seconds},
-            "fingerprint": self.fingerprint,
-            "extra": {"training_rows": self.num_rows},
-        }
 
-    def resume(self, folder: Path) -> None:
-        """Goes on from a checkpoint.
-
-        Raises:
-            UserError: if it was trained on other rows or cannot be read.
-        """
-        saved = load_checkpoint(folder, optimizer=True)
-        if saved.fingerprint != self.fingerprint:
-            raise UserError(f"{folder}: trained on other rows; give --fresh to start anew")
-        assert saved.state is not None
-        self.step, self.seconds = int(saved.state["step"]), float(saved.state["seconds"])
-        self.restore(saved)
-
-
-def check_agreement(trainer: BaseTrainer) -> None:
+def check_agreement(trainer: TrainingRun[Any]) -> None:
     """Makes sure that the processes train the same run, from the same step on.
 
     Raises:
@@ -319,12 +364,12 @@ def batch_items(records: list[Record]) -> list[BatchItem]:
     ]
 
 
-def records_of(config: RunConfig) -> tuple[list[Record], list[Record]]:
+def records_of(config: AnyRunConfig) -> tuple[list[Record], list[Record]]:
     """Training and validation rows that a run names."""
     return dataset(config.train.data), dataset(config.train.validation)
 
 
-def run_training(trainer: BaseTrainer, out: Path, resume: bool) -> None:
+def run_training(trainer: TrainingRun[Any], out: Path, resume: bool) -> None:
     """Trains to the end; only the first process writes.
 
     Args:
@@ -351,15 +396,13 @@ def run_training(trainer: BaseTrainer, out: Path, resume: bool) -> None:
         _lead(trainer, out, log, progress)
     save_checkpoint(
         out / "final",
-        config=trainer.config.model_dump(mode="json"),
-        model=trainer.model_arrays(),
-        fingerprint=trainer.fingerprint,
+        **trainer.final(),
         extra={"training_rows": trainer.num_rows, "training_seconds": round(trainer.seconds)},
         card=f"# {trainer.config.name}\n",
     )
 
 
-def _follow(trainer: BaseTrainer) -> None:
+def _follow(trainer: TrainingRun[Any]) -> None:
     batches = trainer.batches()
     while trainer.step < trainer.config.train.steps:
         trainer.train_step(next(batches))
@@ -367,7 +410,7 @@ def _follow(trainer: BaseTrainer) -> None:
             trainer.validate()
 
 
-def _lead(trainer: BaseTrainer, out: Path, log: "TrainingLog", progress: Progress) -> None:
+def _lead(trainer: TrainingRun[Any], out: Path, log: "TrainingLog", progress: Progress) -> None:
     settings = trainer.config.train
     task = progress.add_task("training", total=settings.steps, completed=trainer.step, loss="")
     batches = trainer.batches()
@@ -389,7 +432,7 @@ def _lead(trainer: BaseTrainer, out: Path, log: "TrainingLog", progress: Progres
             save_step(out, trainer.step, **trainer.checkpoint())
 
 
-def _due(trainer: BaseTrainer, every: int) -> bool:
+def _due(trainer: TrainingRun[Any], every: int) -> bool:
     """Whether what happens every so many steps, and after the last one, happens now."""
     return trainer.step % every == 0 or trainer.step == trainer.config.train.steps
 

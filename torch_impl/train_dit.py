@@ -1,19 +1,13 @@
 """Training of the Crystal DiT."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch import Tensor
 
-from common.checkpoint import Checkpoint, load_checkpoint
+from common.checkpoint import load_checkpoint
 from common.config import RunConfig
 from common.data.store import Record
 from common.training import (
-    ADAM_BETAS,
-    ADAM_EPS,
     BaseTrainer,
     LossValues,
     Shard,
@@ -21,15 +15,18 @@ from common.training import (
     records_of,
     run_training,
 )
-from common.weights import MODEL_PREFIX, MOMENTS, WEIGHT_PREFIX, Arrays, model_weights
+from common.weights import MODEL_PREFIX, Arrays, model_weights
+from torch_impl.adamw import AveragedAdamW, as_tensor
 from torch_impl.crystal_dit import CrystalDiT
 from torch_impl.diffusion import Loss, NoisyTensors, denoising_loss
 from torch_impl.distributed import joined, sum_gradients, sum_values
 from torch_impl.tensors import TensorBatch
 
 
-class Trainer(BaseTrainer):
+class Trainer(AveragedAdamW, BaseTrainer):
     """One training run with torch; see ``common.training.BaseTrainer``."""
+
+    prefix = MODEL_PREFIX
 
     def __init__(
         self,
@@ -48,21 +45,11 @@ class Trainer(BaseTrainer):
             # Where most of the time goes; whole networks compile for minutes on a CPU.
             for block in self.model.blocks:
                 block.fusion.compile(dynamic=True)
-        self.names = [name for name, _ in self.model.named_parameters()]
-        self.parameters = [parameter for _, parameter in self.model.named_parameters()]
         if settings.init_from:
             saved = load_checkpoint(Path(settings.init_from))
             load_weights(self.model, saved.model, settings.init_from)
-        self.average = [parameter.detach().clone() for parameter in self.parameters]
+        self.optimise(self.model, settings)
         self.network = sum_gradients(self.model)
-        self.optimizer = torch.optim.AdamW(
-            self.parameters,
-            lr=settings.learning_rate,
-            betas=ADAM_BETAS,
-            eps=ADAM_EPS,
-            weight_decay=settings.weight_decay,
-            fused=True,
-        )
 
     def loss(self, data: TrainingBatch) -> Loss:
         """Loss of one batch."""
@@ -76,27 +63,16 @@ class Trainer(BaseTrainer):
 
     def update(self, data: TrainingBatch, rate: float, decay: float) -> dict[str, float]:
         """One step of AdamW; see ``BaseTrainer``."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
         loss = self.loss(data)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.total.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.train.clip_norm)
-        if torch.isfinite(norm):
-            self.optimizer.step()
-            torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
+        norm = self.descend(loss.total, rate, decay)
         values = torch.stack([loss.total, loss.coordinate, loss.lattice]).detach()
         total, coordinate, lattice = sum_values(values).tolist()
         return {
             "loss": total,
             "coordinate": coordinate,
             "lattice": lattice,
-            "gradient_norm": norm.item(),
+            "gradient_norm": norm,
         }
-
-    def summed(self, values: list[float]) -> list[float]:
-        """Sums over the processes."""
-        return sum_values(torch.tensor(values, dtype=torch.float64, device=self.device)).tolist()
 
     @torch.no_grad()
     def losses(self, data: TrainingBatch) -> LossValues:
@@ -109,51 +85,6 @@ class Trainer(BaseTrainer):
             loss.per_crystal.numpy(force=True),
         )
 
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Within it the network has its averaged weights."""
-        with torch.no_grad():
-            current = [parameter.detach().clone() for parameter in self.parameters]
-            torch._foreach_copy_(self.parameters, self.average)
-            try:
-                yield
-            finally:
-                torch._foreach_copy_(self.parameters, current)
-
-    def average_arrays(self) -> Arrays:
-        """Averaged weights by name."""
-        return self._named("", self.average)
-
-    def optimizer_arrays(self) -> Arrays:
-        """Current weights and AdamW's moments by prefixed name."""
-        arrays = self._named(WEIGHT_PREFIX, self.parameters)
-        for moment in MOMENTS:
-            # A network without properties has an empty parameter, of which AdamW keeps nothing.
-            tensors = [
-                self.optimizer.state[p].get(moment, torch.zeros_like(p)) for p in self.parameters
-            ]
-            arrays |= self._named(f"{moment}.", tensors)
-        return arrays
-
-    def restore(self, saved: Checkpoint) -> None:
-        """Takes weights, averages and moments from a checkpoint that has all of them."""
-        assert saved.optimizer is not None
-        for index, (name, parameter) in enumerate(zip(self.names, self.parameters, strict=True)):
-            parameter.data.copy_(_tensor(saved.optimizer[WEIGHT_PREFIX + name]))
-            self.average[index].copy_(_tensor(saved.model[MODEL_PREFIX + name]))
-            self.optimizer.state[parameter] = {
-                "step": torch.tensor(float(self.step), device=self.device)
-            } | {
-                moment: _tensor(saved.optimizer[f"{moment}.{name}"]).to(self.device)
-                for moment in MOMENTS
-            }
-
-    def _named(self, prefix: str, tensors: list[Tensor]) -> Arrays:
-        return {
-            prefix + name: tensor.detach().float().numpy(force=True).copy()
-            for name, tensor in zip(self.names, tensors, strict=True)
-        }
-
 
 def load_weights(model: CrystalDiT, arrays: Arrays, where: str) -> None:
     """Puts a checkpoint's weights into a network.
@@ -164,7 +95,7 @@ def load_weights(model: CrystalDiT, arrays: Arrays, where: str) -> None:
     parameters = dict(model.named_parameters())
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     for name, array in model_weights(arrays, shapes, where).items():
-        parameters[name].data.copy_(_tensor(array))
+        parameters[name].data.copy_(as_tensor(array))
 
 
 def train(
@@ -188,7 +119,3 @@ def train(
     torch.set_num_threads(threads)
     with joined(device) as shard:
         run_training(Trainer(config, *records_of(config), device, shard), out, resume)
-
-
-def _tensor(array: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.array(array))

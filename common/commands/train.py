@@ -1,13 +1,14 @@
 """`uni-mdm train CONFIG`: start a run, or go on with one."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from common.backend import load_backend
 from common.checkpoint import latest, load_checkpoint
-from common.config import RunConfig, load_config, parse_config
+from common.config import AnyRunConfig, RunConfig, parse_as, parse_config, read_settings
 from common.errors import UserError
 from common.files import output_folder, refused
 from common.machine import cpu_share, launched_by
@@ -38,18 +39,36 @@ def command(
     """Train a network as a YAML file says; a run that was interrupted goes on."""
     if resume is False and (launched_by("WORLD_SIZE") or launched_by("MS_WORKER_NUM")):
         raise UserError("--fresh: several processes cannot put a run aside; give another --out")
-    run = load_config(config, tuple(settings or ()))
+    run = parse_run(read_settings(config, tuple(settings or ())), str(config))
     folder = out or Path("runs") / run.name
-    module = load_backend(backend, device)
+    train = _trainer(load_backend(backend, device), run)
     try:
         resume = prepare(folder, run, resume)
     except OSError as error:
         raise refused(folder, error, "give another --out") from error
     with output_folder(folder, "give another --out"):
-        module.train(run, folder, resume=resume, threads=threads or cpu_share(), device=device)
+        train(run, folder, resume=resume, threads=threads or cpu_share(), device=device)
 
 
-def prepare(folder: Path, config: RunConfig, resume: bool | None) -> bool:
+def parse_run(data: dict[str, Any], where: str) -> AnyRunConfig:
+    """Checks a run's settings, of whatever network its ``kind`` names; errors of `parse_as`."""
+    if "kind" not in data:
+        return parse_config(data, where)
+    from common.language.config import LanguageRunConfig  # what it needs may not be installed
+
+    return parse_as(LanguageRunConfig, data, where)
+
+
+def _trainer(backend: Any, run: AnyRunConfig) -> Callable[..., None]:
+    """What trains such a run."""
+    name = "train" if isinstance(run, RunConfig) else "train_language"
+    if not hasattr(backend, name):
+        raise UserError(f"{backend.__name__} cannot train {run.name}: give --backend torch")
+    found: Callable[..., None] = getattr(backend, name)
+    return found
+
+
+def prepare(folder: Path, config: AnyRunConfig, resume: bool | None) -> bool:
     """Whether to go on with the run in `folder`; with ``resume=False`` it is put aside.
 
     Raises:
@@ -64,7 +83,7 @@ def prepare(folder: Path, config: RunConfig, resume: bool | None) -> bool:
         if resume:
             raise UserError(f"no checkpoint in {folder} to resume; leave out --resume")
         return False
-    started = parse_config(load_checkpoint(folder, optimizer=True).config, str(folder))
+    started = parse_run(load_checkpoint(folder, optimizer=True).config, str(folder))
     changed = _differences(started, config)
     if changed:
         names = ", ".join(changed)
@@ -80,12 +99,15 @@ def _unused(folder: Path) -> Path:
     return path
 
 
-def _differences(a: RunConfig, b: RunConfig) -> list[str]:
+def _differences(a: AnyRunConfig, b: AnyRunConfig) -> list[str]:
     """Names of settings, as in ``train.steps``, in which two runs differ and must not."""
+    if type(a) is not type(b):
+        return ["kind"]
     first, second = a.model_dump(), b.model_dump()
     return [
         f"{section}.{name}"
         for section in ("model", "diffusion", "train")
+        if section in first
         for name, value in first[section].items()
         if value != second[section][name] and name not in FREE_SETTINGS
     ]

@@ -119,12 +119,8 @@ class SymmetryTokenizer:
         """The answer and its end."""
         return [*self.encode(prompt.write_answer(symmetry)), self.end_id]
 
-    def save(self, folder: str | os.PathLike[str]) -> None:
-        """Writes tokenizer.json and tokenizer_config.json, as transformers reads them.
-
-        Raises:
-            UserError: if the folder is not writable.
-        """
+    def files(self) -> dict[str, str]:
+        """Content of tokenizer.json and tokenizer_config.json, as transformers reads them."""
         names = [token.content for token in self.tokenizer.get_added_tokens_decoder().values()]
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -138,12 +134,18 @@ class SymmetryTokenizer:
             "chat_template": _CHAT_TEMPLATE,
             "head_size": self.head_size,
         }
-        write_together(
-            {
-                Path(folder) / "tokenizer.json": self.tokenizer.to_str(pretty=True) + "\n",
-                Path(folder) / "tokenizer_config.json": json.dumps(config, indent=2) + "\n",
-            }
-        )
+        return {
+            "tokenizer.json": self.tokenizer.to_str(pretty=True) + "\n",
+            "tokenizer_config.json": json.dumps(config, indent=2) + "\n",
+        }
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Writes these files.
+
+        Raises:
+            UserError: if the folder is not writable.
+        """
+        write_together({Path(folder) / name: text for name, text in self.files().items()})
 
 
 def load_tokenizer(folder: str | os.PathLike[str]) -> SymmetryTokenizer:

@@ -1,0 +1,80 @@
+"""Settings of a language model's run: ``configs/glm4_*.yaml``."""
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from common.config import AnyRunConfig, Optimisation, PropertyName, Settings
+from common.language.tokenizer import SymmetryTokenizer
+
+#: What stands in a run's ``kind``.
+KIND = "language"
+
+
+class GlmConfig(Settings):
+    """GLM-4: what both transformers' GlmForCausalLM and MindFormers' ChatGLM2 can be.
+
+    Rotary positions turn half of every head, queries, keys and values have a bias, the
+    feed-forward part is gated, and the head has weights of its own, as in GLM-4-9B.
+    """
+
+    layers: int = Field(4, ge=1, description="Blocks.")
+    width: int = Field(256, ge=8, description="Width of a token.")
+    heads: int = Field(8, ge=1, description="Attention heads.")
+    groups: int = Field(2, ge=1, description="Heads of keys and values, shared by the others.")
+    feed_forward: int = Field(688, ge=1, description="Width of the feed-forward part.")
+    positions: int = Field(512, ge=64, description="Tokens of question and answer, at most.")
+    norm_eps: float = Field(1.5625e-7, gt=0, description="In RMSNorm.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.width % (4 * self.heads):
+            raise ValueError("width must be a multiple of 4 * heads, for half of a head turns")
+        if self.heads % self.groups:
+            raise ValueError("heads must be a multiple of groups")
+        return self
+
+    def to_huggingface(self, tokenizer: SymmetryTokenizer) -> dict[str, Any]:
+        """Content of config.json, as transformers reads it."""
+        return {
+            "architectures": ["GlmForCausalLM"],
+            "model_type": "glm",
+            "vocab_size": tokenizer.head_size,
+            "hidden_size": self.width,
+            "intermediate_size": self.feed_forward,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.groups,
+            "head_dim": self.width // self.heads,
+            "partial_rotary_factor": 0.5,
+            "rope_theta": 10000.0,
+            "max_position_embeddings": self.positions,
+            "hidden_act": "silu",
+            "attention_bias": True,
+            "attention_dropout": 0.0,
+            "rms_norm_eps": self.norm_eps,
+            "initializer_range": 0.02,
+            "tie_word_embeddings": False,
+            "eos_token_id": tokenizer.end_id,
+            "pad_token_id": tokenizer.pad_id,
+            "torch_dtype": "float32",
+        }
+
+
+class LanguageTrainConfig(Optimisation):
+    """Optimisation of a language model; only answers count in the loss."""
+
+    questions: tuple[Literal["none"] | PropertyName, ...] = Field(
+        ("none", "band_gap", "formation_energy"),
+        min_length=1,
+        description="Target properties; every row is asked about one of them in an epoch.",
+    )
+    token_budget: int = Field(3072, ge=64, description="Padded tokens in a batch, at most.")
+
+
+class LanguageRunConfig(AnyRunConfig):
+    """One run: network and training."""
+
+    kind: Literal["language"] = Field(description="Tells these runs from others.")
+    model: GlmConfig = GlmConfig()
+    train: LanguageTrainConfig = LanguageTrainConfig()

@@ -1,0 +1,81 @@
+"""Training of a language model as far as it needs no gradient."""
+
+import json
+from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+
+import numpy as np
+
+from common.data.store import Record
+from common.errors import UserError
+from common.language.config import LanguageRunConfig
+from common.language.examples import Examples, Int, TokenBatch
+from common.language.tokenizer import compact_tokenizer
+from common.training import Shard, TrainingRun
+
+
+class LanguageTrainer(TrainingRun[TokenBatch]):
+    """One training run of a language model.
+
+    Args:
+        config: of the run.
+        train_records: what to learn from.
+        validation_records: whose loss is watched.
+        shard: this process's share of every batch.
+    """
+
+    config: LanguageRunConfig
+
+    def __init__(
+        self,
+        config: LanguageRunConfig,
+        train_records: list[Record],
+        validation_records: list[Record],
+        shard: Shard,
+    ) -> None:
+        super().__init__(config, train_records, len(train_records), shard)
+        settings = config.train
+        if not train_records:
+            raise UserError(f"{settings.data}: no crystal to train on")
+        self.tokenizer = compact_tokenizer()
+        self.data = self._examples(train_records)
+        self.validation = self._examples(validation_records[: settings.validation_rows])
+
+    def _examples(self, records: list[Record]) -> Examples:
+        settings = self.config.train
+        return Examples(records, self.tokenizer, settings.questions, settings.token_budget)
+
+    @abstractmethod
+    def losses(self, data: TokenBatch) -> float:
+        """Nats of the answers of this process's share with the current weights, summed."""
+
+    @abstractmethod
+    def averaged(self) -> AbstractContextManager[None]:
+        """Within it the network has its averaged weights."""
+
+    def batches(self) -> Iterator[TokenBatch]:
+        """The training batches from the current step on."""
+        for rows, forms in self.data.batches(self.config.train.seed, self.step):
+            yield self.prepare(self.data, rows, forms)
+
+    def prepare(self, data: Examples, rows: Int, forms: Int) -> TokenBatch:
+        """This process's share of a batch."""
+        return data.collate(rows, forms, *self.shard.rows(len(rows)))
+
+    def validate(self) -> dict[str, float]:
+        """``loss``, nats per token of an answer, and ``answer``, nats per answer."""
+        nats, counts = 0.0, np.zeros(2)
+        with self.averaged():
+            for rows, forms in self.validation.in_order():
+                data = self.prepare(self.validation, rows, forms)
+                nats += self.losses(data)
+                counts += data.answer_tokens, data.answers
+        (total,) = self.summed([nats])
+        return {"loss": total / counts[0], "answer": total / counts[1]}
+
+    def companions(self) -> dict[str, bytes]:
+        """What transformers needs beside the weights."""
+        config = self.config.model.to_huggingface(self.tokenizer)
+        files = {"config.json": json.dumps(config, indent=2) + "\n", **self.tokenizer.files()}
+        return {name: text.encode() for name, text in files.items()}

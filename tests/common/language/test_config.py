@@ -1,0 +1,50 @@
+"""Settings of language models: the shipped files, and what users get wrong."""
+
+from pathlib import Path
+
+import pytest
+from transformers import GlmConfig as HuggingFaceConfig
+
+from common.commands.train import parse_run
+from common.config import read_settings
+from common.errors import UserError
+from common.language.config import LanguageRunConfig
+from common.language.tokenizer import SymmetryTokenizer
+
+CONFIGS = sorted((Path(__file__).resolve().parents[3] / "configs").glob("glm4_*.yaml"))
+
+
+def test_there_are_shipped_files() -> None:
+    assert "glm4_tiny" in {path.stem for path in CONFIGS}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_file(path: Path, compact: SymmetryTokenizer) -> None:
+    """Is read, and says of GLM-4 what transformers says where sizes do not matter."""
+    run = parse_run(read_settings(path), str(path))
+    assert isinstance(run, LanguageRunConfig)
+    assert run.name == path.stem
+    own, usual = run.model.to_huggingface(compact), HuggingFaceConfig().to_dict()
+    same = ("partial_rotary_factor", "rope_theta", "hidden_act", "attention_bias", "rms_norm_eps")
+    for name in (*same, "tie_word_embeddings", "attention_dropout", "initializer_range"):
+        assert own[name] == usual[name], name
+    assert own.keys() - usual.keys() <= {"torch_dtype"}
+
+
+@pytest.mark.parametrize(
+    ("section", "setting", "told"),
+    [
+        ("model", {"width": 100}, "4 * heads"),
+        ("model", {"groups": 3}, "groups"),
+        ("train", {"questions": ["colour"]}, "questions"),
+        ("train", {"batch_size": 4}, "train.batch_size"),
+    ],
+)
+def test_wrong_settings(section: str, setting: dict[str, object], told: str) -> None:
+    with pytest.raises(UserError, match=told.replace("*", r"\*")):
+        parse_run({"name": "x", "kind": "language", section: setting}, "x.yaml")
+
+
+def test_unknown_kind() -> None:
+    with pytest.raises(UserError, match="kind"):
+        parse_run({"name": "x", "kind": "poem"}, "x.yaml")

@@ -1,0 +1,94 @@
+"""Questions and answers as batches: complete, within the budget, and the same after a restart."""
+
+from itertools import islice
+
+import numpy as np
+import pytest
+
+from common.data.store import Record
+from common.language.examples import IGNORED, Examples
+from common.language.prompt import Symmetry, parse_question, write_answer
+from common.language.tokenizer import SymmetryTokenizer
+from common.training import Shard
+from tests.training import alike_records, textbook_records
+
+QUESTIONS = ("none", "band_gap", "formation_energy")
+BUDGET = 500
+ALL = Shard()
+
+
+@pytest.fixture(scope="module")
+def records() -> list[Record]:
+    return [*textbook_records(), *alike_records()]
+
+
+@pytest.fixture(scope="module")
+def examples(records: list[Record], compact: SymmetryTokenizer) -> Examples:
+    return Examples(records, compact, QUESTIONS, BUDGET)
+
+
+def test_epoch_has_every_row_once(examples: Examples, records: list[Record]) -> None:
+    rows = np.concatenate([rows for rows, _ in examples.epoch(7, 3)])
+    assert sorted(rows.tolist()) == list(range(len(records)))
+
+
+def test_three_epochs_ask_everything(examples: Examples, records: list[Record]) -> None:
+    asked = {
+        (int(row), int(form))
+        for epoch in (4, 5, 6)
+        for rows, forms in examples.epoch(7, epoch)
+        for row, form in zip(rows, forms, strict=True)
+    }
+    assert len(asked) == len(QUESTIONS) * len(records)
+
+
+def test_epochs_differ(examples: Examples) -> None:
+    first, again, other = (
+        [rows.tolist() for rows, _ in examples.epoch(*key)] for key in ((1, 0), (1, 0), (1, 1))
+    )
+    assert first == again != other
+
+
+def test_what_is_asked_and_answered(
+    examples: Examples, records: list[Record], compact: SymmetryTokenizer
+) -> None:
+    seen = set()
+    for rows, forms in examples.epoch(0, 0):
+        data = examples.collate(rows, forms, *ALL.rows(len(rows)))
+        assert data.tokens.size <= BUDGET or len(rows) == 1
+        assert data.answers == len(rows)
+        assert data.answer_tokens == (data.targets != IGNORED).sum()
+        for row, form, tokens, targets in zip(rows, forms, data.tokens, data.targets, strict=True):
+            crystal, properties = records[row].crystal, records[row].properties
+            answer = targets[targets != IGNORED]
+            assert answer[-1] == compact.end_id
+            assert compact.decode(answer) == write_answer(Symmetry.of_crystal(crystal))
+            begin = int(np.flatnonzero(targets != IGNORED)[0]) + 1
+            assert tokens[begin : begin + len(answer)].tolist() == answer.tolist()
+            text = compact.decode(tokens[:begin]).rstrip("\n")
+            question = parse_question(text[text.index("Composition") :])
+            wanted = QUESTIONS[form]
+            known = wanted != "none" and properties[wanted] is not None
+            assert question.target == (wanted if known else None)
+            seen.add(question.target)
+    assert seen == {None, "band_gap", "formation_energy"}
+
+
+@pytest.mark.parametrize("step", [0, 3, 20, 45])
+def test_goes_on_in_the_middle(examples: Examples, step: int) -> None:
+    whole = [rows.tolist() for rows, _ in islice(examples.batches(2, 0), step + 12)]
+    rest = [rows.tolist() for rows, _ in islice(examples.batches(2, step), 12)]
+    assert rest == whole[step:]
+
+
+def test_shares_make_the_batch(examples: Examples) -> None:
+    """Three processes count every answer once, and all know how many there are."""
+    rows, forms = examples.epoch(0, 0)[0]
+    whole = examples.collate(rows, forms, *ALL.rows(len(rows)))
+    counted = []
+    for rank in range(3):
+        part = examples.collate(rows, forms, *Shard(rank, 3).rows(len(rows)))
+        assert part.tokens.shape[1] == whole.tokens.shape[1]
+        assert (part.answers, part.answer_tokens) == (whole.answers, whole.answer_tokens)
+        counted += [row.tolist() for row in part.targets if (row != IGNORED).any()]
+    assert counted == whole.targets.tolist()

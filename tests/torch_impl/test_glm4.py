@@ -1,0 +1,267 @@
+"""A GLM-4 of one block on textbook crystals: loss, cache, greedy text, training, folders."""
+
+import json
+import shutil
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from common.checkpoint import latest, load_checkpoint
+from common.composition import Formula
+from common.data.store import Record, read_records, write_records
+from common.errors import UserError
+from common.language.config import LanguageRunConfig
+from common.language.examples import IGNORED
+from common.language.grammar import AnswerGrammar, TokenGrammar
+from common.language.prompt import Question
+from common.language.search import SearchRequest, rank_answers
+from common.language.tokenizer import compact_tokenizer
+from common.training import Shard
+from tests.training import textbook_records
+from torch_impl.backend import train_language
+from torch_impl.glm4 import LanguageModel, answer_loss, build, load_language_model
+from torch_impl.train_glm4 import Trainer
+
+TOKENIZER = compact_tokenizer()
+FORMULAS = ({11: 1, 17: 1}, {38: 1, 22: 1, 8: 3}, {6: 1})
+
+
+def tiny(parquet: Path | str = "unused", **settings: object) -> LanguageRunConfig:
+    """Six steps of one block."""
+    base: dict[str, object] = {
+        "data": str(parquet),
+        "validation": str(parquet),
+        "steps": 6,
+        "token_budget": 400,
+        "warmup": 2,
+        "validation_every": 3,
+        "checkpoint_every": 3,
+        "log_every": 1,
+        "learning_rate": 1e-2,
+    }
+    model = {"layers": 1, "width": 32, "heads": 4, "groups": 2, "feed_forward": 48}
+    data = {"name": "tiny", "kind": "language", "model": model, "train": base | settings}
+    return LanguageRunConfig.model_validate(data)
+
+
+@pytest.fixture(scope="module")
+def records() -> list[Record]:
+    return textbook_records()
+
+
+@pytest.fixture(scope="module")
+def parquet(records: list[Record], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("textbook") / "textbook.parquet"
+    write_records(records, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(parquet: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run."""
+    out = tmp_path_factory.mktemp("run")
+    train_language(tiny(parquet), out, device="cpu")
+    return out
+
+
+@pytest.fixture(scope="module")
+def model() -> LanguageModel:
+    """Two blocks with weights so large that attention matters."""
+    torch.manual_seed(3)
+    config = tiny().model.model_copy(update={"layers": 2})
+    network = build(config.to_huggingface(TOKENIZER))
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter += 0.3 * torch.randn_like(parameter)
+    return LanguageModel(network, TOKENIZER, "random")
+
+
+def prompts() -> list[list[int]]:
+    return [TOKENIZER.question_ids(Question.ask(counts)) for counts in FORMULAS]
+
+
+# Loss
+
+
+def test_loss_is_that_of_transformers(model: LanguageModel, records: list[Record]) -> None:
+    """The batch, padded and with the head on answers alone, against one example at a time."""
+    trainer = Trainer(tiny(), records, records)
+    data = next(trainer.batches())
+    found = answer_loss(model.model, *map(torch.from_numpy, (data.tokens, data.targets)))
+    wanted = 0.0
+    for tokens, targets in zip(data.tokens, data.targets, strict=True):
+        end = int(np.flatnonzero(targets != IGNORED)[-1]) + 2
+        labels = np.full(end, IGNORED)
+        labels[1:] = targets[: end - 1]
+        ids = torch.from_numpy(tokens[None, :end])
+        loss = model.model(input_ids=ids, labels=torch.from_numpy(labels[None])).loss
+        wanted += loss.item() * (labels != IGNORED).sum()
+    assert found.item() == pytest.approx(wanted, rel=1e-5)
+
+
+def test_gradients_of_shares_add_up(records: list[Record]) -> None:
+    gradients = []
+    for shards in ([Shard()], [Shard(0, 2), Shard(1, 2)]):
+        sums: list[torch.Tensor] = []
+        for shard in shards:
+            trainer = Trainer(tiny(), records, records, shard=shard)
+            data = next(trainer.batches())
+            (trainer.loss(data) / data.answer_tokens).backward()
+            own = [p.grad.clone() for p in trainer.parameters if p.grad is not None]
+            sums = [a + b for a, b in zip(sums, own, strict=True)] if sums else own
+        gradients.append(sums)
+    for whole, parts in zip(*gradients, strict=True):
+        torch.testing.assert_close(whole, parts, rtol=1e-4, atol=1e-6)
+
+
+# Scores
+
+
+def full_logits(model: LanguageModel, sequence: list[int]) -> np.ndarray:
+    """After a sequence, without padding or cache."""
+    with torch.no_grad():
+        return model.model(input_ids=torch.tensor([sequence])).logits[0, -1].numpy()
+
+
+def test_scores_with_cache(model: LanguageModel) -> None:
+    """Of sequences of different lengths, some with a known beginning, some that share one."""
+    questions = prompts()
+    first, handles = model(questions, [None] * 3)
+    longer = [
+        [*questions[0], 5],
+        [*questions[1], 6, 7, 8],
+        [*questions[0], 9, 10],
+        [*questions[2], 11],
+    ]
+    second, more = model(longer, [handles[0], handles[1], handles[0], None])
+    longest = [[*longer[2], 12], [*longer[1], 13, 14]]
+    third, _ = model(longest, [more[2], more[1]])
+    for scores, sequences in ((first, questions), (second, longer), (third, longest)):
+        for row, sequence in zip(scores, sequences, strict=True):
+            np.testing.assert_allclose(row, full_logits(model, sequence), rtol=1e-4, atol=1e-4)
+
+
+def test_ranking_needs_no_cache(model: LanguageModel) -> None:
+    def forgetful(sequences, handles):
+        return model(sequences, [None] * len(handles))
+
+    requests = []
+    for ids, counts, group in zip(prompts(), FORMULAS, (225, 221, 227), strict=True):
+        grammar = AnswerGrammar(Formula(tuple(counts.items())), space_group=group, max_atoms=20)
+        requests.append(SearchRequest(tuple(ids), TokenGrammar(grammar, TOKENIZER)))
+    cached = rank_answers(requests, model, top=3, budget=200)
+    plain = rank_answers(requests, forgetful, top=3, budget=200)
+    for found, wanted in zip(cached, plain, strict=True):
+        assert len(found.candidates) == len(wanted.candidates) > 0
+        for a, b in zip(found.candidates, wanted.candidates, strict=True):
+            assert (a.space_group, a.sites) == (b.space_group, b.sites)
+            assert a.probability == pytest.approx(b.probability, rel=1e-3)
+
+
+def test_greedy_text(model: LanguageModel) -> None:
+    """Of questions of different lengths, against the likeliest token one by one."""
+    answers = model.write(prompts(), limit=6)
+    for question, answer in zip(prompts(), answers, strict=True):
+        sequence = list(question)
+        for token in answer:
+            assert token == int(full_logits(model, sequence).argmax())
+            sequence.append(token)
+        assert len(answer) == 6 or int(full_logits(model, sequence).argmax()) == TOKENIZER.end_id
+
+
+# Training
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_loss_falls(records: list[Record], precision: str) -> None:
+    trainer = Trainer(tiny(steps=30, ema=0.5, precision=precision), records, records)
+    before = trainer.validate()["loss"]
+    for data in islice(trainer.batches(), 30):
+        trainer.train_step(data)
+    assert trainer.validate()["loss"] < 0.6 * before
+
+
+def test_goes_on_to_the_byte(parquet: Path, trained: Path, tmp_path: Path) -> None:
+    config = tiny(parquet)
+    trainer = Trainer(config, read_records(parquet), read_records(parquet))
+    trainer.resume(trained / "step_00000003")
+    for data in islice(trainer.batches(), 3):
+        trainer.train_step(data)
+    saved = load_checkpoint(trained / "step_00000006", optimizer=True)
+    for name, array in trainer.average_arrays().items():
+        np.testing.assert_array_equal(array, saved.model[name])
+    for name, array in trainer.optimizer_arrays().items():
+        np.testing.assert_array_equal(array, saved.optimizer[name])
+
+
+def test_log(trained: Path) -> None:
+    rows = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if row["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
+    watched = [row for row in rows if row["kind"] == "validation"]
+    assert [row["step"] for row in watched] == [3, 6]
+    assert all(row["answer"] > row["loss"] > 0 for row in watched)
+
+
+# Folders
+
+
+def test_transformers_reads_the_folder(trained: Path) -> None:
+    own = load_language_model(trained / "final")
+    other = AutoModelForCausalLM.from_pretrained(trained / "final").eval()
+    tokenizer = AutoTokenizer.from_pretrained(trained / "final")
+    text = "\nSpace group: 225 Fm-3m"
+    assert tokenizer(text, add_special_tokens=False)["input_ids"] == TOKENIZER.encode(text)
+    ids = prompts()[0]
+    with torch.no_grad():
+        wanted = other(input_ids=torch.tensor([ids])).logits[0, -1].numpy()
+    np.testing.assert_allclose(own([ids], [None])[0][0], wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_run_folder_is_its_latest_step(trained: Path) -> None:
+    step = latest(trained)
+    assert step is not None
+    assert load_language_model(trained).name == load_checkpoint(step).hash
+
+
+def test_folder_of_transformers(model: LanguageModel, tmp_path: Path) -> None:
+    model.model.save_pretrained(tmp_path, max_shard_size="40KB")
+    TOKENIZER.save(tmp_path)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    ids = prompts()[1]
+    found = load_language_model(tmp_path)([ids], [None])[0][0]
+    np.testing.assert_allclose(found, full_logits(model, ids), rtol=1e-5, atol=1e-5)
+
+
+def refused(folder: Path) -> str:
+    """The one line that a user gets."""
+    with pytest.raises(UserError) as caught:
+        load_language_model(folder)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_bad_folders(trained: Path, model: LanguageModel, tmp_path: Path) -> None:
+    assert "absent" in refused(tmp_path / "absent")
+    damaged = tmp_path / "damaged"
+    shutil.copytree(trained / "final", damaged)
+    weights = damaged / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert "model.safetensors" in refused(damaged)
+    other = tmp_path / "other"
+    model.model.save_pretrained(other)
+    TOKENIZER.save(other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"model_type": "llama"}))
+    assert "model_type" in refused(other)
+    (other / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    assert "layers.2" in refused(other)
+    (other / "config.json").write_text(json.dumps(config))
+    shard = other / "model.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    assert "other" in refused(other)
+    (other / "model.safetensors").unlink()
+    assert "other" in refused(other)

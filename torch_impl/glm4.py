@@ -1,0 +1,267 @@
+"""GLM-4 as transformers has it: made from a run's settings, read from a folder, and scored.
+
+The folder is one of this project (with a manifest) or one as transformers writes it (config.json
+and safetensors). No code that comes with weights is run, and no pickle is read.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import DynamicCache, GlmConfig, GlmForCausalLM
+
+from common.checkpoint import MANIFEST, load_checkpoint
+from common.errors import UserError
+from common.language.examples import IGNORED
+from common.language.tokenizer import SymmetryTokenizer, load_tokenizer
+from common.weights import Arrays
+from torch_impl.adamw import as_tensor
+
+
+def build(config: dict[str, Any]) -> GlmForCausalLM:
+    """A network with random weights.
+
+    Args:
+        config: content of config.json.
+    """
+    return GlmForCausalLM(GlmConfig(**config, use_cache=False, attn_implementation="sdpa"))
+
+
+def answer_loss(model: nn.Module, tokens: Tensor, targets: Tensor) -> Tensor:
+    """Cross entropy of the targets that count, in nats, summed.
+
+    The head, which is as wide as the vocabulary, works on their positions alone. Padding stands at
+    the end, where no token before it looks, and so needs no mask.
+
+    Args:
+        model: GlmForCausalLM.
+        tokens: [B,T].
+        targets: [B,T], the token that follows, or ``IGNORED``.
+    """
+    hidden = model.model(input_ids=tokens, use_cache=False).last_hidden_state  # [B,T,D]
+    counted = targets != IGNORED  # [B,T]
+    logits = model.lm_head(hidden[counted]).float()  # [N,V]
+    return nn.functional.cross_entropy(logits, targets[counted], reduction="sum")
+
+
+class AnswerLoss(nn.Module):
+    """``answer_loss`` as a network, for what wraps networks."""
+
+    def __init__(self, model: GlmForCausalLM) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """See ``answer_loss``."""
+        return answer_loss(self.model, tokens, targets)
+
+
+def load_weights(model: nn.Module, arrays: Arrays, where: str) -> None:
+    """Puts a checkpoint's weights into a network.
+
+    Raises:
+        UserError: if one is missing, unknown or of another shape.
+    """
+    parameters = dict(model.named_parameters())
+    if arrays.keys() != parameters.keys():
+        names = sorted(arrays.keys() ^ parameters.keys())
+        raise UserError(f"{where}: weights do not belong to this network: {', '.join(names[:5])}")
+    for name, array in arrays.items():
+        wanted = tuple(parameters[name].shape)
+        if array.shape != wanted:
+            raise UserError(f"{where}: weight {name} has shape {array.shape}, not {wanted}")
+        parameters[name].data.copy_(as_tensor(array))
+
+
+@dataclass(frozen=True, eq=False)
+class _Past:
+    """Keys and values of a sequence, as a chain: a beginning, which others may share, and more.
+
+    Attributes:
+        before: the beginning, or None.
+        length: tokens of all.
+        states: [2 * layers, groups, tokens, head], keys and values of what came after ``before``.
+    """
+
+    before: "_Past | None"
+    length: int
+    states: Tensor
+
+    def write(self, to: Tensor) -> None:
+        """Fills [2 * layers, groups, length, head]."""
+        part: _Past | None = self
+        while part is not None:
+            begin = part.length - part.states.shape[2]
+            to[:, :, begin : part.length] = part.states
+            part = part.before
+
+
+class LanguageModel:
+    """A loaded model with its tokenizer; scores sequences for ``common.language.search``.
+
+    Args:
+        model: the network.
+        tokenizer: its own.
+        name: 12 hex digits that name the weights, or the folder's name.
+    """
+
+    def __init__(self, model: GlmForCausalLM, tokenizer: SymmetryTokenizer, name: str) -> None:
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.name = name
+
+    @cached_property
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @torch.inference_mode()
+    def __call__(
+        self, sequences: Sequence[Sequence[int]], handles: Sequence[Any]
+    ) -> tuple[NDArray[np.floating[Any]], Sequence[Any]]:
+        """Logits after each sequence, and keys and values; see ``common.language.search.Scorer``.
+
+        Args:
+            sequences: tokens from the first on.
+            handles: of their beginnings, or None.
+        """
+        known = [0 if past is None else past.length for past in handles]
+        new = [list(s[n:]) for s, n in zip(sequences, known, strict=True)]
+        width, depth = max(map(len, new)), max(known)
+        tokens = torch.full((len(new), width), self.tokenizer.pad_id)
+        for row, ids in zip(tokens, new, strict=True):
+            row[: len(ids)] = torch.tensor(ids)
+        lengths = torch.tensor([len(ids) for ids in new])
+        past = torch.tensor(known)
+        # Known tokens stand at 0..known of `depth` places, new ones behind these.
+        place = torch.arange(depth + width)
+        visible = place[None, None, :] < past[:, None, None]
+        later = place - depth
+        visible = visible | ((later >= 0) & (later <= torch.arange(width)[:, None]))[None]
+        cache = self._cache(handles, depth)
+        output = self.model.model(
+            input_ids=tokens.to(self._device),
+            attention_mask=_additive(visible[:, None], self.model.dtype).to(self._device),
+            position_ids=(past[:, None] + torch.arange(width)).to(self._device),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        last = output.last_hidden_state[torch.arange(len(new)), lengths - 1]
+        logits = self.model.lm_head(last).float().numpy(force=True)
+        states = [t for layer in cache.layers for t in (layer.keys, layer.values)]
+        stacked = torch.stack([t[:, :, depth:] for t in states])  # [2L,B,G,width,head]
+        pasts = [
+            _Past(before, n + len(ids), stacked[:, index, :, : len(ids)].clone())
+            for index, (before, n, ids) in enumerate(zip(handles, known, new, strict=True))
+        ]
+        return logits, pasts
+
+    def _cache(self, handles: Sequence[_Past | None], depth: int) -> DynamicCache:
+        """Keys and values of what is known, filled up to the longest."""
+        config = self.model.config
+        shape = (2 * config.num_hidden_layers, config.num_key_value_heads, depth, config.head_dim)
+        states = torch.zeros((len(handles), *shape), dtype=self.model.dtype, device=self._device)
+        for row, past in zip(states, handles, strict=True):
+            if past is not None:
+                past.write(row[:, :, : past.length])
+        cache = DynamicCache()
+        for layer in range(config.num_hidden_layers):
+            cache.update(states[:, 2 * layer], states[:, 2 * layer + 1], layer)
+        return cache
+
+    @torch.inference_mode()
+    def write(self, prompts: Sequence[Sequence[int]], limit: int = 128) -> list[list[int]]:
+        """Answers without any constraint, always the likeliest token; without the end's token.
+
+        Args:
+            prompts: tokens of questions.
+            limit: tokens of an answer, at most.
+        """
+        length = max(map(len, prompts))
+        tokens = torch.full((len(prompts), length), self.tokenizer.pad_id)
+        mask = torch.zeros_like(tokens)
+        for row, present, ids in zip(tokens, mask, prompts, strict=True):
+            row[length - len(ids) :] = torch.tensor(ids)
+            present[length - len(ids) :] = 1
+        found = self.model.generate(
+            tokens.to(self._device),
+            attention_mask=mask.to(self._device),
+            max_new_tokens=limit,
+            do_sample=False,
+            use_cache=True,
+            eos_token_id=self.tokenizer.end_id,
+            pad_token_id=self.tokenizer.pad_id,
+        )
+        ends = {self.tokenizer.end_id, self.tokenizer.pad_id}
+        answers = []
+        for row in found[:, length:].tolist():
+            end = next((i for i, token in enumerate(row) if token in ends), len(row))
+            answers.append(row[:end])
+        return answers
+
+
+def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """Zero where a token may look, the lowest number elsewhere."""
+    lowest = torch.finfo(dtype).min
+    return torch.where(visible, 0.0, lowest).to(dtype)
+
+
+def load_language_model(folder: str | os.PathLike[str], device: str = "cpu") -> LanguageModel:
+    """Reads a model's folder.
+
+    Raises:
+        UserError: if it is absent, damaged, or not GLM-4's.
+    """
+    path = Path(folder)
+    run_folder = (path / "latest").is_file() and not (path / "config.json").is_file()
+    if run_folder or (path / MANIFEST).is_file():
+        saved = load_checkpoint(path)
+        model = build(_read_config(saved.path))
+        load_weights(model, saved.model, str(saved.path))
+        name, path = saved.hash, saved.path
+    else:
+        model = _from_huggingface(path)
+        name = path.name
+    return LanguageModel(model.to(device), load_tokenizer(path), name)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"cannot read {path}: {str(error)[:120]}; give a folder of GLM-4"
+        ) from error
+    if not isinstance(config, dict) or config.get("model_type") != "glm":
+        raise UserError(f"{path}: model_type is not glm; give a folder of GLM-4")
+    return config
+
+
+def _from_huggingface(folder: Path) -> GlmForCausalLM:
+    """Weights as transformers writes them, in one or several safetensors."""
+    if not folder.is_dir():
+        raise UserError(f"no language model at {folder}: give a folder with config.json")
+    _read_config(folder)
+    try:
+        model, report = GlmForCausalLM.from_pretrained(
+            folder,
+            use_safetensors=True,
+            local_files_only=True,
+            dtype="auto",
+            output_loading_info=True,
+        )
+    except Exception as error:  # the library raises anything, from OSError to its own
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"cannot read the language model in {folder}: {reason}") from error
+    wrong = [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]
+    if wrong:
+        raise UserError(f"{folder}: weights do not belong to this network: {wrong[:5]}")
+    return model

@@ -1,0 +1,93 @@
+"""Training of GLM-4 as transformers has it."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from common.checkpoint import load_checkpoint
+from common.data.store import Record
+from common.language.config import LanguageRunConfig
+from common.language.examples import TokenBatch
+from common.language.training import LanguageTrainer
+from common.training import Shard, records_of, run_training
+from torch_impl.adamw import AveragedAdamW
+from torch_impl.distributed import joined, sum_gradients, sum_values
+from torch_impl.glm4 import AnswerLoss, build, load_weights
+
+
+class Trainer(AveragedAdamW, LanguageTrainer):
+    """One training run with torch; see ``common.language.training.LanguageTrainer``."""
+
+    def __init__(
+        self,
+        config: LanguageRunConfig,
+        train_records: list[Record],
+        validation_records: list[Record],
+        device: str = "cpu",
+        shard: Shard = Shard(),  # noqa: B008 - frozen
+    ) -> None:
+        super().__init__(config, train_records, validation_records, shard)
+        self.device = torch.device(device)
+        settings = config.train
+        torch.manual_seed(settings.seed)
+        self.model = build(config.model.to_huggingface(self.tokenizer)).to(self.device)
+        if settings.init_from:
+            saved = load_checkpoint(Path(settings.init_from))
+            load_weights(self.model, saved.model, settings.init_from)
+        if settings.compile:
+            for layer in self.model.model.layers:
+                layer.compile(dynamic=True)
+        self.optimise(self.model, settings)
+        self.network = sum_gradients(AnswerLoss(self.model))
+
+    def loss(self, data: TokenBatch) -> Tensor:
+        """Nats of this process's answers, summed."""
+        tokens = torch.from_numpy(data.tokens).to(self.device)
+        targets = torch.from_numpy(data.targets).to(self.device)
+        bfloat16 = self.config.train.precision == "bfloat16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16):
+            return self.network(tokens, targets)
+
+    def update(self, data: TokenBatch, rate: float, decay: float) -> dict[str, float]:
+        """One step of AdamW; see ``common.training.TrainingRun``."""
+        nats = self.loss(data)
+        norm = self.descend(nats / data.answer_tokens, rate, decay)
+        total = sum_values(nats.detach()).item()
+        return {
+            "loss": total / data.answer_tokens,
+            "answer": total / data.answers,
+            "gradient_norm": norm,
+        }
+
+    @torch.no_grad()
+    def losses(self, data: TokenBatch) -> float:
+        """Of the current weights."""
+        return self.loss(data).item()
+
+
+def train(
+    config: LanguageRunConfig,
+    out: Path,
+    *,
+    resume: bool = False,
+    threads: int = 1,
+    device: str = "auto",
+) -> None:
+    """Trains as a configuration says; see ``common.training.run_training``.
+
+    Args:
+        config: the run.
+        out: the run's folder.
+        resume: whether to go on from the latest step in it.
+        threads: CPU threads.
+        device: ``auto``, ``cpu`` or ``cuda``.
+
+    Raises:
+        UserError: as ``torch_impl.train_dit.train`` does.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_num_threads(threads)
+    with joined(device) as shard:
+        run_training(Trainer(config, *records_of(config), device, shard), out, resume)
