@@ -191,7 +191,7 @@ def compare_rows(found: list[dict[str, Any]], expected: list[dict[str, Any]]) ->
             raise DisagreementError(f"{one['file']}: another sample")
 
 
-# CIFs have six digits, which pymatgen turns into thirds.
+# Of ten digits of 1/3, of which pymatgen makes sixteen.
 @pytest.mark.filterwarnings("ignore:Issues encountered while parsing CIF:UserWarning")
 def test_files(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     mindspore = generated("mindspore", checkpoint, tmp_path / "mindspore")
