@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from common.machine import ascend_count
+
 # MindSpore needs the Python implementation of protobuf, which TensorBoard, if it comes first,
 # would not choose.
 os.environ.setdefault("PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION", "python")
@@ -15,6 +17,14 @@ settings.register_profile("no-deadline", deadline=None)
 settings.load_profile("no-deadline")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skips what needs Ascend NPUs where they are not, with the command for where they are."""
+    needed = next((mark.kwargs["npus"] for mark in item.iter_markers("ascend")), 0)
+    if needed > ascend_count():
+        command = f".venv/bin/python -m pytest {item.nodeid}"
+        pytest.skip(f"needs {needed} Ascend NPUs; there: {command}")
 
 
 @pytest.fixture(scope="session")
