@@ -1,13 +1,23 @@
 """The torch backend, as ``common.backend`` finds it."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from common.language.config import LanguageRunConfig
 from torch_impl.bench import benchmark
 from torch_impl.distributed import problems
 from torch_impl.generator import Generator, devices, load
 from torch_impl.train_dit import train
+
+if TYPE_CHECKING:
+    from torch_impl.glm4 import LanguageModel
+
+
+def load_language_model(folder: Path, device: str = "cpu") -> "LanguageModel":
+    """Reads a language model; see ``torch_impl.glm4.load_language_model``."""
+    from torch_impl.glm4 import load_language_model  # transformers is slow to import
+
+    return load_language_model(folder, device)
 
 
 def train_language(config: LanguageRunConfig, out: Path, **options: Any) -> None:
@@ -17,4 +27,13 @@ def train_language(config: LanguageRunConfig, out: Path, **options: Any) -> None
     train(config, out, **options)
 
 
-__all__ = ["Generator", "benchmark", "devices", "load", "problems", "train", "train_language"]
+__all__ = [
+    "Generator",
+    "benchmark",
+    "devices",
+    "load",
+    "load_language_model",
+    "problems",
+    "train",
+    "train_language",
+]

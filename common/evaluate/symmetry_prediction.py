@@ -1,65 +1,144 @@
 """How often a ranking of symmetries has the true one among its first k."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
+from common.composition import Formula, SiteRequest, check_sites
+from common.crystal.structure import Crystal
 from common.crystal.wyckoff import wyckoff_summary
-from common.prior import TemplatePrior
+from common.data.store import Record
+from common.errors import UserError
+from common.language.prompt import AnswerError, parse_answer
+from common.prior import SymmetryCandidate, TemplatePrior
+from common.templates import reduce_counts
 
 CUTOFFS = (1, 5, 20)
+_BINS = 10
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Where the truth stands in one ranking.
+
+    Attributes:
+        group, assignment: place of the true space group among the distinct ones, and of the true
+            group and sites (up to relabelling by the group's normaliser); None if they are absent.
+        first: probability of the first candidate; 0 without any.
+        legal: whether every candidate adds up to the composition on positions of its group.
+    """
+
+    group: int | None
+    assignment: int | None
+    first: float
+    legal: bool
+
+
+def outcome_of(crystal: Crystal, candidates: Sequence[SymmetryCandidate]) -> Outcome:
+    """Compares a ranking, the likeliest first, with a crystal's own symmetry."""
+    groups = list(dict.fromkeys(c.space_group for c in candidates))
+    own = [(site.atomic_number, site.letter) for site in crystal.sites]
+    truth = wyckoff_summary(crystal.space_group).canonical(own)
+    same = (
+        index
+        for index, c in enumerate(candidates)
+        if c.space_group == crystal.space_group
+        and wyckoff_summary(c.space_group).canonical(c.sites) == truth
+    )
+    return Outcome(
+        groups.index(crystal.space_group) if crystal.space_group in groups else None,
+        next(same, None),
+        candidates[0].probability if candidates else 0.0,
+        all(is_legal(c.space_group, c.sites, crystal.formula_counts) for c in candidates),
+    )
+
+
+def is_legal(space_group: int, sites: Iterable[tuple[int, str]], counts: Mapping[int, int]) -> bool:
+    """Whether sites exist in a group and add up to a composition."""
+    formula = Formula(tuple(sorted(reduce_counts(counts)[0].items())))
+    requests = [SiteRequest(z, letter) for z, letter in sites]
+    try:
+        check_sites(requests, wyckoff_summary(space_group).letters, space_group, formula)
+    except UserError:
+        return False
+    return True
+
+
+def legal_answers(answers: Sequence[str], crystals: Sequence[Crystal]) -> float:
+    """Share of texts that are an answer, and a legal one for the composition."""
+
+    def legal(answer: str, crystal: Crystal) -> bool:
+        try:
+            symmetry = parse_answer(answer)
+        except AnswerError:
+            return False
+        return is_legal(symmetry.space_group, symmetry.sites, crystal.formula_counts)
+
+    return float(np.mean([legal(a, c) for a, c in zip(answers, crystals, strict=True)]))
+
+
+def rates(outcomes: Sequence[Outcome], new: Sequence[bool]) -> dict[str, Any]:
+    """Shares of rows by cutoff.
+
+    Args:
+        outcomes: of every row.
+        new: whether no row of training has its reduced formula.
+
+    Returns:
+        ``space_group`` and ``assignment`` by cutoff, of all rows and, as ``*_new_formula``, of the
+        new ones; ``seen_formula``, the share of the others, which are other polymorphs.
+    """
+    result: dict[str, Any] = {
+        "rows": len(outcomes),
+        "seen_formula": round(1 - sum(new) / max(len(new), 1), 4),
+    }
+    unseen = [outcome for outcome, is_new in zip(outcomes, new, strict=True) if is_new]
+    for name, places in (("space_group", "group"), ("assignment", "assignment")):
+        for suffix, rows in (("", outcomes), ("_new_formula", unseen)):
+            found = [getattr(outcome, places) for outcome in rows]
+            result[name + suffix] = {
+                k: round(sum(p is not None and p < k for p in found) / max(len(found), 1), 4)
+                for k in CUTOFFS
+            }
+    return result
+
+
+def calibration_error(outcomes: Sequence[Outcome]) -> float:
+    """Expected calibration error of the first candidate's probability, in bins of a tenth.
+
+    The mean over rows of the distance between how sure and how often right its bin is.
+    """
+    sure = np.array([outcome.first for outcome in outcomes])
+    right = np.array([outcome.assignment == 0 for outcome in outcomes])
+    bins = (sure * _BINS).astype(int).clip(max=_BINS - 1)
+    totals = [abs((sure - right)[bins == b].sum()) for b in range(_BINS)]
+    return float(sum(totals) / len(outcomes))
 
 
 def evaluate_prior(
-    prior: TemplatePrior, records: Iterable[Any], given: str | None = None
+    prior: TemplatePrior, records: Iterable[Record], given: str | None = None
 ) -> dict[str, Any]:
     """Ranks the symmetries of every record's composition and looks for its own.
 
     Args:
         prior: fitted on other records.
-        records: ``common.data.store.Record``.
+        records: what to rank.
         given: ``band_gap`` or ``formation_energy``: the property is told as well; rows without it
             are left out.
 
     Returns:
-        ``space_group`` and ``assignment`` (group and the letters of every element, up to
-        relabelling by the group's normaliser): share of rows by cutoff. ``seen_formula`` is the
-        share of rows whose reduced formula also occurs in training, where the row is another
-        polymorph of it; ``*_new_formula`` are the shares among the other rows.
+        ``rates``, with ``given`` and the name of the ``prior``.
     """
-    hits: dict[str, dict[int, list[int]]] = {
-        name: {k: [0, 0] for k in CUTOFFS} for name in ("space_group", "assignment")
-    }
-    rows = [0, 0]
+    outcomes, new = [], []
     for record in records:
         value = None if given is None else record.properties[given]
         if given is not None and value is None:
             continue
-        crystal = record.crystal
+        counts = record.crystal.formula_counts
         properties = {} if given is None or value is None else {given: value}
-        candidates = prior.rank(crystal.formula_counts, properties, top=max(CUTOFFS))
-        groups = list(dict.fromkeys(c.space_group for c in candidates))
-        own = [(site.atomic_number, site.letter) for site in crystal.sites]
-        truth = wyckoff_summary(crystal.space_group).canonical(own)
-        same = [
-            c.space_group == crystal.space_group
-            and wyckoff_summary(c.space_group).canonical(c.sites) == truth
-            for c in candidates
-        ]
-        new = not prior.reference.rows_of_formula(crystal.formula_counts)
-        rows[new] += 1
-        for k in CUTOFFS:
-            hits["space_group"][k][new] += crystal.space_group in groups[:k]
-            hits["assignment"][k][new] += any(same[:k])
-    total = sum(rows)
-    result: dict[str, Any] = {
-        "rows": total,
-        "given": given,
-        "prior": prior.hash,
-        "seen_formula": round(rows[0] / max(total, 1), 4),
-    }
-    for name, by_cutoff in hits.items():
-        result[name] = {k: round(sum(n) / max(total, 1), 4) for k, n in by_cutoff.items()}
-        result[f"{name}_new_formula"] = {
-            k: round(n[1] / max(rows[1], 1), 4) for k, n in by_cutoff.items()
-        }
-    return result
+        candidates = prior.rank(counts, properties, top=max(CUTOFFS))
+        outcomes.append(outcome_of(record.crystal, candidates))
+        new.append(not prior.reference.rows_of_formula(counts))
+    return {"given": given, "prior": prior.hash, **rates(outcomes, new)}

@@ -1,0 +1,96 @@
+"""A loaded symmetry language model, of whatever framework, and what it ranks."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from common.composition import MAX_PRIMITIVE_ATOMS, Formula
+from common.language.grammar import AnswerGrammar, TokenGrammar
+from common.language.prompt import Question
+from common.language.search import Progress, Ranking, Scorer, SearchRequest, rank_answers
+from common.language.tokenizer import SymmetryTokenizer
+
+#: Questions that are searched side by side; what bounds memory.
+_CHUNK = 64
+
+
+class LanguageModel(Scorer, Protocol):
+    """What scores sequences for the search, with its tokenizer.
+
+    Attributes:
+        tokenizer: its own.
+        name: of the weights, for reports.
+    """
+
+    tokenizer: SymmetryTokenizer
+    name: str
+
+    def write(self, prompts: Sequence[Sequence[int]], limit: int = 128) -> list[list[int]]:
+        """Answers without any constraint, always the likeliest token; without the end's token.
+
+        Args:
+            prompts: tokens of questions.
+            limit: tokens of an answer, at most.
+        """
+        ...
+
+
+def rank_questions(
+    model: LanguageModel,
+    questions: Sequence[Question],
+    *,
+    top: int = 20,
+    temperature: float = 1.0,
+    max_atoms: int = MAX_PRIMITIVE_ATOMS,
+    progress: Progress | None = None,
+) -> list[Ranking]:
+    """The likeliest symmetries that the compositions of some questions can legally have.
+
+    Args:
+        model: what ranks.
+        questions: compositions, with or without a target property.
+        top, temperature: as in ``rank_answers``.
+        max_atoms: in the primitive cell.
+        progress: called with the questions that are answered, and all.
+    """
+    rankings: list[Ranking] = []
+    for begin in range(0, len(questions), _CHUNK):
+        chunk = questions[begin : begin + _CHUNK]
+        requests = [_request(model.tokenizer, question, max_atoms) for question in chunk]
+        rankings += rank_answers(requests, model, top=top, temperature=temperature)
+        if progress is not None:
+            progress(len(rankings), len(questions))
+    return rankings
+
+
+def write_answers(
+    model: LanguageModel,
+    questions: Sequence[Question],
+    *,
+    batch_size: int = 64,
+    progress: Progress | None = None,
+) -> list[str]:
+    """What the model answers without any constraint, in the order of the questions.
+
+    Args:
+        model: what writes.
+        questions: those of about the same length are answered together.
+        batch_size: of these.
+        progress: called with the questions that are answered, and all.
+    """
+    prompts = [model.tokenizer.question_ids(question) for question in questions]
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    answers: dict[int, str] = {}
+    for begin in range(0, len(order), batch_size):
+        chosen = order[begin : begin + batch_size]
+        written = model.write([prompts[index] for index in chosen])
+        texts = map(model.tokenizer.decode, written)
+        answers |= dict(zip(chosen, texts, strict=True))
+        if progress is not None:
+            progress(len(answers), len(order))
+    return [answers[index] for index in range(len(order))]
+
+
+def _request(tokenizer: SymmetryTokenizer, question: Question, max_atoms: int) -> SearchRequest:
+    formula = Formula(tuple(sorted(question.formula)))
+    grammar = TokenGrammar(AnswerGrammar(formula, max_atoms=max_atoms), tokenizer)
+    return SearchRequest(tuple(tokenizer.question_ids(question)), grammar)
