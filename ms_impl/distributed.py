@@ -77,10 +77,12 @@ def _without_cann() -> str | None:
     source = f"source set_env.sh of CANN {CANN[-1]}"
     if not home:
         return f"CANN is not found (ASCEND_HOME_PATH is not set): {source}"
+    if not Path(home).is_dir():
+        return f"CANN is not found in ASCEND_HOME_PATH={home}, which is no folder: {source}"
     try:
         text = (Path(home) / "compiler" / "version.info").read_text(errors="replace")
-    except OSError as error:
-        return f"CANN is not found in ASCEND_HOME_PATH={home} ({error.strerror}): {source}"
+    except OSError:
+        return None  # a layout of its own, which MindSpore takes as it is
     found = re.search(r"^Version=(\d+\.\d+)", text, re.MULTILINE)
     version = found[1] if found else "of unknown version"
     if version not in CANN:

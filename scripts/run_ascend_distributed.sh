@@ -57,6 +57,7 @@ NODE_RANK="${NODE_RANK:-0}" JOIN="${JOIN:-True}"
 need_count --worker_num "$WORKER_NUM"
 need_count --local_worker_num "$LOCAL_WORKER"
 need_count --master_port "$MASTER_PORT"
+((MASTER_PORT < 65536)) || fail "--master_port $MASTER_PORT: give one below 65536"
 ((WORKER_NUM % LOCAL_WORKER == 0)) ||
     fail "--worker_num $WORKER_NUM: give a multiple of --local_worker_num $LOCAL_WORKER"
 MACHINES=$((WORKER_NUM / LOCAL_WORKER))
