@@ -73,6 +73,9 @@ class Layout:
 
 
 NATIVE = Layout()
+#: What LoRA adds to a network, under the names of peft's files.
+ADAPTER = Layout("uni-mdm adapter", "adapter_model.safetensors")
+_LAYOUTS = {layout.format: layout for layout in (NATIVE, ADAPTER)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,8 +100,9 @@ class Checkpoint:
 
     @property
     def hash(self) -> str:
-        """The first 12 hex digits of the SHA-256 of ``model.safetensors``: names the weights."""
-        digest: str = self.manifest["files"][MODEL]["sha256"]
+        """The first 12 hex digits of the SHA-256 of the model's file: names the weights."""
+        name = _LAYOUTS[self.manifest["format"]].model
+        digest: str = self.manifest["files"][name]["sha256"]
         return digest[:12]
 
     @property
@@ -119,6 +123,7 @@ def save_checkpoint(
     fingerprint: str = "",
     extra: Mapping[str, Any] | None = None,
     companions: Mapping[str, bytes] | None = None,
+    layout: Layout = NATIVE,
 ) -> None:
     """Write a checkpoint, whole or not at all; one that is already there is replaced.
 
@@ -134,6 +139,7 @@ def save_checkpoint(
         fingerprint: of the training rows.
         extra: JSON-able, kept in the manifest.
         companions: further files, of the names in ``COMPANIONS``.
+        layout: the kind of folder.
 
     Raises:
         UserError: if a tensor is not finite, or the system refuses (no space, no permission).
@@ -142,7 +148,7 @@ def save_checkpoint(
     _check_model(folder, model)
     files = {
         CONFIG: yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True).encode(),
-        MODEL: _dump_tensors(folder, MODEL, model),
+        layout.model: _dump_tensors(folder, layout.model, model),
         CARD: card.encode(),
         **(companions or {}),
     }
@@ -150,7 +156,7 @@ def save_checkpoint(
         files[OPTIMIZER] = _dump_tensors(folder, OPTIMIZER, optimizer)
     if state is not None:
         files[STATE] = _dump_json(state)
-    install(folder, files, make_provenance(config, fingerprint, extra))
+    install(folder, files, make_provenance(config, fingerprint, extra), layout)
 
 
 def save_step(
@@ -166,6 +172,7 @@ def save_step(
     fingerprint: str = "",
     extra: Mapping[str, Any] | None = None,
     companions: Mapping[str, bytes] | None = None,
+    layout: Layout = NATIVE,
 ) -> Path:
     """Save a training step, then make it the latest, then delete older steps but the last `keep`.
 
@@ -187,6 +194,7 @@ def save_step(
         fingerprint=fingerprint,
         extra=extra,
         companions=companions,
+        layout=layout,
     )
     write_atomic(run_folder / LATEST, folder.name + "\n")
     older = [path for number, path in _steps(run_folder) if number <= step]
@@ -221,7 +229,8 @@ def load_checkpoint(folder: Path, optimizer: bool = False) -> Checkpoint:
             although one is needed, or has tensors that are not finite float32.
     """
     folder = _locate(Path(folder))
-    manifest = read_manifest(folder)
+    layout = _layout_of(folder)
+    manifest = read_manifest(folder, layout)
     entries = manifest["files"]
     if optimizer and OPTIMIZER not in entries:
         raise _broken(folder, "holds no optimizer state", "it cannot be resumed, start a new run")
@@ -230,10 +239,10 @@ def load_checkpoint(folder: Path, optimizer: bool = False) -> Checkpoint:
         for name, entry in entries.items()
         if optimizer or name != OPTIMIZER
     }
-    model = _parse_tensors(folder, MODEL, content[MODEL])
+    model = _parse_tensors(folder, layout.model, content[layout.model])
     wrong = next((name for name, tensor in model.items() if tensor.dtype != np.float32), None)
     if wrong is not None:
-        problem = f"{MODEL}: '{wrong}' is {model[wrong].dtype}, not float32"
+        problem = f"{layout.model}: '{wrong}' is {model[wrong].dtype}, not float32"
         raise _broken(folder, problem, "convert it to float32")
     return Checkpoint(
         path=folder,
@@ -468,6 +477,12 @@ def _steps(run_folder: Path) -> list[tuple[int, Path]]:
         return []
     found = ((_STEP.fullmatch(path.name), path) for path in run_folder.iterdir())
     return sorted((int(match[1]), path) for match, path in found if match and path.is_dir())
+
+
+def _layout_of(folder: Path) -> Layout:
+    """What the manifest of that very folder says it is; one of this project's own otherwise."""
+    manifest = _parse_mapping(folder, MANIFEST, _read(folder, MANIFEST))
+    return _LAYOUTS.get(str(manifest.get("format")), NATIVE)
 
 
 def read_manifest(folder: Path, layout: Layout = NATIVE) -> dict[str, Any]:

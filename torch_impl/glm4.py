@@ -6,7 +6,7 @@ and safetensors). No code that comes with weights is run, and no pickle is read.
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from peft import PeftModel, get_peft_config, get_peft_model
 from torch import Tensor, nn
 from transformers import DynamicCache, GlmConfig, GlmForCausalLM
 
-from common.checkpoint import MANIFEST, load_checkpoint
+from common.checkpoint import ADAPTER, LATEST, MANIFEST, Checkpoint, load_checkpoint
 from common.errors import UserError
 from common.language.examples import IGNORED
 from common.language.tokenizer import SymmetryTokenizer, load_tokenizer
@@ -70,7 +71,10 @@ def load_weights(model: nn.Module, arrays: Arrays, where: str) -> None:
     Raises:
         UserError: if one is missing, unknown or of another shape.
     """
-    parameters = dict(model.named_parameters())
+    _fill(dict(model.named_parameters()), arrays, where)
+
+
+def _fill(parameters: Mapping[str, nn.Parameter], arrays: Arrays, where: str) -> None:
     if arrays.keys() != parameters.keys():
         names = sorted(arrays.keys() ^ parameters.keys())
         raise UserError(f"{where}: weights do not belong to this network: {', '.join(names[:5])}")
@@ -79,6 +83,44 @@ def load_weights(model: nn.Module, arrays: Arrays, where: str) -> None:
         if array.shape != wanted:
             raise UserError(f"{where}: weight {name} has shape {array.shape}, not {wanted}")
         parameters[name].data.copy_(as_tensor(array))
+
+
+def add_adapter(model: GlmForCausalLM, config: dict[str, Any]) -> PeftModel:
+    """A network with LoRA, whose parameters alone are trained; ``model`` itself is changed.
+
+    Args:
+        model: the base.
+        config: content of adapter_config.json.
+    """
+    # A base without a name is what it is here: a network, not a folder.
+    own = config | {"inference_mode": False, "base_model_name_or_path": None}
+    adapter = get_peft_model(model, get_peft_config(own))
+    assert isinstance(adapter, PeftModel)
+    return adapter
+
+
+def adapter_name(name: str) -> str:
+    """A parameter's name in peft's files."""
+    return name.replace(".default.", ".")
+
+
+def with_adapter(model: GlmForCausalLM, saved: Checkpoint) -> GlmForCausalLM:
+    """A base with an adapter's additions worked into its weights.
+
+    Raises:
+        UserError: if the adapter's configuration or its weights do not fit.
+    """
+    path = saved.path / "adapter_config.json"
+    try:
+        adapter = add_adapter(model, _read_json(path))
+    except (TypeError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(f"{path}: no adapter of this network: {reason}") from error
+    trained = {adapter_name(n): p for n, p in adapter.named_parameters() if p.requires_grad}
+    _fill(trained, saved.model, str(saved.path))
+    merged = adapter.merge_and_unload()
+    assert isinstance(merged, GlmForCausalLM)
+    return merged
 
 
 @dataclass(frozen=True, eq=False)
@@ -213,36 +255,67 @@ def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(visible, 0.0, lowest).to(dtype)
 
 
-def load_language_model(folder: str | os.PathLike[str], device: str = "cpu") -> LanguageModel:
-    """Reads a model's folder.
+def load_language_model(
+    folder: str | os.PathLike[str], device: str = "cpu", base: Path | None = None
+) -> LanguageModel:
+    """Reads a model's folder, or an adapter's.
+
+    Args:
+        folder: of this project or of transformers.
+        device: where to.
+        base: folder of what an adapter adds to; by default the one that it names.
 
     Raises:
-        UserError: if it is absent, damaged, or not GLM-4's.
+        UserError: if it is absent, damaged, not GLM-4's, or an adapter of another base.
     """
     path = Path(folder)
-    run_folder = (path / "latest").is_file() and not (path / "config.json").is_file()
-    if run_folder or (path / MANIFEST).is_file():
+    if (path / LATEST).is_file() or (path / MANIFEST).is_file():
         saved = load_checkpoint(path)
-        model = build(_read_config(saved.path))
-        load_weights(model, saved.model, str(saved.path))
         name, path = saved.hash, saved.path
+        if saved.manifest["format"] == ADAPTER.format:
+            model = with_adapter(_base_of(saved, base), saved)
+        else:
+            model = _network(saved)
     else:
         model = _from_huggingface(path)
         name = path.name
     return LanguageModel(model.to(device), load_tokenizer(path), name)
 
 
+def _network(saved: Checkpoint) -> GlmForCausalLM:
+    model = build(_read_config(saved.path))
+    load_weights(model, saved.model, str(saved.path))
+    return model
+
+
+def _base_of(adapter: Checkpoint, base: Path | None) -> GlmForCausalLM:
+    """What an adapter was trained on."""
+    config = _read_json(adapter.path / "adapter_config.json")
+    saved = load_checkpoint(base or Path(str(config.get("base_model_name_or_path"))))
+    if saved.hash != config.get("revision"):
+        raise UserError(
+            f"adapter {adapter.path} belongs to weights {config.get('revision')}, but "
+            f"{saved.path} holds {saved.hash}: give its own base"
+        )
+    return _network(saved)
+
+
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"cannot read {path}: {str(error)[:120]}; give a folder of GLM-4"
-        ) from error
-    if not isinstance(config, dict) or config.get("model_type") != "glm":
+    config = _read_json(path)
+    if config.get("model_type") != "glm":
         raise UserError(f"{path}: model_type is not glm; give a folder of GLM-4")
     return config
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {str(error)[:120]}; give GLM-4's folder") from error
+    if not isinstance(content, dict):
+        raise UserError(f"cannot read {path}: a JSON object is expected")
+    return content
 
 
 def _from_huggingface(folder: Path) -> GlmForCausalLM:

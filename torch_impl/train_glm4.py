@@ -5,7 +5,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common.checkpoint import load_checkpoint
 from common.data.store import Record
 from common.language.config import LanguageRunConfig
 from common.language.examples import TokenBatch
@@ -13,7 +12,7 @@ from common.language.training import LanguageTrainer
 from common.training import Shard, records_of, run_training
 from torch_impl.adamw import AveragedAdamW
 from torch_impl.distributed import joined, sum_gradients, sum_values
-from torch_impl.glm4 import AnswerLoss, build, load_weights
+from torch_impl.glm4 import AnswerLoss, adapter_name, add_adapter, build, load_weights
 
 
 class Trainer(AveragedAdamW, LanguageTrainer):
@@ -32,13 +31,17 @@ class Trainer(AveragedAdamW, LanguageTrainer):
         settings = config.train
         torch.manual_seed(settings.seed)
         self.model = build(config.model.to_huggingface(self.tokenizer)).to(self.device)
-        if settings.init_from:
-            saved = load_checkpoint(Path(settings.init_from))
-            load_weights(self.model, saved.model, settings.init_from)
+        if self.start is not None:
+            load_weights(self.model, self.start, str(settings.init_from))
         if settings.compile:
             for layer in self.model.model.layers:
                 layer.compile(dynamic=True)
-        self.optimise(self.model, settings)
+        if config.lora is None:
+            self.optimise(self.model, settings)
+        else:
+            adapter = config.lora.to_peft(settings.init_from, self.base)
+            self.optimise(add_adapter(self.model, adapter), settings)
+            self.names = [adapter_name(name) for name in self.names]
         self.network = sum_gradients(AnswerLoss(self.model))
 
     def loss(self, data: TokenBatch) -> Tensor:

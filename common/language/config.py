@@ -7,9 +7,6 @@ from pydantic import Field, model_validator
 from common.config import AnyRunConfig, Optimisation, PropertyName, Settings
 from common.language.tokenizer import SymmetryTokenizer
 
-#: What stands in a run's ``kind``.
-KIND = "language"
-
 
 class GlmConfig(Settings):
     """GLM-4: what both transformers' GlmForCausalLM and MindFormers' ChatGLM2 can be.
@@ -72,9 +69,50 @@ class LanguageTrainConfig(Optimisation):
     token_budget: int = Field(3072, ge=64, description="Padded tokens in a batch, at most.")
 
 
+class LoraConfig(Settings):
+    """Low-rank additions to some products with weights, which are trained in place of these."""
+
+    rank: int = Field(8, ge=1)
+    alpha: float = Field(16.0, gt=0, description="Additions are scaled by alpha / rank.")
+    targets: tuple[Literal["q_proj", "k_proj", "v_proj", "o_proj"], ...] = Field(
+        ("q_proj", "k_proj", "v_proj", "o_proj"),
+        min_length=1,
+        description="Of the attention; the feed-forward part is joined differently elsewhere.",
+    )
+
+    def to_peft(self, base: str | None, version: str | None) -> dict[str, Any]:
+        """Content of adapter_config.json, as peft reads it.
+
+        Args:
+            base: folder of what it belongs to.
+            version: names the weights there.
+        """
+        return {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": base,
+            "revision": version,
+            "r": self.rank,
+            "lora_alpha": self.alpha,
+            "lora_dropout": 0.0,
+            "target_modules": list(self.targets),
+            "bias": "none",
+            "inference_mode": True,
+        }
+
+
 class LanguageRunConfig(AnyRunConfig):
     """One run: network and training."""
 
     kind: Literal["language"] = Field(description="Tells these runs from others.")
     model: GlmConfig = GlmConfig()
+    lora: LoraConfig | None = Field(
+        None, description="Train only these additions to what train.init_from names."
+    )
     train: LanguageTrainConfig = LanguageTrainConfig()
+
+    @model_validator(mode="after")
+    def _has_base(self) -> Self:
+        if self.lora is not None and not self.train.init_from:
+            raise ValueError("lora needs train.init_from, the checkpoint that it adds to")
+        return self

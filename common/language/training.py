@@ -4,15 +4,19 @@ import json
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from common.checkpoint import ADAPTER, load_checkpoint
 from common.data.store import Record
 from common.errors import UserError
 from common.language.config import LanguageRunConfig
 from common.language.examples import Examples, Int, TokenBatch
 from common.language.tokenizer import compact_tokenizer
 from common.training import Shard, TrainingRun
+from common.weights import Arrays
 
 
 class LanguageTrainer(TrainingRun[TokenBatch]):
@@ -23,6 +27,10 @@ class LanguageTrainer(TrainingRun[TokenBatch]):
         train_records: what to learn from.
         validation_records: whose loss is watched.
         shard: this process's share of every batch.
+
+    Attributes:
+        base: names the weights that the run starts from, if any.
+        start: these.
     """
 
     config: LanguageRunConfig
@@ -38,6 +46,11 @@ class LanguageTrainer(TrainingRun[TokenBatch]):
         settings = config.train
         if not train_records:
             raise UserError(f"{settings.data}: no crystal to train on")
+        self.base: str | None = None
+        self.start: Arrays | None = None
+        if settings.init_from:
+            saved = load_checkpoint(Path(settings.init_from))
+            self.base, self.start = saved.hash, saved.model
         self.tokenizer = compact_tokenizer()
         self.data = self._examples(train_records)
         self.validation = self._examples(validation_records[: settings.validation_rows])
@@ -75,7 +88,15 @@ class LanguageTrainer(TrainingRun[TokenBatch]):
         return {"loss": total / counts[0], "answer": total / counts[1]}
 
     def companions(self) -> dict[str, bytes]:
-        """What transformers needs beside the weights."""
-        config = self.config.model.to_huggingface(self.tokenizer)
-        files = {"config.json": json.dumps(config, indent=2) + "\n", **self.tokenizer.files()}
+        """What transformers or peft needs beside the weights."""
+        if self.config.lora is None:
+            name, content = "config.json", self.config.model.to_huggingface(self.tokenizer)
+        else:
+            name = "adapter_config.json"
+            content = self.config.lora.to_peft(self.config.train.init_from, self.base)
+        files = {name: json.dumps(content, indent=2) + "\n", **self.tokenizer.files()}
         return {name: text.encode() for name, text in files.items()}
+
+    def final(self) -> dict[str, Any]:
+        """Arguments of ``common.checkpoint.save_checkpoint`` that every checkpoint has."""
+        return super().final() | ({"layout": ADAPTER} if self.config.lora else {})

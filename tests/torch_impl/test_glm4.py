@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.checkpoint import latest, load_checkpoint
@@ -204,6 +205,63 @@ def test_log(trained: Path) -> None:
     watched = [row for row in rows if row["kind"] == "validation"]
     assert [row["step"] for row in watched] == [3, 6]
     assert all(row["answer"] > row["loss"] > 0 for row in watched)
+
+
+# Adapters
+
+
+@pytest.fixture(scope="module")
+def adapter(parquet: Path, trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run of an adapter to the finished run."""
+    out = tmp_path_factory.mktemp("adapter")
+    train_language(adapted(parquet, trained), out, device="cpu")
+    return out
+
+
+def adapted(parquet: Path, base: Path) -> LanguageRunConfig:
+    config = tiny(parquet, init_from=str(base / "final"), questions=["band_gap"])
+    return LanguageRunConfig.model_validate(config.model_dump() | {"lora": {"rank": 4}})
+
+
+def test_peft_reads_the_adapter(trained: Path, adapter: Path) -> None:
+    """It changes what the base says, as much as peft thinks."""
+    base = AutoModelForCausalLM.from_pretrained(trained / "final").eval()
+    ids = prompts()[1]
+    before = base(input_ids=torch.tensor([ids])).logits[0, -1].detach().numpy()
+    other = PeftModel.from_pretrained(base, adapter / "final").eval()
+    with torch.no_grad():
+        wanted = other(input_ids=torch.tensor([ids])).logits[0, -1].numpy()
+    found = load_language_model(adapter / "final")([ids], [None])[0][0]
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+    assert np.abs(found - before).max() > 1e-3
+
+
+def test_adapter_goes_on_to_the_byte(parquet: Path, trained: Path, adapter: Path) -> None:
+    rows = read_records(parquet)
+    trainer = Trainer(adapted(parquet, trained), rows, rows)
+    frozen = {n: p.clone() for n, p in trainer.model.named_parameters() if not p.requires_grad}
+    trainer.resume(adapter / "step_00000003")
+    for data in islice(trainer.batches(), 3):
+        trainer.train_step(data)
+    saved = load_checkpoint(adapter / "step_00000006", optimizer=True)
+    assert saved.model.keys() == trainer.average_arrays().keys()
+    assert all(".lora_" in name for name in saved.model)
+    for name, array in trainer.average_arrays().items():
+        np.testing.assert_array_equal(array, saved.model[name])
+    for name, array in trainer.optimizer_arrays().items():
+        np.testing.assert_array_equal(array, saved.optimizer[name])
+    now = dict(trainer.model.named_parameters())
+    assert all(torch.equal(parameter, now[name]) for name, parameter in frozen.items())
+
+
+def test_adapter_of_another_base(trained: Path, adapter: Path) -> None:
+    with pytest.raises(UserError, match="belongs to weights"):
+        load_language_model(adapter / "final", base=trained / "step_00000003")
+
+
+def test_adapter_without_base() -> None:
+    with pytest.raises(ValueError, match=r"train\.init_from"):
+        LanguageRunConfig.model_validate(tiny().model_dump() | {"lora": {}})
 
 
 # Folders
