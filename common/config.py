@@ -41,6 +41,9 @@ class ModelConfig(Settings):
     aggregation: Literal["softmax", "mean"] = Field(
         "softmax", description="Weights of the edges in the sum of eq. 7."
     )
+    precedents: bool = Field(
+        False, description="Starts from, and sees, the most similar known crystal (flow)."
+    )
     properties: tuple[PropertyName, ...] = Field(
         ("formation_energy",), description="Properties that condition the network."
     )
@@ -75,6 +78,12 @@ class DiffusionConfig(Settings):
     velocity_boost: float = Field(
         0.0, ge=0, description="Speeds coordinates up by 1 + boost * t (flow), as in FlowMM."
     )
+    precedent_noise: float = Field(
+        0.05, gt=0, description="Added to a precedent's coordinates, in cells."
+    )
+    precedent_lattice_noise: float = Field(
+        0.3, gt=0, description="Added to its standardised lattice numbers."
+    )
 
 
 class Optimisation(Settings):
@@ -105,6 +114,9 @@ class TrainConfig(Optimisation):
     batch_size: int = Field(256, ge=1, description="Crystals in a batch, at most.")
     edge_budget: int = Field(16384, ge=64, description="Padded edges in a batch, at most.")
     property_dropout: float = Field(0.1, ge=0, le=1, description="Rows trained without property.")
+    precedent_dropout: float = Field(
+        0.15, ge=0, le=1, description="Rows trained without precedent, where there is one."
+    )
 
 
 class AnyRunConfig(Settings):
@@ -120,6 +132,12 @@ class RunConfig(AnyRunConfig):
     model: ModelConfig = ModelConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
     train: TrainConfig = TrainConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.model.precedents and self.diffusion.kind != "flow":
+            raise ValueError("model.precedents: only a flow starts from them")
+        return self
 
 
 AnyRun = TypeVar("AnyRun", bound=AnyRunConfig)

@@ -168,6 +168,17 @@ class TemplatePrior:
         """The training structures, to find the nearest of them."""
         return ReferenceIndex(self._table)
 
+    @cached_property
+    def rows_of_template(self) -> dict[Template, list[int]]:
+        """Rows of the reference with each template."""
+        numbers = self._table["template"].to_numpy()
+        order = np.argsort(numbers, kind="stable")
+        starts = np.searchsorted(numbers[order], np.arange(len(self._template_index) + 1))
+        return {
+            template: order[starts[i] : starts[i + 1]].tolist()
+            for template, i in self._template_index.items()
+        }
+
     @classmethod
     def fit(
         cls, records: Iterable[Any], source: Mapping[str, Any] | None = None
@@ -320,12 +331,11 @@ class TemplatePrior:
     def _same_template(self, crystal: Crystal) -> tuple[list[int], list[dict[int, int]]]:
         """Rows with the crystal's template, the most alike first, and what replaces what."""
         assignment = assign(crystal)
-        number = self._template_index.get(assignment.template)
-        if number is None:
+        if assignment.template not in self._template_index:
             return [], []
         pairs = self._pairs @ self._weights["none"].features[: len(PAIR_FEATURES)]
         ranked = []
-        for row in np.flatnonzero(self._table["template"].to_numpy() == number).tolist():
+        for row in self.rows_of_template[assignment.template]:
             roles = self.reference.roles(row)
             for automorphism in assignment.template.automorphisms:
                 wanted = [assignment.roles[i] for i in automorphism]

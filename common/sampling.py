@@ -18,19 +18,23 @@ from common.checkpoint import Checkpoint, load_checkpoint
 from common.config import RunConfig, parse_config
 from common.crystal.lattice import k_to_lattice
 from common.crystal.structure import Crystal, Site
+from common.crystal.wyckoff import Sites
 from common.data.batch import (
     FINE,
     Batch,
     BatchItem,
+    Precedent,
     Sizes,
     View,
     bucket,
     collate,
     symmetry_only,
 )
+from common.diffusion.flow import starting_points
 from common.diffusion.noise import noise
 from common.diffusion.scaler import Standardizer
 from common.diffusion.score import ScoreProcess, score_process
+from common.precedents import PrecedentIndex, load_precedents
 from common.weights import statistics
 
 #: Padded edges in one call of the network. A call always has the same shape for a bucket, whatever
@@ -74,12 +78,22 @@ class Call:
         return np.stack(rows)
 
 
-def calls(requests: Sequence[SampleRequest], view: View, sizes: Sizes = FINE) -> Iterator[Call]:
+def calls(
+    requests: Sequence[SampleRequest],
+    view: View,
+    sizes: Sizes = FINE,
+    precedents: PrecedentIndex | None = None,
+) -> Iterator[Call]:
     """The calls that sample all requests, bucket by bucket."""
-    items = [
-        BatchItem(symmetry_only(request.space_group, request.sites), dict(request.properties))
-        for request in requests
-    ]
+    known: dict[tuple[int, Sites], Precedent | None] = {}
+    items = []
+    for request in requests:
+        crystal = symmetry_only(request.space_group, request.sites)
+        symmetry = request.space_group, request.sites
+        if symmetry not in known:
+            found = precedents.find(crystal) if precedents is not None else []
+            known[symmetry] = found[0] if found else None
+        items.append(BatchItem(crystal, dict(request.properties), known[symmetry]))
     groups: dict[tuple[int, int], list[int]] = {}
     for index, item in enumerate(items):
         groups.setdefault(bucket(item.crystal, view, sizes), []).append(index)
@@ -98,6 +112,7 @@ class BaseGenerator(ABC):
     Args:
         config: of the run that trained it.
         standardizer: of the same.
+        precedents: what it starts from, if it does.
     """
 
     #: Calls that ``solve`` is given at once, in threads of their own.
@@ -105,9 +120,15 @@ class BaseGenerator(ABC):
     #: To which crystals are padded; always the same, for padding changes the last bits.
     sizes = FINE
 
-    def __init__(self, config: RunConfig, standardizer: Standardizer) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        standardizer: Standardizer,
+        precedents: PrecedentIndex | None = None,
+    ) -> None:
         self.config = config
         self.standardizer = standardizer
+        self.precedents = precedents
 
     @property
     def properties(self) -> tuple[str, ...]:
@@ -145,12 +166,23 @@ class BaseGenerator(ABC):
         process = score_process(settings, steps)
         crystals: dict[int, Crystal] = {}
         solve = partial(self.solve, seed=seed, steps=steps or settings.steps, process=process)
-        waiting = calls(requests, self.config.model.cell, self.sizes)
+        waiting = calls(requests, self.config.model.cell, self.sizes, self.precedents)
         for call, (free, lattice) in self._solved(waiting, solve):
             crystals.update(zip(call.rows, self._crystals(call, free, lattice), strict=False))
             if progress is not None:
                 progress(len(call.rows))
         return [crystals[index] for index in range(len(requests))]
+
+    def start(self, call: Call, seed: int) -> Solution:
+        """Where the sampler begins; see ``Solution``."""
+        return starting_points(
+            call.batch,
+            self.standardizer,
+            self.config.diffusion,
+            call.draw(seed, "free", uniform=True),
+            call.draw(seed, "free"),
+            call.draw(seed, "lattice"),
+        )
 
     def _solved(
         self, waiting: Iterator[Call], solve: Callable[[Call], Solution]
@@ -185,12 +217,18 @@ class BaseGenerator(ABC):
         ]
 
 
-def read_checkpoint(folder: Path) -> tuple[RunConfig, Standardizer, Checkpoint]:
-    """Settings, statistics and everything else of a checkpoint folder.
+def read_checkpoint(
+    folder: Path,
+) -> tuple[RunConfig, Standardizer, PrecedentIndex | None, Checkpoint]:
+    """Settings, statistics, precedents and everything else of a checkpoint folder.
 
     Raises:
         UserError: if it is unreadable or damaged.
     """
     saved = load_checkpoint(folder)
     config = parse_config(saved.config, f"{folder}/config.yaml")
-    return config, statistics(saved.model, folder), saved
+    standardizer = statistics(saved.model, folder)
+    precedents = None
+    if config.model.precedents:
+        precedents = load_precedents(folder, saved.fingerprint, standardizer.element_volume)
+    return config, standardizer, precedents, saved

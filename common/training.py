@@ -31,11 +31,12 @@ from common.data.loader import BatchPlan, Bucket, BucketedData
 from common.data.locations import dataset
 from common.data.store import Record, fingerprint
 from common.diffusion.draws import TrainingDraws
-from common.diffusion.flow import make_path
+from common.diffusion.flow import PRECEDENT_SCALE, make_path, starting_points
 from common.diffusion.noisy import LossWeights, NoisyCrystals
 from common.diffusion.scaler import Standardizer
 from common.diffusion.score import score_process
 from common.errors import UserError
+from common.precedents import PrecedentIndex, save_precedents, training_items
 from common.weights import MODEL_PREFIX, STANDARDIZER_PREFIX, Arrays
 
 if TYPE_CHECKING:
@@ -137,6 +138,9 @@ class TrainingRun(ABC, Generic[Data]):
     def restore(self, saved: Checkpoint) -> None:
         """Takes weights, averages and moments from a checkpoint that has all of them."""
 
+    def save_beside(self, folder: Path) -> None:
+        """Puts into a folder what its checkpoints need besides tensors."""
+
     def summed(self, values: list[float]) -> list[float]:
         """Sums over the processes that train together; without others the values themselves."""
         return values
@@ -232,21 +236,37 @@ class BaseTrainer(TrainingRun[TrainingBatch]):
         shard: Shard,
     ) -> None:
         settings = config.train
-        items = batch_items(train_records)
-        if not items:
+        known = small_enough(train_records)
+        if not known:
             raise UserError(f"{settings.data}: no crystal of at most {MAX_ATOMS} atoms to train on")
-        super().__init__(config, train_records, len(items), shard)
-        self.standardizer = Standardizer.fit(collate(items, "asymmetric"))
-        self.data = self._bucketed(items)
-        watched = batch_items(validation_records[: settings.validation_rows])
+        super().__init__(config, train_records, len(known), shard)
+        self.standardizer = Standardizer.fit(collate(batch_items(known), "asymmetric"))
+        self.precedents: PrecedentIndex | None = None
+        if config.model.precedents:
+            self.precedents = PrecedentIndex.of_crystals(
+                [record.crystal for record in train_records],
+                [record.material_id for record in train_records],
+                self.standardizer.element_volume,
+            )
+        self._train_records = train_records
+        self.data = self._bucketed(known)
+        watched = small_enough(validation_records[: settings.validation_rows])
         self.validation = self._bucketed(watched)
         self.score_process = score_process(config.diffusion)
 
-    def _bucketed(self, items: list[BatchItem]) -> BucketedData:
+    def _bucketed(self, records: list[Record]) -> BucketedData:
         settings = self.config.train
+        items = batch_items(records)
+        if self.precedents is not None:
+            items = training_items(records, self.precedents, self.fingerprint)
         return BucketedData(
             items, self.config.model.cell, settings.batch_size, settings.edge_budget
         )
+
+    def save_beside(self, folder: Path) -> None:
+        """Puts the precedents into a folder if it needs them."""
+        if self.precedents is not None:
+            save_precedents(folder, self._train_records, self.fingerprint)
 
     # What a framework adds
 
@@ -288,23 +308,33 @@ class BaseTrainer(TrainingRun[TrainingBatch]):
         batch = group.batch.take(rows)
         if stream == "train":
             keep = draws.keep_property >= settings.property_dropout
-            batch = batch.replace(property_mask=batch.property_mask & keep[:, None])
+            keep_precedent = draws.keep_precedent >= settings.precedent_dropout
+            batch = batch.replace(
+                property_mask=batch.property_mask & keep[:, None],
+                precedent_mask=batch.precedent_mask & keep_precedent,
+            )
+        unit = np.where(batch.precedent_mask, PRECEDENT_SCALE, 1.0).astype(np.float32)
         return TrainingBatch(
             batch,
             self._add_noise(group, batch, rows, draws),
-            LossWeights.of(*masks).take(share, real),
+            LossWeights.of(*masks).take(share, real).in_units(unit),
         )
 
     def _add_noise(
         self, group: Bucket, batch: Batch, rows: NDArray[np.int64], draws: TrainingDraws
     ) -> NoisyCrystals:
-        lattice = self.standardizer.lattice(batch)
+        diffusion, lattice = self.config.diffusion, self.standardizer.lattice(batch)
         if self.score_process is not None:
             return self.score_process.make_noisy(
                 batch.free_params, lattice, draws.free_normal, draws.lattice, draws.t
             )
+        start = starting_points(
+            batch, self.standardizer, diffusion, draws.free, draws.free_normal, draws.lattice
+        )
         free = group.descriptions.nearest(rows, draws.free, draws.origins)
-        return make_path(free, lattice, draws.free, draws.lattice, draws.t)
+        # Those with a precedent are described as near to it as can be.
+        free = np.where(batch.precedent_mask[:, None, None], batch.free_params, free)
+        return make_path(free, lattice, *start, draws.t)
 
     def validate(self) -> dict[str, float]:
         """Losses of the averaged weights, the coordinate's also per noise level.
@@ -355,13 +385,14 @@ def check_agreement(trainer: TrainingRun[Any]) -> None:
         )
 
 
+def small_enough(records: list[Record]) -> list[Record]:
+    """Records without those too large to train on."""
+    return [record for record in records if record.crystal.num_primitive_atoms <= MAX_ATOMS]
+
+
 def batch_items(records: list[Record]) -> list[BatchItem]:
-    """Records as a network sees them, without those too large to train on."""
-    return [
-        BatchItem(record.crystal, record.properties)
-        for record in records
-        if record.crystal.num_primitive_atoms <= MAX_ATOMS
-    ]
+    """Records as a network sees them."""
+    return [BatchItem(record.crystal, record.properties) for record in records]
 
 
 def records_of(config: AnyRunConfig) -> tuple[list[Record], list[Record]]:
@@ -391,6 +422,7 @@ def run_training(trainer: TrainingRun[Any], out: Path, resume: bool) -> None:
     from common.training_log import TrainingLog  # slow to import, and only needed here
 
     out.mkdir(parents=True, exist_ok=True)
+    trainer.save_beside(out)
     log = TrainingLog(out, trainer.step)
     with _progress() as progress:
         _lead(trainer, out, log, progress)
@@ -400,6 +432,7 @@ def run_training(trainer: TrainingRun[Any], out: Path, resume: bool) -> None:
         extra={"training_rows": trainer.num_rows, "training_seconds": round(trainer.seconds)},
         card=f"# {trainer.config.name}\n",
     )
+    trainer.save_beside(out / "final")
 
 
 def _follow(trainer: TrainingRun[Any]) -> None:

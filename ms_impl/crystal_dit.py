@@ -13,6 +13,7 @@ from mindspore.common.initializer import Normal, Zero, initializer
 
 from common.config import ModelConfig
 from common.crystal.lattice import LATTICE_BASIS
+from common.diffusion.flow import PRECEDENT_SCALE
 from ms_impl.layers import (
     LAYER_NORM_EPS,
     MLP,
@@ -41,6 +42,8 @@ NUM_LETTERS = 27
 TIME_WIDTH = 128
 #: Sines of the relative position that carry the output along edges.
 HEAD_FREQUENCIES = 2
+#: Frequencies in which a site sees how far it is from its precedent.
+PRECEDENT_FREQUENCIES = 3
 
 
 class PropertyEmbedding(nn.Cell):
@@ -88,6 +91,33 @@ class TokenEmbedding(nn.Cell):
         element = self.element(ops.gather_d(batch["atomic_numbers"], 1, site))
         letter = self.letter(ops.gather_d(batch["letter"], 1, site))
         return element + letter + self.position(directions)
+
+
+class PrecedentEmbedding(nn.Cell):
+    """How far sites and lattice are from the precedent's, and how alike its elements are."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.site = Linear(3 + 6 * PRECEDENT_FREQUENCIES + 2, width)
+        self.cell = Linear(14, width)
+
+    def construct(
+        self, batch: TensorBatch, free_params: Tensor, lattice: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Variables [B,S,3] and standardised lattice numbers [B,6] -> [B,T,D], [B,D]."""
+        known = ops.expand_dims(batch["precedent_mask"].astype(ms.float32), 1)  # [B,1]
+        apart = (free_params - batch["precedent_params"]) * batch["free_mask"]
+        apart = apart - ops.round(apart)  # [B,S,3]
+        difference = ops.expand_dims(batch["precedent_difference"], -1)  # [B,S,1]
+        waves = fourier_features(apart, PRECEDENT_FREQUENCIES)
+        of_site = ops.concat((apart, waves, difference, ops.ones_like(difference)), -1)
+        embedded = self.site(of_site * ops.expand_dims(known, -1))  # [B,S,D]
+        weighted = batch["precedent_difference"] * batch["multiplicity"].astype(ms.float32)
+        total = batch["num_atoms"].astype(ms.float32).reshape(-1, 1)
+        mean = weighted.sum(1, keepdims=True) / total  # [B,1]
+        rest = lattice * batch["k_mask"] - batch["precedent_lattice"]
+        of_cell = ops.concat((rest, batch["precedent_lattice"], mean, known), -1) * known
+        return ops.gather(embedded, batch["token_site"], 1, 1), self.cell(of_cell)
 
 
 class Block(nn.Cell):
@@ -166,6 +196,7 @@ class CrystalDiT(nn.Cell):
         self.space_group = Embedding(NUM_SPACE_GROUPS, width)
         self.lattice_in = Linear(12, width)
         self.property = PropertyEmbedding(len(config.properties), width)
+        self.precedent = PrecedentEmbedding(width) if config.precedents else None
         frames = 2 if config.frames else 1
         features = frames * 6 * config.frequencies
         features += 2 * RADIAL_CENTERS if config.distances else 0
@@ -211,11 +242,16 @@ class CrystalDiT(nn.Cell):
         edges = self.edges(features, k - batch["lattice_center"])  # [B,T,A,E]
         nodes = self.tokens(batch)  # [B,T,D]
         prop = self.property(batch["properties"], batch["property_mask"])  # [B,D]
+        of_cell = ops.zeros_like(prop)
+        if self.precedent is not None:
+            of_token, of_cell = self.precedent(batch, free_params, lattice)
+            nodes = nodes + of_token
         condition = ops.silu(
             self.time(sinusoidal_embedding(t, TIME_WIDTH))
             + self.space_group(batch["space_group"])
             + self.lattice_in(ops.concat((lattice * batch["k_mask"], k), -1))
             + prop
+            + of_cell
         )  # [B,D]
         if not self.config.modulation:
             nodes = nodes + spread(condition, nodes.shape[1])
@@ -224,10 +260,13 @@ class CrystalDiT(nn.Cell):
             nodes, messages = block(nodes, edges, condition, prop, batch, batch["atom_token"])
         nodes = self.norm(nodes)
         weights = self.edge_head(messages).astype(ms.float32)  # [B,T,A,F]
-        return (
-            self.coordinates(batch, nodes, weights, difference),
-            self.lattice_velocity(batch, nodes, condition.astype(ms.float32)),
-        )
+        coordinates = self.coordinates(batch, nodes, weights, difference)
+        velocity = self.lattice_velocity(batch, nodes, condition.astype(ms.float32))
+        if self.precedent is None:
+            return coordinates, velocity
+        known = ops.expand_dims(batch["precedent_mask"].astype(ms.float32), 1)
+        unit = 1 - (1 - PRECEDENT_SCALE) * known  # [B,1]
+        return coordinates * ops.expand_dims(unit, -1), velocity * unit
 
     def geometry(self, batch: TensorBatch, free_params: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Edge features [B,T,A,.] and differences [B,T,A,3].

@@ -9,6 +9,7 @@ from common.data.batch import COARSE
 from common.diffusion.scaler import Standardizer
 from common.diffusion.score import ScoreProcess
 from common.machine import ascend_count, cpu_count
+from common.precedents import PrecedentIndex
 from common.sampling import Array, BaseGenerator, Call, read_checkpoint
 from ms_impl.crystal_dit import CrystalDiT
 from ms_impl.device import PerBucket, use_device
@@ -23,9 +24,14 @@ class Generator(BaseGenerator):
     sizes = COARSE
 
     def __init__(
-        self, config: RunConfig, model: CrystalDiT, standardizer: Standardizer, device: str
+        self,
+        config: RunConfig,
+        model: CrystalDiT,
+        standardizer: Standardizer,
+        device: str,
+        precedents: PrecedentIndex | None = None,
     ) -> None:
-        super().__init__(config, standardizer)
+        super().__init__(config, standardizer, precedents)
         self.device = use_device(device)
         self.model = model.set_train(False)
         self.network = PerBucket(self.model)
@@ -40,15 +46,15 @@ class Generator(BaseGenerator):
     ) -> tuple[Array, Array]:
         """Runs the sampler; see ``BaseGenerator``."""
 
-        def draw(field: str, level: int = 0, uniform: bool = False) -> Tensor:
-            return Tensor(call.draw(seed, field, level, uniform))
+        def draw(field: str, level: int) -> Tensor:
+            return Tensor(call.draw(seed, field, level))
 
         def network(*inputs: Tensor) -> tuple[Tensor, Tensor]:
             return self.network(call.batch, *inputs)
 
         settings = self.config.diffusion
         batch = TensorBatch.from_batch(call.batch, self.standardizer, self.properties)
-        start = draw("free", uniform=True), draw("lattice")
+        start = tuple(Tensor(array) for array in self.start(call, seed))
         if process is None:
             free, lattice = sample_flow(network, batch, *start, steps, settings)
         else:
@@ -65,11 +71,11 @@ def load(checkpoint: Path, device: str = "auto") -> Generator:
         UserError: if it is unreadable or damaged, does not fit the network it names, or the device
             is not here.
     """
-    config, standardizer, saved = read_checkpoint(checkpoint)
+    config, standardizer, precedents, saved = read_checkpoint(checkpoint)
     device = use_device(device)
     model = CrystalDiT(config.model)
     load_weights(model, saved.model, str(checkpoint))
-    return Generator(config, model, standardizer, device)
+    return Generator(config, model, standardizer, device, precedents)
 
 
 def devices() -> list[str]:

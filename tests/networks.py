@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.config import ModelConfig
-from common.data.batch import Batch, BatchItem, View, collate
+from common.data.batch import Batch, BatchItem, Precedent, View, collate
 from common.diffusion.scaler import Standardizer
 from tests.crystals import random_crystal
 
@@ -51,16 +51,28 @@ def fill_value(name: str, shape: Sequence[int]) -> NDArray[np.float32]:
 
 
 def random_items(
-    systems: Sequence[tuple[int, str]] = SYSTEMS, seed: int = 0, properties: bool = True
+    systems: Sequence[tuple[int, str]] = SYSTEMS,
+    seed: int = 0,
+    properties: bool = True,
+    precedents: bool = False,
 ) -> list[BatchItem]:
-    """One random crystal per (space group, letters), with both properties or none."""
+    """One random crystal per (space group, letters), with both properties or none.
+
+    With ``precedents`` all but every third one has another random crystal to start from.
+    """
     random = np.random.default_rng(seed)
     items = []
-    for group, letters in systems:
+    for row, (group, letters) in enumerate(systems):
         crystal = random_crystal(group, letters, random)
         gap, energy = random.random(2).tolist()
         given: dict[str, float | None] = {"band_gap": 3 * gap, "formation_energy": -2 * energy}
-        items.append(BatchItem(crystal, given if properties else {}))
+        precedent = None
+        if precedents and row % 3 < 2:
+            differences = tuple(random.random(len(crystal.sites)).tolist())
+            precedent = Precedent(
+                random_crystal(group, letters, random), differences, f"known-{row}"
+            )
+        items.append(BatchItem(crystal, given if properties else {}, precedent))
     return items
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from common.config import ModelConfig
 from common.crystal.lattice import LATTICE_BASIS
+from common.diffusion.flow import PRECEDENT_SCALE
 from torch_impl.layers import (
     LAYER_NORM_EPS,
     MLP,
@@ -32,6 +33,8 @@ NUM_LETTERS = 27
 TIME_WIDTH = 128
 #: Sines of the relative position that carry the output along edges.
 HEAD_FREQUENCIES = 2
+#: Frequencies in which a site sees how far it is from its precedent.
+PRECEDENT_FREQUENCIES = 3
 
 
 class PropertyEmbedding(nn.Module):
@@ -77,6 +80,33 @@ class TokenEmbedding(nn.Module):
         element = self.element(torch.gather(batch.atomic_numbers, 1, site))
         letter = self.letter(torch.gather(batch.letter, 1, site))
         return element + letter + self.position(directions)
+
+
+class PrecedentEmbedding(nn.Module):
+    """How far sites and lattice are from the precedent's, and how alike its elements are."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.site = nn.Linear(3 + 6 * PRECEDENT_FREQUENCIES + 2, width)
+        self.cell = nn.Linear(14, width)
+
+    def forward(
+        self, batch: TensorBatch, free_params: Tensor, lattice: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Variables [B,S,3] and standardised lattice numbers [B,6] -> [B,T,D], [B,D]."""
+        known = batch.precedent_mask.to(lattice.dtype)[:, None]  # [B,1]
+        apart = (free_params - batch.precedent_params) * batch.free_mask
+        apart = apart - apart.round()  # [B,S,3]
+        difference = batch.precedent_difference[..., None]  # [B,S,1]
+        waves = fourier_features(apart, PRECEDENT_FREQUENCIES)
+        of_site = torch.cat([apart, waves, difference, torch.ones_like(difference)], dim=-1)
+        embedded = self.site(of_site * known[..., None])  # [B,S,D]
+        index = batch.token_site[..., None].expand(-1, -1, embedded.shape[-1])
+        weighted = batch.precedent_difference * batch.multiplicity
+        mean = weighted.sum(dim=1, keepdim=True) / batch.num_atoms[:, None]  # [B,1]
+        rest = lattice * batch.k_mask - batch.precedent_lattice
+        of_cell = torch.cat([rest, batch.precedent_lattice, mean, known], dim=-1) * known
+        return torch.gather(embedded, 1, index), self.cell(of_cell)
 
 
 class Block(nn.Module):
@@ -147,6 +177,7 @@ class CrystalDiT(nn.Module):
         self.space_group = nn.Embedding(NUM_SPACE_GROUPS, width)
         self.lattice_in = nn.Linear(12, width)
         self.property = PropertyEmbedding(len(config.properties), width)
+        self.precedent = PrecedentEmbedding(width) if config.precedents else None
         frames = 2 if config.frames else 1
         features = frames * 6 * config.frequencies
         features += 2 * RADIAL_CENTERS if config.distances else 0
@@ -190,11 +221,16 @@ class CrystalDiT(nn.Module):
         edges = self.edges(features, k - batch.lattice_center)  # [B,T,A,E]
         nodes = self.tokens(batch)  # [B,T,D]
         prop = self.property(batch.properties, batch.property_mask)  # [B,D]
+        of_cell = torch.zeros_like(prop)
+        if self.precedent is not None:
+            of_token, of_cell = self.precedent(batch, free_params, lattice)
+            nodes = nodes + of_token
         condition = torch.nn.functional.silu(
             self.time(sinusoidal_embedding(t, TIME_WIDTH))
             + self.space_group(batch.space_group)
             + self.lattice_in(torch.cat([lattice * batch.k_mask, k], dim=-1))
             + prop
+            + of_cell
         )  # [B,D]
         if not self.config.modulation:
             nodes = nodes + condition[:, None]
@@ -205,10 +241,13 @@ class CrystalDiT(nn.Module):
         nodes = self.norm(nodes)
         weights = self.edge_head(messages).float()  # [B,T,A,F]
         with torch.autocast(t.device.type, enabled=False):
-            return (
-                self.coordinates(batch, nodes.float(), weights, difference),
-                self.lattice_velocity(batch, nodes.float(), condition.float()),
-            )
+            coordinates = self.coordinates(batch, nodes.float(), weights, difference)
+            velocity = self.lattice_velocity(batch, nodes.float(), condition.float())
+        if self.precedent is None:
+            return coordinates, velocity
+        known = batch.precedent_mask.float()[:, None]
+        unit = 1 - (1 - PRECEDENT_SCALE) * known  # [B,1]
+        return coordinates * unit[..., None], velocity * unit
 
     def geometry(self, batch: TensorBatch, free_params: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Edge features [B,T,A,.] and differences [B,T,A,3].

@@ -10,6 +10,7 @@ from common.config import RunConfig
 from common.crystal.structure import Crystal
 from common.diffusion.scaler import Standardizer
 from common.diffusion.score import ScoreProcess
+from common.precedents import PrecedentIndex
 from common.sampling import Array, BaseGenerator, Call, read_checkpoint
 from torch_impl.crystal_dit import CrystalDiT
 from torch_impl.sampler import sample_flow, sample_predictor_corrector
@@ -24,9 +25,14 @@ class Generator(BaseGenerator):
     """A checkpoint that samples crystals with torch; see ``common.sampling.BaseGenerator``."""
 
     def __init__(
-        self, config: RunConfig, model: CrystalDiT, standardizer: Standardizer, device: str
+        self,
+        config: RunConfig,
+        model: CrystalDiT,
+        standardizer: Standardizer,
+        device: str,
+        precedents: PrecedentIndex | None = None,
     ) -> None:
-        super().__init__(config, standardizer)
+        super().__init__(config, standardizer, precedents)
         self.model = model.to(device).eval().requires_grad_(False)
         self.device = device
         if device == "cpu":
@@ -64,12 +70,12 @@ class Generator(BaseGenerator):
     ) -> tuple[Array, Array]:
         """Runs the sampler; see ``BaseGenerator``."""
 
-        def draw(field: str, level: int = 0, uniform: bool = False) -> torch.Tensor:
-            return torch.from_numpy(call.draw(seed, field, level, uniform)).to(self.device)
+        def draw(field: str, level: int) -> torch.Tensor:
+            return torch.from_numpy(call.draw(seed, field, level)).to(self.device)
 
         settings = self.config.diffusion
         batch = TensorBatch.from_batch(call.batch, self.standardizer, self.properties, self.device)
-        start = draw("free", uniform=True), draw("lattice")
+        start = tuple(torch.from_numpy(array).to(self.device) for array in self.start(call, seed))
         if process is None:
             free, lattice = sample_flow(self.model, batch, *start, steps, settings)
         else:
@@ -85,10 +91,11 @@ def load(checkpoint: Path, device: str = "auto") -> Generator:
     Raises:
         UserError: if it is unreadable or damaged, or does not fit the network it names.
     """
-    config, standardizer, saved = read_checkpoint(checkpoint)
+    config, standardizer, precedents, saved = read_checkpoint(checkpoint)
     model = CrystalDiT(config.model)
     load_weights(model, saved.model, str(checkpoint))
-    return Generator(config, model, standardizer, devices()[0] if device == "auto" else device)
+    device = devices()[0] if device == "auto" else device
+    return Generator(config, model, standardizer, device, precedents)
 
 
 def devices() -> list[str]:

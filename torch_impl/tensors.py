@@ -15,7 +15,7 @@ class TensorBatch:
     """The fields of ``common.data.batch.Batch`` that a network reads, as tensors.
 
     ``lattice_center`` and ``lattice_scale``, both [B,6], take standardised lattice numbers to k:
-    k = center + scale * lattice. ``properties`` are standardised.
+    k = center + scale * lattice. ``precedent_lattice`` [B,6] and ``properties`` are standardised.
     """
 
     atomic_numbers: Tensor
@@ -40,6 +40,10 @@ class TensorBatch:
     space_group: Tensor
     properties: Tensor
     property_mask: Tensor
+    precedent_mask: Tensor
+    precedent_params: Tensor
+    precedent_difference: Tensor
+    precedent_lattice: Tensor
     lattice_center: Tensor
     lattice_scale: Tensor
 
@@ -62,6 +66,7 @@ class TensorBatch:
         arrays = {f.name: getattr(batch, f.name) for f in fields(cls) if hasattr(batch, f.name)}
         values, mask = standardizer.properties(batch, properties)
         arrays["properties"], arrays["property_mask"] = values, mask
+        arrays["precedent_lattice"] = standardizer.precedent_lattice(batch)
         arrays["lattice_center"] = standardizer.lattice_center(batch)
         arrays["lattice_scale"] = standardizer.lattice_scales(batch)
         return cls(**{name: _tensor(array, device) for name, array in arrays.items()})

@@ -5,6 +5,7 @@ has Sr on 1a and Ti on 1b, or the reverse. The changes of basis that leave the g
 its affine normaliser; each of them permutes the letters. Derived here from the operations alone.
 """
 
+from dataclasses import dataclass
 from functools import cache
 from itertools import product
 
@@ -22,15 +23,21 @@ _STEPS = np.array(list(product(range(-2, 3), repeat=3)), dtype=float)
 _GENERIC = np.array([0.1357, 0.2719, 0.4283])
 
 
-def _linear_parts(group: SpaceGroup) -> list[Array]:
-    """Changes of axes [3,3] that keep the lattice and the point group, enough to generate all.
+def _linear_parts(group: SpaceGroup, generators: bool = True) -> list[Array]:
+    """Changes of axes [3,3] that keep the lattice and the point group.
 
     One of each coset of the point group: the others differ from it by the group's own operations,
     which exchange no letters.
+
+    Args:
+        group: the space group.
+        generators: enough to generate all, or else all with entries from -1 to 1 (triclinic) and
+            from -2 to 2 (monoclinic).
     """
     system = crystal_system(group.number)
     if system == 0:
-        candidates = [m for m in _matrices(np.ones((3, 3))) if _is_shear(m)]
+        candidates = _matrices(np.ones((3, 3)))
+        candidates = [m for m in candidates if _is_shear(m)] if generators else candidates
     elif system == 1:
         candidates = _matrices(np.array([[2, 0, 2], [0, 1, 0], [2, 0, 2]]))
     elif system == 4:
@@ -152,3 +159,74 @@ def _closure(generators: list[tuple[int, ...]], identity: tuple[int, ...]) -> li
                     following.append(composed)
         frontier = following
     return [identity, *sorted(found - {identity})]
+
+
+@cache
+def normalizer_translations(number: int) -> tuple[np.ndarray, np.ndarray]:
+    """Translations that leave a space group as it is.
+
+    Returns:
+        [n,3], the discrete ones modulo the group's own (zero first), and [3,3], a projector (acting
+        on rows) onto the polar directions, in which any translation does.
+    """
+    group = space_group(number)
+    polar = group.rotations.mean(axis=0).T
+    twelfths = np.array([0, 3, 4, 6, 8, 9]) / 12
+    grid = np.array(list(product(twelfths, repeat=3)))
+    grid = grid[np.abs(grid @ polar).max(axis=1) < 1e-6]
+    moved = np.einsum("gij,nj->gni", group.rotations - np.eye(3), grid)
+    keeps = _is_lattice_vector(moved, group.centering).all(axis=0)
+    kept: list[np.ndarray] = []
+    for shift in grid[keeps]:
+        if not any(_is_lattice_vector(shift - other, group.centering) for other in kept):
+            kept.append(shift)
+    return np.array(kept), polar
+
+
+def _is_lattice_vector(vectors: np.ndarray, centering: np.ndarray) -> NDArray[np.bool_]:
+    """Whether fractional vectors [...,3] are sums of lattice and centring vectors."""
+    rest = nearest_zero(vectors[..., None, :] - centering)
+    result: NDArray[np.bool_] = (np.abs(rest) < 1e-6).all(axis=-1).any(axis=-1)
+    return result
+
+
+@dataclass(frozen=True)
+class ChangesOfBasis:
+    """The affine normaliser of a space group, modulo the group, as x -> linear @ x + shift.
+
+    Every product of an entry of ``linear`` (with its own ``origin``) and one of ``shifts``, and
+    any shift along the polar directions. For triclinic and monoclinic groups, which have infinitely
+    many, those with small entries.
+
+    Attributes:
+        linear: [N,3,3], the identity first.
+        origin: [N,3], a shift that belongs to each of them.
+        shifts: [M,3], zero first.
+        polar: [3,3], projector (acting on rows) onto the polar directions.
+    """
+
+    linear: Array
+    origin: Array
+    shifts: Array
+    polar: Array
+
+
+@cache
+def changes_of_basis(number: int) -> ChangesOfBasis:
+    """The normaliser of a group; see ``ChangesOfBasis``."""
+    group = space_group(number)
+    shifts, polar = normalizer_translations(number)
+    found = [(np.eye(3), np.zeros(3))]
+    linears = sorted(_linear_parts(group, generators=False), key=lambda m: np.abs(m).sum())
+    for linear in linears:
+        if crystal_system(number) == 0:
+            found.append((linear, np.zeros(3)))
+            continue
+        for shift in _shifts(group, linear, only_first=True):
+            found.append((linear, shift - shift @ polar))
+    return ChangesOfBasis(
+        np.stack([linear for linear, _ in found]),
+        np.stack([shift for _, shift in found]),
+        shifts,
+        polar,
+    )

@@ -153,19 +153,36 @@ class WyckoffPosition:
 
         There are none, [0,3,3] and [0,3], if the moved orbit is not on this position.
         """
+        return self.maps_onto(self, np.eye(3), origin_shift)
+
+    def maps_onto(
+        self, other: "WyckoffPosition", linear: Array, shift: Array
+    ) -> tuple[Array, Array]:
+        """Affine maps from these variables to another position's after a change of basis.
+
+        Args:
+            other: a position of the same group.
+            linear, shift: [3,3] and [3], take a point x (fractional) to linear @ x + shift.
+
+        Returns:
+            [E,3,3] and [E,3], one map for every atom of the orbit that can be the first one there;
+            none if the moved orbit is not on the other position.
+        """
         maps: dict[tuple[int, ...], tuple[Array, Array]] = {}
-        first, origin = self.rotations[0], self.translations[0] - origin_shift
-        for rotation, translation in zip(self.rotations, self.translations, strict=True):
-            linear = self._left_inverse @ rotation
-            if not np.allclose(first @ linear, rotation):
+        first, inverse = other.rotations[0], other._left_inverse
+        rotations = linear @ self.rotations
+        translations = self.translations @ linear.T + shift - other.translations[0]
+        for rotation, translation in zip(rotations, translations, strict=True):
+            solved = inverse @ rotation
+            if not np.allclose(first @ solved, rotation):
                 continue
-            targets = translation - origin + _LATTICE_STEPS
-            offsets = targets @ self._left_inverse.T
+            targets = nearest_zero(translation) + _LATTICE_STEPS
+            offsets = targets @ inverse.T
             fits = np.abs(offsets @ first.T - targets).max(axis=1) < 1e-6
             for offset in wrap(offsets[fits]):
-                key = tuple(np.rint(1e4 * np.append(linear.ravel(), offset)).astype(int).tolist())
-                maps.setdefault(key, (np.rint(linear), offset))
-        linears = np.array([linear for linear, _ in maps.values()]).reshape(-1, 3, 3)
+                key = tuple(np.rint(1e4 * np.append(solved.ravel(), offset)).astype(int).tolist())
+                maps.setdefault(key, (np.rint(solved), offset))
+        linears = np.array([kept for kept, _ in maps.values()]).reshape(-1, 3, 3)
         return linears, np.array([offset for _, offset in maps.values()]).reshape(-1, 3)
 
 

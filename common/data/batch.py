@@ -75,6 +75,10 @@ class Batch:
         space_group: [B], 1-230.
         properties: [B,P], band gap (eV), formation energy (eV/atom); zero where not given.
         property_mask: [B,P], which are given.
+        precedent_mask: [B], whether there is a known crystal to start from.
+        precedent_params: [B,S,3], its free parameters, as ``free_params``.
+        precedent_k: [B,6], its lattice, as ``lattice_k``.
+        precedent_difference: [B,S], how unlike the element is that its own took the place of.
     """
 
     atomic_numbers: Int
@@ -102,6 +106,10 @@ class Batch:
     space_group: Int
     properties: Float
     property_mask: Bool
+    precedent_mask: Bool
+    precedent_params: Float
+    precedent_k: Float
+    precedent_difference: Float
 
     @property
     def size(self) -> int:
@@ -123,6 +131,21 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class Precedent:
+    """A known crystal to start from; see ``common.precedents``.
+
+    Attributes:
+        crystal: its sites have the elements and letters that are wanted, in their order.
+        differences: how unlike the element that was there is to the new one, per site.
+        material_id: of the known crystal.
+    """
+
+    crystal: Crystal
+    differences: tuple[float, ...]
+    material_id: str
+
+
+@dataclass(frozen=True)
 class BatchItem:
     """One crystal for a batch: its crystal (or only its symmetry) and its properties.
 
@@ -132,6 +155,7 @@ class BatchItem:
 
     crystal: Crystal
     properties: dict[str, float | None]
+    precedent: Precedent | None = None
 
 
 def symmetry_only(space_group_number: int, sites: Iterable[tuple[int, str]]) -> Crystal:
@@ -198,6 +222,8 @@ def collate(items: Sequence[BatchItem], view: View, shape: tuple[int, int] | Non
             if value is not None:
                 arrays["properties"][row, column] = value
                 arrays["property_mask"][row, column] = True
+        if item.precedent is not None:
+            _fill_precedent(arrays, row, item.precedent)
     return Batch(**arrays)
 
 
@@ -237,6 +263,10 @@ def _empty(size: int, sites: int, tokens: int, atoms: int) -> dict[str, np.ndarr
         "space_group": integers(),
         "properties": zeros(len(PROPERTY_NAMES)),
         "property_mask": masks(len(PROPERTY_NAMES)),
+        "precedent_mask": masks(),
+        "precedent_params": zeros(sites, 3),
+        "precedent_k": zeros(6),
+        "precedent_difference": zeros(sites),
     }
 
 
@@ -254,6 +284,14 @@ def _fill_sites(arrays: dict[str, np.ndarray], row: int, crystal: Crystal) -> No
     arrays["k_bias"][row] = bias
     arrays["num_atoms"][row] = crystal.num_atoms
     arrays["space_group"][row] = crystal.space_group
+
+
+def _fill_precedent(arrays: dict[str, np.ndarray], row: int, precedent: Precedent) -> None:
+    count = len(precedent.crystal.sites)
+    arrays["precedent_mask"][row] = True
+    arrays["precedent_params"][row, :count] = [s.free_params for s in precedent.crystal.sites]
+    arrays["precedent_k"][row] = lattice_to_k(precedent.crystal.lattice)
+    arrays["precedent_difference"][row, :count] = precedent.differences
 
 
 def _fill_geometry(arrays: dict[str, np.ndarray], row: int, crystal: Crystal, view: View) -> None:

@@ -21,6 +21,7 @@ class TrainingDraws:
         lattice: [B,6], standard normal.
         origins: [B,O,4], uniform, see ``Descriptions.nearest``.
         keep_property: [B], uniform; a property is dropped where it is below the dropout rate.
+        keep_precedent: [B], likewise for precedents.
     """
 
     t: Array
@@ -29,6 +30,7 @@ class TrainingDraws:
     lattice: Array
     origins: Array
     keep_property: Array
+    keep_precedent: Array
 
     @classmethod
     def of_step(
@@ -57,6 +59,7 @@ class TrainingDraws:
             lattice=draw("lattice", (size, 6), uniform=False),
             origins=draw("origins", (size, origins, 4)),
             keep_property=draw("property", (size,)),
+            keep_precedent=draw("precedent", (size,)),
         )
 
     def take(self, rows: NDArray[np.int64]) -> "TrainingDraws":

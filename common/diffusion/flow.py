@@ -10,20 +10,56 @@ are short and seldom cross. The noise stays uniform, and every description is a 
 """
 
 from functools import cache
-from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
 
+from common.config import DiffusionConfig
+from common.crystal.normalizer import normalizer_translations
 from common.crystal.symmetry import WyckoffPosition, nearest_zero, space_group, wrap
 from common.data.batch import LETTERS, Batch
 from common.diffusion.noisy import NoisyCrystals
+from common.diffusion.scaler import Standardizer
 
 Array = NDArray[np.float32]
 
 
 #: A uniform difference on the unit torus has variance 1/12: velocities times this have unit size.
 VELOCITY_SCALE = float(np.sqrt(12))
+
+#: Paths from a precedent are so much shorter than those from uniform noise.
+PRECEDENT_SCALE = 0.35
+
+
+def starting_points(
+    batch: Batch,
+    standardizer: Standardizer,
+    config: DiffusionConfig,
+    uniform: Array,
+    normal: Array,
+    lattice_normal: Array,
+) -> tuple[Array, Array]:
+    """Where paths begin: near the precedent, or at noise where there is none.
+
+    Args:
+        batch: B crystals.
+        standardizer: of their lattices.
+        config: how far from the precedent.
+        uniform, normal: [B,S,3], uniform in [0,1) and standard normal.
+        lattice_normal: [B,6], standard normal.
+
+    Returns:
+        Free coordinates [B,S,3] in [0,1) and standardised lattice numbers [B,6].
+    """
+    known = batch.precedent_mask
+    near = wrap(batch.precedent_params + config.precedent_noise * normal)
+    near_lattice = (
+        standardizer.precedent_lattice(batch) + config.precedent_lattice_noise * lattice_normal
+    )
+    return (
+        np.where(known[:, None, None], near, uniform).astype(np.float32),
+        np.where(known[:, None], near_lattice, lattice_normal).astype(np.float32),
+    )
 
 
 def make_path(
@@ -149,32 +185,3 @@ def _letter_shift(
 ) -> tuple[np.ndarray, np.ndarray] | None:
     linear, offset = _position(number, letter).equivalents_after(np.array(shift))
     return (linear[0], offset[0]) if len(linear) else None
-
-
-@cache
-def normalizer_translations(number: int) -> tuple[np.ndarray, np.ndarray]:
-    """Translations that leave a space group as it is.
-
-    Returns:
-        [n,3], the discrete ones modulo the group's own (zero first), and [3,3], a projector (acting
-        on rows) onto the polar directions, in which any translation does.
-    """
-    group = space_group(number)
-    polar = group.rotations.mean(axis=0).T
-    twelfths = np.array([0, 3, 4, 6, 8, 9]) / 12
-    grid = np.array(list(product(twelfths, repeat=3)))
-    grid = grid[np.abs(grid @ polar).max(axis=1) < 1e-6]
-    moved = np.einsum("gij,nj->gni", group.rotations - np.eye(3), grid)
-    keeps = _is_lattice_vector(moved, group.centering).all(axis=0)
-    kept: list[np.ndarray] = []
-    for shift in grid[keeps]:
-        if not any(_is_lattice_vector(shift - other, group.centering) for other in kept):
-            kept.append(shift)
-    return np.array(kept), polar
-
-
-def _is_lattice_vector(vectors: np.ndarray, centering: np.ndarray) -> NDArray[np.bool_]:
-    """Whether fractional vectors [...,3] are sums of lattice and centring vectors."""
-    rest = nearest_zero(vectors[..., None, :] - centering)
-    result: NDArray[np.bool_] = (np.abs(rest) < 1e-6).all(axis=-1).any(axis=-1)
-    return result

@@ -50,6 +50,11 @@ class LossWeights:
             self.coordinate[rows] * real[:, None, None], self.lattice[rows] * real[:, None]
         )
 
+    def in_units(self, unit: Array) -> "LossWeights":
+        """Those of errors that are counted in units of their own, [B]."""
+        scale = unit.astype(np.float32) ** -2
+        return LossWeights(self.coordinate * scale[:, None, None], self.lattice * scale[:, None])
+
 
 def _shares(mask: NDArray[np.bool_]) -> Array:
     return mask.astype(np.float32) / np.float32(max(1, mask.sum()))

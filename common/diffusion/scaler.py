@@ -75,8 +75,15 @@ class Standardizer:
 
     def lattice(self, batch: Batch) -> NDArray[np.float32]:
         """Standardised lattice numbers [B,6], zero where fixed."""
+        return self._standardized(batch.lattice_k, batch)
+
+    def precedent_lattice(self, batch: Batch) -> NDArray[np.float32]:
+        """Standardised lattice numbers [B,6] of the precedents, zero where there is none."""
+        return self._standardized(batch.precedent_k, batch) * batch.precedent_mask[:, None]
+
+    def _standardized(self, k: NDArray[np.float32], batch: Batch) -> NDArray[np.float32]:
         scale = self.lattice_scales(batch)
-        rest = batch.lattice_k - self.lattice_center(batch)
+        rest = k - self.lattice_center(batch)
         return np.divide(rest, scale, out=np.zeros_like(rest), where=scale > 0).astype(np.float32)
 
     def properties(

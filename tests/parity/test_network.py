@@ -41,6 +41,8 @@ CONFIGS = {
     "no property, distances off": small(layers=1, properties=(), distances=False),
     "mean aggregation, frames off": small(layers=1, aggregation="mean", frames=False),
     "no feed-forward, no modulation": small(layers=1, feed_forward=0, modulation=False),
+    "precedents": small(layers=1, precedents=True),
+    "conventional cell, precedents": small(layers=1, cell="conventional", precedents=True),
     "conventional cell": small(layers=1, cell="conventional"),
 }
 
@@ -57,7 +59,8 @@ class Example:
 
 @cache
 def example(cell: str) -> Example:
-    items = random_items(FEW_ATOMS if cell == "conventional" else SYSTEMS)
+    systems = FEW_ATOMS if cell == "conventional" else SYSTEMS
+    items = random_items(systems, precedents=True)
     batch = collate(items, "conventional" if cell == "conventional" else "asymmetric")
     free, lattice, t = noise_of(batch)
     random = np.random.default_rng(1)
@@ -224,6 +227,15 @@ BREAKS = (
 
 def part(results: dict[str, NDArray], prefix: str) -> dict[str, NDArray]:
     return {name: array for name, array in results.items() if name.startswith(prefix)}
+
+
+def test_precedent_missing_is_noticed() -> None:
+    shown = example("asymmetric")
+    change = {"precedent_params": np.zeros_like(shown.batch.precedent_params)}
+    found = evaluation("precedents")(batch=change)
+    single, exact = references("precedents")
+    with pytest.raises(DisagreementError):
+        compare(part(found, "coordinates"), *(part(x, "coordinates") for x in (single, exact)))
 
 
 @pytest.mark.parametrize("broken", BREAKS)

@@ -21,6 +21,7 @@ def test_shapes_and_types() -> None:
         "lattice": (64, 6),
         "origins": (64, 3, 4),
         "keep_property": (64,),
+        "keep_precedent": (64,),
     }
     assert {array.dtype for array in vars(draws).values()} == {np.dtype(np.float32)}
 

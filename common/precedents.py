@@ -1,0 +1,279 @@
+"""Known crystals to start from: same prototype as the wanted one, and the most similar elements.
+
+A precedent is a training crystal whose elements are replaced by the wanted ones, its lattice scaled
+to the volume expected of them, and which is described with the letters that were asked for. In
+training every crystal gets the best precedent but itself, and is described as near to it as it can
+be.
+"""
+
+import gzip
+import hashlib
+import json
+import multiprocessing
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.progress import track
+
+from common.crystal.descriptions import aligned, with_sites
+from common.crystal.structure import Crystal, Site
+from common.data.batch import BatchItem, Precedent
+from common.data.locations import cache_dir
+from common.data.store import Record, fingerprint, read_records, write_records
+from common.elements import element_table, pair_differences
+from common.errors import UserError
+from common.files import write_atomic
+from common.machine import cpu_count, start_worker
+from common.prior import SHIPPED, TemplatePrior
+from common.templates import Assignment, Template, assign
+
+Array = NDArray[np.float64]
+
+#: Training rows of a checkpoint that was not trained on those of the shipped prior.
+PRECEDENTS = "precedents.parquet"
+#: Of the cached descriptions; another number makes them anew.
+_CACHE_VERSION = 1
+#: Rows that are tried, for each precedent that is asked for, until one takes the letters.
+_TRIES = 4
+#: Crystals per process below which none is started.
+_CHUNK = 32
+
+
+class Known(Protocol):
+    """Training crystals by row, as ``common.reference.ReferenceIndex`` has them."""
+
+    def roles(self, row: int) -> Sequence[int]:
+        """Atomic number in each role of the row's template."""
+        ...
+
+    def crystal(self, row: int) -> Crystal:
+        """The crystal."""
+        ...
+
+    def material_id(self, row: int) -> str:
+        """Its name."""
+        ...
+
+
+@dataclass(frozen=True)
+class _KnownRecords:
+    crystals: Sequence[Crystal]
+    names: Sequence[str]
+    assignments: Sequence[Assignment]
+
+    def roles(self, row: int) -> Sequence[int]:
+        return self.assignments[row].roles
+
+    def crystal(self, row: int) -> Crystal:
+        return self.crystals[row]
+
+    def material_id(self, row: int) -> str:
+        return self.names[row]
+
+
+class PrecedentIndex:
+    """The training crystals by prototype.
+
+    Args:
+        known: the crystals.
+        rows: of every template.
+        element_volume: [119], A^3 per atom, by atomic number.
+    """
+
+    def __init__(
+        self, known: Known, rows: Mapping[Template, Sequence[int]], element_volume: Array
+    ) -> None:
+        self._known, self._rows = known, rows
+        self._volume = element_volume
+        self._difference = pair_differences(element_table()).mean(axis=-1)
+
+    @classmethod
+    def of_crystals(
+        cls, crystals: Sequence[Crystal], names: Sequence[str], element_volume: Array
+    ) -> "PrecedentIndex":
+        """Of crystals and what they are called."""
+        assignments = [assign(crystal) for crystal in crystals]
+        rows: dict[Template, list[int]] = defaultdict(list)
+        for row, assignment in enumerate(assignments):
+            rows[assignment.template].append(row)
+        return cls(_KnownRecords(crystals, names, assignments), dict(rows), element_volume)
+
+    @classmethod
+    def of_prior(cls, prior: TemplatePrior, element_volume: Array) -> "PrecedentIndex":
+        """Of the rows that a prior was fitted on."""
+        return cls(prior.reference, prior.rows_of_template, element_volume)
+
+    def find(self, crystal: Crystal, count: int = 1, exclude: str | None = None) -> list[Precedent]:
+        """The precedents of a symmetry, the most similar elements first.
+
+        Args:
+            crystal: of which only the symmetry is used.
+            count: so many, if there are.
+            exclude: the name of a row that is left out.
+        """
+        found: list[Precedent] = []
+        ranked = self._ranked(crystal, exclude)
+        for _, (row, elements) in zip(range(_TRIES * count), ranked, strict=False):
+            precedent = self._substituted(crystal, row, elements)
+            if precedent is not None:
+                found.append(precedent)
+                if len(found) == count:
+                    break
+        return found
+
+    def _ranked(
+        self, crystal: Crystal, exclude: str | None
+    ) -> Iterator[tuple[int, dict[int, int]]]:
+        """Rows of the crystal's template by similarity, and the elements that replace theirs."""
+        wanted = assign(crystal)
+        rows = [
+            row
+            for row in self._rows.get(wanted.template, ())
+            if exclude is None or self._known.material_id(row) != exclude
+        ]
+        if not rows:
+            return
+        filled = np.array([list(self._known.roles(row)) for row in rows])  # [N,R]
+        orders = np.array(
+            [[wanted.roles[role] for role in order] for order in wanted.template.automorphisms]
+        )  # [O,R]
+        costs = self._difference[filled[:, None], orders].sum(axis=-1)  # [N,O]
+        best = costs.argmin(axis=1)
+        for index in np.argsort(costs.min(axis=1), kind="stable").tolist():
+            replaced = zip(filled[index].tolist(), orders[best[index]].tolist(), strict=True)
+            yield rows[index], dict(replaced)
+
+    def _substituted(
+        self, crystal: Crystal, row: int, elements: Mapping[int, int]
+    ) -> Precedent | None:
+        known = self._known.crystal(row)
+        sites = tuple(
+            Site(elements[site.atomic_number], site.letter, site.free_params)
+            for site in known.sites
+        )
+        scale = (self._guess(crystal) / self._guess(known)) ** (1 / 3)
+        new = Crystal(known.space_group, sites, known.lattice * scale)
+        wanted = tuple((site.atomic_number, site.letter) for site in crystal.sites)
+        described = with_sites(new, wanted)
+        if described is None:
+            return None
+        former = {new: old for old, new in elements.items()}
+        differences = tuple(float(self._difference[former[z], z]) for z, _ in wanted)
+        return Precedent(described, differences, self._known.material_id(row))
+
+    def _guess(self, crystal: Crystal) -> float:
+        return float(sum(self._volume[z] * n for z, n in crystal.formula_counts.items()))
+
+
+def load_precedents(folder: Path, trained_on: str, element_volume: Array) -> PrecedentIndex:
+    """The crystals that a checkpoint starts from.
+
+    Args:
+        folder: the checkpoint.
+        trained_on: fingerprint of its training rows.
+        element_volume: as in ``PrecedentIndex``.
+
+    Raises:
+        UserError: if they cannot be read, or are not there.
+    """
+    path = folder / PRECEDENTS
+    if path.exists():
+        records = read_records(path)
+        names = [record.material_id for record in records]
+        return PrecedentIndex.of_crystals([r.crystal for r in records], names, element_volume)
+    prior = TemplatePrior.load()
+    if prior.metadata["source"].get("fingerprint") != trained_on:
+        raise UserError(
+            f"{folder}: {PRECEDENTS} is missing, and the shipped table {SHIPPED.name} holds other "
+            "crystals than it was trained on: copy the file from the run that made the checkpoint"
+        )
+    return PrecedentIndex.of_prior(prior, element_volume)
+
+
+def save_precedents(folder: Path, records: Sequence[Record], trained_on: str) -> None:
+    """Puts the training rows beside a checkpoint, unless the shipped table holds them."""
+    if TemplatePrior.load().metadata["source"].get("fingerprint") != trained_on:
+        plain = [Record(record.material_id, record.crystal) for record in records]
+        write_records(plain, folder / PRECEDENTS)
+
+
+def training_items(
+    records: Sequence[Record], index: PrecedentIndex, trained_on: str, workers: int | None = None
+) -> list[BatchItem]:
+    """Rows with their precedents, each described as near to it as it can be; kept in the cache.
+
+    Args:
+        records: a row never is its own precedent.
+        index: of the training rows.
+        trained_on: their fingerprint.
+        workers: processes; one per CPU without it.
+    """
+    key = f"{_CACHE_VERSION} {trained_on} {fingerprint(records)}"
+    name = hashlib.sha256(key.encode()).hexdigest()[:16]
+    path = cache_dir() / "precedents" / f"{name}.json.gz"
+    if path.exists():
+        rows = [json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines()]
+    else:
+        rows = list(_described(records, index, workers))
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, gzip.compress(text.encode(), compresslevel=6, mtime=0))
+    return [_item(record, row) for record, row in zip(records, rows, strict=True)]
+
+
+def _item(record: Record, row: Mapping[str, Any] | None) -> BatchItem:
+    if row is None:
+        return BatchItem(record.crystal, record.properties)
+    precedent = Precedent(
+        Crystal.from_dict(row["precedent"]), tuple(row["differences"]), row["material_id"]
+    )
+    return BatchItem(Crystal.from_dict(row["crystal"]), record.properties, precedent)
+
+
+def _described(
+    records: Sequence[Record], index: PrecedentIndex, workers: int | None
+) -> Iterable[dict[str, Any] | None]:
+    crystals = [record.crystal for record in records]
+    names = [record.material_id for record in records]
+    show = partial(track, description="Finding precedents", total=len(records))
+    workers = min(workers or cpu_count(), 1 + len(records) // (4 * _CHUNK))
+    if workers == 1:
+        yield from show(_describe(index, *row) for row in zip(crystals, names, strict=True))
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, initializer=_start, initargs=(index,)) as pool:
+        yield from show(pool.map(_describe_here, crystals, names, chunksize=_CHUNK))
+
+
+_index: PrecedentIndex | None = None
+
+
+def _start(index: PrecedentIndex) -> None:
+    global _index
+    start_worker()
+    _index = index
+
+
+def _describe_here(crystal: Crystal, name: str) -> dict[str, Any] | None:
+    assert _index is not None
+    return _describe(_index, crystal, name)
+
+
+def _describe(index: PrecedentIndex, crystal: Crystal, name: str) -> dict[str, Any] | None:
+    """A row's precedent and the row's nearest description as JSON types, or None without one."""
+    for precedent in index.find(crystal, exclude=name):
+        described, _ = aligned(crystal, precedent.crystal)
+        return {
+            "crystal": described.to_dict(),
+            "precedent": precedent.crystal.to_dict(),
+            "differences": list(precedent.differences),
+            "material_id": precedent.material_id,
+        }
+    return None

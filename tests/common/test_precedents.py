@@ -1,0 +1,128 @@
+"""Known crystals to start from: which one, with which elements, in which description."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from common import precedents
+from common.crystal.structure import Crystal, Site
+from common.data.store import Record
+from common.errors import UserError
+from common.precedents import (
+    PrecedentIndex,
+    load_precedents,
+    save_precedents,
+    training_items,
+)
+from common.prior import TemplatePrior
+
+VOLUME = np.full(119, 20.0)
+
+
+def perovskite(a: int, b: int, x: int, edge: float, shifted: bool = False) -> Crystal:
+    """Cubic; described from the other metal if shifted."""
+    letters = "bac" if not shifted else "abd"
+    sites = tuple(Site(z, letter) for z, letter in zip((a, b, x), letters, strict=True))
+    return Crystal(221, sites, np.eye(3) * edge)
+
+
+def rutile(metal: int, anion: int, x: float) -> Crystal:
+    return Crystal(136, (Site(metal, "a"), Site(anion, "f", (x, 0.0, 0.0))), np.diag([4.6, 4.6, 3]))
+
+
+RECORDS = [
+    Record("SrTiO3", perovskite(38, 22, 8, 3.9)),
+    Record("BaTiO3", perovskite(56, 22, 8, 4.0, shifted=True)),
+    Record("KMgF3", perovskite(19, 12, 9, 4.0)),
+    Record("TiO2", rutile(22, 8, 0.305)),
+    Record("MnF2", rutile(25, 9, 0.31)),
+]
+
+
+@pytest.fixture
+def index() -> PrecedentIndex:
+    return PrecedentIndex.of_crystals(
+        [r.crystal for r in RECORDS], [r.material_id for r in RECORDS], VOLUME
+    )
+
+
+def test_the_most_similar_elements_come_first(index: PrecedentIndex) -> None:
+    wanted = perovskite(20, 22, 8, 1.0)  # CaTiO3; the lattice is not looked at
+    found = index.find(wanted, 3)
+    assert [one.material_id for one in found] == ["SrTiO3", "BaTiO3", "KMgF3"]
+    for one in found:
+        named = [(site.atomic_number, site.letter) for site in one.crystal.sites]
+        assert named == [(20, "b"), (22, "a"), (8, "c")]
+    assert found[0].differences[1:] == (0.0, 0.0)
+    assert 0 < found[0].differences[0] < found[1].differences[0]
+    assert index.find(wanted, exclude="SrTiO3")[0].material_id == "BaTiO3"
+    assert index.find(Crystal(225, (Site(11, "a"), Site(17, "b")), np.eye(3))) == []
+
+
+def test_the_lattice_takes_the_volume_of_the_new_elements() -> None:
+    volume = VOLUME.copy()
+    volume[22] = 30.0
+    index = PrecedentIndex.of_crystals([rutile(25, 9, 0.31)], ["MnF2"], volume)
+    (found,) = index.find(rutile(22, 8, 0.0))
+    ratio = np.linalg.det(found.crystal.lattice) / (4.6**2 * 3)
+    assert np.isclose(ratio, (2 * 30 + 4 * 20) / (6 * 20))
+    assert found.crystal.sites[1].free_params[0] == pytest.approx(0.31)
+
+
+def test_the_shipped_table_gives_what_its_rows_give() -> None:
+    prior = TemplatePrior.load()
+    index = PrecedentIndex.of_prior(prior, VOLUME)
+    for row in (5, 5000, 20000):
+        crystal, name = prior.reference.crystal(row), prior.reference.material_id(row)
+        found = index.find(crystal)[0]
+        assert sum(found.differences) == 0.0
+        others = index.find(crystal, exclude=name)
+        assert all(one.material_id != name for one in others)
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("UNI_MDM_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_training_rows_are_described_near_their_precedents(
+    index: PrecedentIndex, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mirrored = Record("SnO2", rutile(50, 8, 0.695))  # the same atoms as x = 0.305
+    rows = [
+        *RECORDS,
+        mirrored,
+        Record("NaCl", Crystal(225, (Site(11, "a"), Site(17, "b")), np.eye(3))),
+    ]
+    items = training_items(rows, index, "print", workers=1)
+    assert items[-1].precedent is None
+    assert items[-1].crystal is rows[-1].crystal
+    names = [item.precedent.material_id for item in items[:-1] if item.precedent]
+    assert names == ["BaTiO3", "SrTiO3", "BaTiO3", "MnF2", "TiO2", "TiO2"]
+    assert items[5].crystal.sites[1].free_params[0] == pytest.approx(0.305)
+    assert items[0].properties is RECORDS[0].properties
+
+    def never(*_: object) -> None:
+        raise AssertionError("described anew")
+
+    monkeypatch.setattr(precedents, "_describe", never)
+    again = training_items(rows, index, "print", workers=1)
+    for one, other in zip(items[:-1], again[:-1], strict=True):
+        assert one.crystal.to_dict() == other.crystal.to_dict()
+        assert one.precedent is not None
+        assert other.precedent is not None
+        assert one.precedent.differences == other.precedent.differences
+
+
+def test_a_checkpoint_finds_its_precedents(tmp_path: Path) -> None:
+    shipped = TemplatePrior.load().metadata["source"]["fingerprint"]
+    save_precedents(tmp_path, RECORDS, shipped)
+    assert not list(tmp_path.iterdir())
+    assert load_precedents(tmp_path, shipped, VOLUME).find(RECORDS[3].crystal)
+    with pytest.raises(UserError, match=r"precedents\.parquet is missing"):
+        load_precedents(tmp_path, "others", VOLUME)
+    save_precedents(tmp_path, RECORDS, "others")
+    found = load_precedents(tmp_path, "others", VOLUME).find(RECORDS[3].crystal)
+    assert [one.material_id for one in found] == ["TiO2"]
