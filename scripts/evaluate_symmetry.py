@@ -32,6 +32,7 @@ from common.evaluate.symmetry_prediction import (
     outcome_of,
     rates,
 )
+from common.language.calibration import answer_nats, fit_temperature, true_choices
 from common.language.model import LanguageModel, rank_questions, write_answers
 from common.language.prompt import Question, Symmetry, write_answer
 from common.prior import SymmetryCandidate, TemplatePrior
@@ -45,6 +46,7 @@ class Measurement:
 
     def __init__(self, records: Sequence[Record], target: str, console: Console) -> None:
         self.crystals = [record.crystal for record in records]
+        self.symmetries = [Symmetry.of_crystal(crystal) for crystal in self.crystals]
         self.properties = [properties_of(record, target) for record in records]
         self.questions = [
             Question.ask(crystal.formula_counts, properties)
@@ -76,17 +78,21 @@ class Measurement:
 
             rankings = rank_questions(model, self.questions, top=_TOP, progress=report)
             seconds = time.perf_counter() - start
+            task = progress.add_task("language model: true answers")
+            choices = true_choices(model, self.questions, self.symmetries, progress=report)
             task = progress.add_task("language model: answers")
             answers = write_answers(model, self.questions, progress=report)
         outcomes = [
             outcome_of(crystal, ranking.candidates)
             for crystal, ranking in zip(self.crystals, rankings, strict=True)
         ]
-        texts = [write_answer(Symmetry.of_crystal(crystal)) for crystal in self.crystals]
+        texts = [write_answer(symmetry) for symmetry in self.symmetries]
         return {
             **self._report(outcomes, seconds),
             "name": model.name,
             "scored": sum(ranking.scored for ranking in rankings),
+            "nats_of_truth": round(answer_nats(choices), 3),
+            "best_temperature": round(fit_temperature(choices), 3),
             "unconstrained": {
                 "legal": legal_answers(answers, self.crystals),
                 "exact": sum(map(str.__eq__, answers, texts)) / len(texts),

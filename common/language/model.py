@@ -34,6 +34,21 @@ class LanguageModel(Scorer, Protocol):
         ...
 
 
+def search_request(
+    tokenizer: SymmetryTokenizer, question: Question, max_atoms: int = MAX_PRIMITIVE_ATOMS
+) -> SearchRequest:
+    """A question in tokens, with the grammar of all its legal answers.
+
+    Args:
+        tokenizer: of the model.
+        question: the composition, with or without a target property.
+        max_atoms: in the primitive cell.
+    """
+    formula = Formula(tuple(sorted(question.formula)))
+    grammar = TokenGrammar(AnswerGrammar(formula, max_atoms=max_atoms), tokenizer)
+    return SearchRequest(tuple(tokenizer.question_ids(question)), grammar)
+
+
 def rank_questions(
     model: LanguageModel,
     questions: Sequence[Question],
@@ -55,7 +70,7 @@ def rank_questions(
     rankings: list[Ranking] = []
     for begin in range(0, len(questions), _CHUNK):
         chunk = questions[begin : begin + _CHUNK]
-        requests = [_request(model.tokenizer, question, max_atoms) for question in chunk]
+        requests = [search_request(model.tokenizer, question, max_atoms) for question in chunk]
         rankings += rank_answers(requests, model, top=top, temperature=temperature)
         if progress is not None:
             progress(len(rankings), len(questions))
@@ -88,9 +103,3 @@ def write_answers(
         if progress is not None:
             progress(len(answers), len(order))
     return [answers[index] for index in range(len(order))]
-
-
-def _request(tokenizer: SymmetryTokenizer, question: Question, max_atoms: int) -> SearchRequest:
-    formula = Formula(tuple(sorted(question.formula)))
-    grammar = TokenGrammar(AnswerGrammar(formula, max_atoms=max_atoms), tokenizer)
-    return SearchRequest(tuple(tokenizer.question_ids(question)), grammar)
