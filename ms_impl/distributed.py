@@ -21,6 +21,7 @@ from common.errors import UserError
 from common.machine import launched_by
 from common.training import Shard
 from ms_impl.device import use_device
+from ms_impl.leaving import leave_at_once
 
 #: What msrun tells every process.
 VARIABLES = ("MS_WORKER_NUM", "MS_ROLE", "MS_SCHED_HOST", "MS_SCHED_PORT")
@@ -53,6 +54,7 @@ def joined(device: str) -> Iterator[Shard]:
     use_device(device)
     init()
     yield Shard(get_rank(), get_group_size())
+    leave_at_once()
 
 
 def sum_values(values: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ PENDING: set[str] = {"glm4.py", "train_glm4.py"}
 ALONE = {
     "adamw.py": "MindSpore keeps weights, averages and moments as one vector, in train_dit.py",
     "device.py": "MindSpore's device and mode are the process's; torch's are arguments",
+    "leaving.py": "torch's processes end well by themselves",
     "optimizer.py": "torch has it",
     "pipeline.py": "mindspore.dataset feeds training; torch takes its batches as they come",
 }
