@@ -37,20 +37,12 @@ from common.diffusion.score import ScoreProcess, score_process
 from common.precedents import PrecedentIndex, load_precedents
 from common.weights import statistics
 
-#: Padded edges in one call of the network. A call always has the same shape for a bucket, whatever
-#: is asked for, so that a crystal's bytes do not depend on what is sampled beside it.
-EDGES_PER_CALL = 4096
 #: Digits kept of a free coordinate.
 COORDINATE_DIGITS = 6
 
 Array = NDArray[np.float32]
 #: Free parameters [B,S,3] in [0,1) and standardised lattice numbers [B,6].
 Solution = tuple[Array, Array]
-
-
-def rows_per_call(shape: tuple[int, int]) -> int:
-    """Crystals in one call of the network for a bucket (T, A)."""
-    return max(1, EDGES_PER_CALL // (shape[0] * shape[1]))
 
 
 @dataclass(frozen=True)
@@ -81,10 +73,19 @@ class Call:
 def calls(
     requests: Sequence[SampleRequest],
     view: View,
-    sizes: Sizes = FINE,
+    sizes: Sizes,
+    rows_per_call: Callable[[tuple[int, int]], int],
     precedents: PrecedentIndex | None = None,
 ) -> Iterator[Call]:
-    """The calls that sample all requests, bucket by bucket."""
+    """The calls that sample all requests, bucket by bucket.
+
+    Args:
+        requests: what to sample.
+        view: of the network.
+        sizes: to which crystals are padded.
+        rows_per_call: number of crystals in a call by its bucket (T, A).
+        precedents: what to start from, if anything.
+    """
     known: dict[tuple[int, Sites], Precedent | None] = {}
     items = []
     for request in requests:
@@ -119,6 +120,9 @@ class BaseGenerator(ABC):
     parallel_calls = 1
     #: To which crystals are padded; always the same, for padding changes the last bits.
     sizes = FINE
+    #: Padded edges in one call of the network. A call always has the same shape for a bucket,
+    #: whatever is asked for: a crystal's bytes do not depend on what is sampled beside it.
+    edges_per_call = 4096
 
     def __init__(
         self,
@@ -166,12 +170,17 @@ class BaseGenerator(ABC):
         process = score_process(settings, steps)
         crystals: dict[int, Crystal] = {}
         solve = partial(self.solve, seed=seed, steps=steps or settings.steps, process=process)
-        waiting = calls(requests, self.config.model.cell, self.sizes, self.precedents)
+        view = self.config.model.cell
+        waiting = calls(requests, view, self.sizes, self.rows_per_call, self.precedents)
         for call, (free, lattice) in self._solved(waiting, solve):
             crystals.update(zip(call.rows, self._crystals(call, free, lattice), strict=False))
             if progress is not None:
                 progress(len(call.rows))
         return [crystals[index] for index in range(len(requests))]
+
+    def rows_per_call(self, shape: tuple[int, int]) -> int:
+        """Crystals in one call of the network for a bucket (T, A)."""
+        return max(1, self.edges_per_call // (shape[0] * shape[1]))
 
     def start(self, call: Call, seed: int) -> Solution:
         """Where the sampler begins; see ``Solution``."""

@@ -17,7 +17,7 @@ from common.data.cif import parse_cif
 from common.data.label import label_structure
 from common.data.loader import BatchPlan
 from common.data.store import Record
-from common.sampling import BaseGenerator, rows_per_call
+from common.sampling import BaseGenerator
 from common.training import BaseTrainer
 
 #: Sizes inside the network: its time embedding, images and radial features of an edge.
@@ -158,7 +158,7 @@ def _sampling_seconds(generator: BaseGenerator, records: list[Record], calls: in
         groups.setdefault(shape, []).append(request)
     seconds = 0.0
     for shape, requests in groups.items():
-        size = rows_per_call(shape) * generator.parallel_calls
+        size = generator.rows_per_call(shape) * generator.parallel_calls
         full = [requests[i % len(requests)] for i in range(size)]
         generator.sample(full, 0, 1)
         start = time.perf_counter()

@@ -156,7 +156,9 @@ class Block(nn.Cell):
         """nodes [B,T,D], edges [B,T,A,E], condition [B,D], property [B,D] -> nodes, messages."""
         chunks = ()
         if self.modulation is not None:
-            chunks = ops.chunk(self.modulation(condition), 3 * self.parts, -1)  # 3 x parts x [B,D]
+            # 3 x parts x [B,T,D]; spread together, since every crystal's small product costs a call
+            spread_out = spread(self.modulation(condition), nodes.shape[1])
+            chunks = ops.chunk(spread_out, 3 * self.parts, -1)
         x = self._normed(0, nodes, chunks)
         update, messages = self.fusion(x, edges, sender_index, batch["atom_mask"])
         nodes = self._added(0, nodes, update, chunks)  # eq. 7
@@ -178,7 +180,7 @@ class Block(nn.Cell):
         self, part: int, nodes: Tensor, update: Tensor, chunks: tuple[Tensor, ...]
     ) -> Tensor:
         if chunks:
-            update = spread(chunks[3 * part + 2], nodes.shape[1]) * update
+            update = chunks[3 * part + 2] * update
         return nodes + update
 
 

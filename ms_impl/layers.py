@@ -356,6 +356,5 @@ class CrystalAttention(nn.Cell):
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Adaptive layer norm's affine part (DiT, arXiv:2212.09748): [B,T,D], [B,D], [B,D]."""
-    tokens = x.shape[1]
-    return x * spread(1 + scale, tokens) + spread(shift, tokens)
+    """Adaptive layer norm's affine part (DiT, arXiv:2212.09748): [B,T,D], twice [B,1 or T,D]."""
+    return x * (1 + scale) + shift

@@ -143,14 +143,15 @@ class Block(nn.Module):
         """nodes [B,T,D], edges [B,T,A,E], condition [B,D], property [B,D] -> nodes, messages."""
         chunks: tuple[Tensor, ...] = ()
         if self.modulation is not None:
-            chunks = self.modulation(condition).chunk(3 * self.parts, dim=-1)  # 3 x parts x [B,D]
+            # 3 x parts x [B,1,D]
+            chunks = self.modulation(condition)[:, None].chunk(3 * self.parts, dim=-1)
 
         def normed(part: int) -> Tensor:
             x = self.norms[part](nodes)
             return modulate(x, chunks[3 * part], chunks[3 * part + 1]) if chunks else x
 
         def added(part: int, update: Tensor) -> Tensor:
-            return nodes + (chunks[3 * part + 2][:, None] * update if chunks else update)
+            return nodes + (chunks[3 * part + 2] * update if chunks else update)
 
         update, messages = self.fusion(normed(0), edges, sender_index, batch.atom_mask)
         nodes = added(0, update)  # eq. 7

@@ -201,5 +201,5 @@ class CrystalAttention(nn.Module):
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Adaptive layer norm's affine part (DiT, arXiv:2212.09748): [B,T,D], [B,D], [B,D]."""
-    return x * (1 + scale[:, None]) + shift[:, None]
+    """Adaptive layer norm's affine part (DiT, arXiv:2212.09748): [B,T,D], twice [B,1 or T,D]."""
+    return x * (1 + scale) + shift

@@ -195,7 +195,7 @@ def compare_rows(found: list[dict[str, Any]], expected: list[dict[str, Any]]) ->
 @pytest.mark.filterwarnings("ignore:Issues encountered while parsing CIF:UserWarning")
 def test_files(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     mindspore = generated("mindspore", checkpoint, tmp_path / "mindspore")
-    assert "compiled for 8 tokens, 8 atoms, 64 crystals" in capsys.readouterr().err
+    assert "compiled for 8 tokens, 8 atoms," in capsys.readouterr().err
     compare_rows(mindspore, generated("torch", checkpoint, tmp_path / "torch"))
     assert "compiled" not in capsys.readouterr().err
     with pytest.raises(DisagreementError, match="of a cell"):

@@ -184,8 +184,8 @@ CASES = {
     "modulate": Case(
         lambda: torch_layers.modulate,
         lambda: ms_modulate,
-        {"x": NODES, "shift": PROPERTY, "scale": 2 * PROPERTY},
-        {"shift": 2 * PROPERTY, "scale": PROPERTY},
+        {"x": NODES, "shift": PROPERTY[:, None], "scale": 2 * PROPERTY[:, None]},
+        {"shift": 2 * PROPERTY[:, None], "scale": PROPERTY[:, None]},
     ),
     "PropertyEmbedding": Case(
         lambda: torch_dit.PropertyEmbedding(2, WIDTH),

@@ -266,6 +266,6 @@ def test_mlp_and_modulation() -> None:
     x = normal(3)
     torch.testing.assert_close(layer(x), linear(layer.output, silu(linear(layer.hidden, x))))
     nodes, shift, scale = normal(2, 3, 4), normal(2, 4, seed=1), normal(2, 4, seed=2)
-    found = modulate(nodes, shift, scale)
+    found = modulate(nodes, shift[:, None], scale[:, None])
     for b, t in np.ndindex(2, 3):
         torch.testing.assert_close(found[b, t], nodes[b, t] * (1 + scale[b]) + shift[b])
