@@ -84,6 +84,12 @@ class DiffusionConfig(Settings):
     precedent_lattice_noise: float = Field(
         0.3, gt=0, description="Added to its standardised lattice numbers."
     )
+    precedent_temperature: float = Field(
+        0.4, ge=0, le=1, description="Share of both noises that sampling adds."
+    )
+    precedents_in_turn: int = Field(
+        1, ge=1, description="Known crystals that the samples of a request start from in turn."
+    )
 
 
 class Optimisation(Settings):

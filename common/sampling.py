@@ -75,7 +75,7 @@ def calls(
     view: View,
     sizes: Sizes,
     rows_per_call: Callable[[tuple[int, int]], int],
-    precedents: PrecedentIndex | None = None,
+    precedents: Callable[[Crystal], list[Precedent]],
 ) -> Iterator[Call]:
     """The calls that sample all requests, bucket by bucket.
 
@@ -84,17 +84,18 @@ def calls(
         view: of the network.
         sizes: to which crystals are padded.
         rows_per_call: number of crystals in a call by its bucket (T, A).
-        precedents: what to start from, if anything.
+        precedents: what the samples of a symmetry start from in turn, if anything.
     """
-    known: dict[tuple[int, Sites], Precedent | None] = {}
+    known: dict[tuple[int, Sites], list[Precedent]] = {}
     items = []
     for request in requests:
         crystal = symmetry_only(request.space_group, request.sites)
         symmetry = request.space_group, request.sites
         if symmetry not in known:
-            found = precedents.find(crystal) if precedents is not None else []
-            known[symmetry] = found[0] if found else None
-        items.append(BatchItem(crystal, dict(request.properties), known[symmetry]))
+            known[symmetry] = precedents(crystal)
+        found = known[symmetry]
+        precedent = found[request.sample % len(found)] if found else None
+        items.append(BatchItem(crystal, dict(request.properties), precedent))
     groups: dict[tuple[int, int], list[int]] = {}
     for index, item in enumerate(items):
         groups.setdefault(bucket(item.crystal, view, sizes), []).append(index)
@@ -171,12 +172,18 @@ class BaseGenerator(ABC):
         crystals: dict[int, Crystal] = {}
         solve = partial(self.solve, seed=seed, steps=steps or settings.steps, process=process)
         view = self.config.model.cell
-        waiting = calls(requests, view, self.sizes, self.rows_per_call, self.precedents)
+        waiting = calls(requests, view, self.sizes, self.rows_per_call, self.precedents_of)
         for call, (free, lattice) in self._solved(waiting, solve):
             crystals.update(zip(call.rows, self._crystals(call, free, lattice), strict=False))
             if progress is not None:
                 progress(len(call.rows))
         return [crystals[index] for index in range(len(requests))]
+
+    def precedents_of(self, crystal: Crystal) -> list[Precedent]:
+        """What the samples of a symmetry start from in turn; empty for noise."""
+        if self.precedents is None:
+            return []
+        return self.precedents.find(crystal, self.config.diffusion.precedents_in_turn)
 
     def rows_per_call(self, shape: tuple[int, int]) -> int:
         """Crystals in one call of the network for a bucket (T, A)."""
@@ -191,6 +198,7 @@ class BaseGenerator(ABC):
             call.draw(seed, "free", uniform=True),
             call.draw(seed, "free"),
             call.draw(seed, "lattice"),
+            self.config.diffusion.precedent_temperature,
         )
 
     def _solved(

@@ -38,6 +38,7 @@ def starting_points(
     uniform: Array,
     normal: Array,
     lattice_normal: Array,
+    temperature: float = 1.0,
 ) -> tuple[Array, Array]:
     """Where paths begin: near the precedent, or at noise where there is none.
 
@@ -47,15 +48,16 @@ def starting_points(
         config: how far from the precedent.
         uniform, normal: [B,S,3], uniform in [0,1) and standard normal.
         lattice_normal: [B,6], standard normal.
+        temperature: share of the noise that is added to a precedent.
 
     Returns:
         Free coordinates [B,S,3] in [0,1) and standardised lattice numbers [B,6].
     """
     known = batch.precedent_mask
-    near = wrap(batch.precedent_params + config.precedent_noise * normal)
-    near_lattice = (
-        standardizer.precedent_lattice(batch) + config.precedent_lattice_noise * lattice_normal
-    )
+    noise = temperature * config.precedent_noise
+    lattice_noise = temperature * config.precedent_lattice_noise
+    near = wrap(batch.precedent_params + noise * normal)
+    near_lattice = standardizer.precedent_lattice(batch) + lattice_noise * lattice_normal
     return (
         np.where(known[:, None, None], near, uniform).astype(np.float32),
         np.where(known[:, None], near_lattice, lattice_normal).astype(np.float32),
