@@ -120,6 +120,9 @@ class TrainConfig(Optimisation):
     batch_size: int = Field(256, ge=1, description="Crystals in a batch, at most.")
     edge_budget: int = Field(16384, ge=64, description="Padded edges in a batch, at most.")
     property_dropout: float = Field(0.1, ge=0, le=1, description="Rows trained without property.")
+    precedents: int = Field(
+        1, ge=1, description="Known crystals that every row is trained with, the most similar ones."
+    )
     precedent_dropout: float = Field(
         0.15, ge=0, le=1, description="Rows trained without precedent, where there is one."
     )

@@ -39,7 +39,7 @@ Array = NDArray[np.float64]
 #: Training rows of a checkpoint that was not trained on those of the shipped prior.
 PRECEDENTS = "precedents.parquet"
 #: Of the cached descriptions; another number makes them anew.
-_CACHE_VERSION = 1
+_CACHE_VERSION = 2
 #: Rows that are tried, for each precedent that is asked for, until one takes the letters.
 _TRIES = 4
 #: Crystals per process below which none is started.
@@ -205,7 +205,11 @@ def save_precedents(folder: Path, records: Sequence[Record], trained_on: str) ->
 
 
 def training_items(
-    records: Sequence[Record], index: PrecedentIndex, trained_on: str, workers: int | None = None
+    records: Sequence[Record],
+    index: PrecedentIndex,
+    trained_on: str,
+    count: int = 1,
+    workers: int | None = None,
 ) -> list[BatchItem]:
     """Rows with their precedents, each described as near to it as it can be; kept in the cache.
 
@@ -213,24 +217,34 @@ def training_items(
         records: a row never is its own precedent.
         index: of the training rows.
         trained_on: their fingerprint.
+        count: items for every row, with another precedent each as far as there are.
         workers: processes; one per CPU without it.
     """
-    key = f"{_CACHE_VERSION} {trained_on} {fingerprint(records)}"
+    key = f"{_CACHE_VERSION} {trained_on} {fingerprint(records)} {count}"
     name = hashlib.sha256(key.encode()).hexdigest()[:16]
     path = cache_dir() / "precedents" / f"{name}.json.gz"
     if path.exists():
         rows = [json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines()]
     else:
-        rows = list(_described(records, index, workers))
+        rows = list(_described(records, index, count, workers))
         text = "".join(json.dumps(row) + "\n" for row in rows)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, gzip.compress(text.encode(), compresslevel=6, mtime=0))
-    return [_item(record, row) for record, row in zip(records, rows, strict=True)]
+    return [
+        item
+        for record, row in zip(records, rows, strict=True)
+        for item in _items(record, row, count)
+    ]
 
 
-def _item(record: Record, row: Mapping[str, Any] | None) -> BatchItem:
-    if row is None:
-        return BatchItem(record.crystal, record.properties)
+def _items(record: Record, found: Sequence[Mapping[str, Any]], count: int) -> list[BatchItem]:
+    if not found:
+        return [BatchItem(record.crystal, record.properties)] * count
+    items = [_item(record, row) for row in found]
+    return [items[i % len(items)] for i in range(count)]
+
+
+def _item(record: Record, row: Mapping[str, Any]) -> BatchItem:
     precedent = Precedent(
         Crystal.from_dict(row["precedent"]), tuple(row["differences"]), row["material_id"]
     )
@@ -238,42 +252,46 @@ def _item(record: Record, row: Mapping[str, Any] | None) -> BatchItem:
 
 
 def _described(
-    records: Sequence[Record], index: PrecedentIndex, workers: int | None
-) -> Iterable[dict[str, Any] | None]:
+    records: Sequence[Record], index: PrecedentIndex, count: int, workers: int | None
+) -> Iterable[list[dict[str, Any]]]:
     crystals = [record.crystal for record in records]
     names = [record.material_id for record in records]
     show = partial(track, description="Finding precedents", total=len(records))
     workers = min(workers or cpu_count(), 1 + len(records) // (4 * _CHUNK))
     if workers == 1:
-        yield from show(_describe(index, *row) for row in zip(crystals, names, strict=True))
+        rows = zip(crystals, names, strict=True)
+        yield from show(_describe(index, count, *row) for row in rows)
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, initializer=_start, initargs=(index,)) as pool:
+    started = _start, (index, count)
+    with ProcessPoolExecutor(workers, context, *started) as pool:
         yield from show(pool.map(_describe_here, crystals, names, chunksize=_CHUNK))
 
 
-_index: PrecedentIndex | None = None
+_given: tuple[PrecedentIndex, int] | None = None
 
 
-def _start(index: PrecedentIndex) -> None:
-    global _index
+def _start(index: PrecedentIndex, count: int) -> None:
+    global _given
     start_worker()
-    _index = index
+    _given = index, count
 
 
-def _describe_here(crystal: Crystal, name: str) -> dict[str, Any] | None:
-    assert _index is not None
-    return _describe(_index, crystal, name)
+def _describe_here(crystal: Crystal, name: str) -> list[dict[str, Any]]:
+    assert _given is not None
+    return _describe(*_given, crystal, name)
 
 
-def _describe(index: PrecedentIndex, crystal: Crystal, name: str) -> dict[str, Any] | None:
-    """A row's precedent and the row's nearest description as JSON types, or None without one."""
-    for precedent in index.find(crystal, exclude=name):
-        described, _ = aligned(crystal, precedent.crystal)
-        return {
-            "crystal": described.to_dict(),
+def _describe(
+    index: PrecedentIndex, count: int, crystal: Crystal, name: str
+) -> list[dict[str, Any]]:
+    """A row's precedents, and its nearest description to each of them, as JSON types."""
+    return [
+        {
+            "crystal": aligned(crystal, precedent.crystal)[0].to_dict(),
             "precedent": precedent.crystal.to_dict(),
             "differences": list(precedent.differences),
             "material_id": precedent.material_id,
         }
-    return None
+        for precedent in index.find(crystal, count, exclude=name)
+    ]

@@ -249,16 +249,16 @@ class BaseTrainer(TrainingRun[TrainingBatch]):
                 self.standardizer.element_volume,
             )
         self._train_records = train_records
-        self.data = self._bucketed(known)
+        self.data = self._bucketed(known, settings.precedents)
         watched = small_enough(validation_records[: settings.validation_rows])
-        self.validation = self._bucketed(watched)
+        self.validation = self._bucketed(watched, 1)
         self.score_process = score_process(config.diffusion)
 
-    def _bucketed(self, records: list[Record]) -> BucketedData:
+    def _bucketed(self, records: list[Record], precedents: int) -> BucketedData:
         settings = self.config.train
         items = batch_items(records)
         if self.precedents is not None:
-            items = training_items(records, self.precedents, self.fingerprint)
+            items = training_items(records, self.precedents, self.fingerprint, precedents)
         return BucketedData(
             items, self.config.model.cell, settings.batch_size, settings.edge_budget
         )

@@ -104,6 +104,12 @@ def test_training_rows_are_described_near_their_precedents(
     assert items[5].crystal.sites[1].free_params[0] == pytest.approx(0.305)
     assert items[0].properties is RECORDS[0].properties
 
+    twice = training_items(rows, index, "print", count=2, workers=1)
+    names = [item.precedent.material_id for item in twice if item.precedent]
+    assert names[:6] == ["BaTiO3", "KMgF3", "SrTiO3", "KMgF3", "BaTiO3", "SrTiO3"]
+    assert [item.properties for item in twice[::2]] == [item.properties for item in items]
+    assert [item.precedent for item in twice[-2:]] == [None, None]
+
     def never(*_: object) -> None:
         raise AssertionError("described anew")
 
