@@ -6,6 +6,7 @@ ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 VENV="$ROOT/.venv"
 CONSTRAINTS="$ROOT/scripts/constraints.txt"
 TORCH="torch==2.13.0"
+MINDFORMERS="mindformers==1.9.0 datasets==4.8.5"
 
 fail() {
     echo "error: $*" >&2
@@ -39,7 +40,7 @@ stamp() {
 }
 
 install_project() {
-    local extras="$1" done_file="$VENV/.installed-${1//,/-}"
+    local packages extras="$1" done_file="$VENV/.installed-${1//,/-}"
     if stamp "$extras" | cmp -s - "$done_file" && is_python_311 "$VENV/bin/python"; then
         return
     fi
@@ -51,6 +52,11 @@ install_project() {
     # By itself and first, so that nothing else chooses another build of it.
     pip_install "$TORCH"
     (cd "$ROOT" && pip_install -e ".[$extras]")
+    if [[ ",$extras," == *,language-mindspore,* ]]; then
+        # They ask for other versions of pyarrow and fsspec; the extra has what they import.
+        read -ra packages <<<"$MINDFORMERS"
+        pip_install --no-deps "${packages[@]}"
+    fi
     stamp "$extras" >"$done_file"
 }
 

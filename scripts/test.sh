@@ -3,7 +3,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/install.sh"
 
-install_project torch,mindspore,language,language-torch,materials-project,test
+install_project torch,mindspore,language,language-torch,language-mindspore,materials-project,test
 cd "$ROOT"
 "$VENV/bin/ruff" check .
 "$VENV/bin/ruff" format --check .

@@ -173,3 +173,12 @@ def test_constraints_are_what_is_installed() -> None:
 def test_torch_of_the_scripts_is_the_pinned_one() -> None:
     script = (REPOSITORY / "scripts" / "install.sh").read_text()
     assert re.search(r'^TORCH="(.*)"$', script, re.MULTILINE)[1] in pyproject_requirements()
+
+
+def test_mindformers_of_the_scripts_is_the_pinned_one() -> None:
+    """It is installed apart from the extra that holds what it imports."""
+    script = (REPOSITORY / "scripts" / "install.sh").read_text()
+    packages = re.search(r'^MINDFORMERS="(.*)"$', script, re.MULTILINE)[1].split()
+    for name, _, pin in (package.partition("==") for package in packages):
+        assert version(name) == pin
+        assert constraints()[canonical(name)] == pin
