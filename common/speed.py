@@ -1,9 +1,10 @@
 """What `uni-mdm bench` measures, whatever the framework."""
 
 import multiprocessing
+import statistics
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,13 +12,15 @@ from typing import Any
 import numpy as np
 
 from common.backend import SampleRequest, load_backend
-from common.config import ModelConfig, RunConfig
-from common.data.batch import FINE, View, bucket
+from common.config import DiffusionConfig, ModelConfig, RunConfig
+from common.data.batch import FINE, View, bucket, view_sizes
 from common.data.cif import parse_cif
 from common.data.label import label_structure
 from common.data.loader import BatchPlan
 from common.data.store import Record
+from common.diffusion.score import score_process
 from common.sampling import BaseGenerator
+from common.size_cost import SizeCost
 from common.training import BaseTrainer
 
 #: Sizes inside the network: its time embedding, images and radial features of an edge.
@@ -26,6 +29,29 @@ NUM_IMAGES = 27
 DISTANCE_FEATURES = 32
 #: Training steps per bucket that are timed, after one that is not.
 TIMED_STEPS = 2
+#: A training step in forward passes: gradients take two products of matrices for each.
+PASSES_OF_STEP = 3
+#: Width of the square matrices whose product tells the machine's peak, and products timed.
+PEAK_WIDTH = 1536
+PEAK_PRODUCTS = 5
+#: DiffCSP++ as published (arXiv:2402.03992): network calls per sample, and the network, which is
+#: that of ``configs/diffcsp_pp.yaml``.
+DIFFCSP_PP_CALLS = 2000
+DIFFCSP_PP = ModelConfig(
+    cell="conventional",
+    layers=6,
+    width=512,
+    edge_width=512,
+    heads=8,
+    feed_forward=0,
+    modulation=False,
+    frequencies=128,
+    frames=False,
+    distances=False,
+    attention=False,
+    aggregation="mean",
+    properties=(),
+)
 
 
 @dataclass(frozen=True)
@@ -41,6 +67,10 @@ class NetworkSpeed:
         training: structures per second of training steps, data preparation included.
         sampling: structures per second of the whole sampler.
         calls: network calls per sample there.
+        peak: float32 operations per second of large products of matrices, by the same framework.
+        deployed_calls: network calls per sample that the run itself asks for.
+        diffcsp_pp_flops: operations of DiffCSP++ as published for one of these structures, all its
+            calls together, nothing padded.
     """
 
     cell: str
@@ -50,10 +80,34 @@ class NetworkSpeed:
     training: float
     sampling: float
     calls: int
+    peak: float
+    deployed_calls: int
+    diffcsp_pp_flops: float
+
+    @property
+    def training_share(self) -> float:
+        """Operations of the network per second of training, over the peak."""
+        return self.training * PASSES_OF_STEP * self.flops_per_call / self.peak
+
+    @property
+    def sampling_share(self) -> float:
+        """Operations of the network per second of sampling, over the peak."""
+        return self.sampling * self.calls * self.flops_per_call / self.peak
+
+    @property
+    def flops_per_sample(self) -> float:
+        """Operations of all calls that the run's own sampler makes for one structure."""
+        return self.deployed_calls * self.flops_per_call
+
+    @property
+    def saving(self) -> float:
+        """How many times as many operations DiffCSP++ spends on one structure."""
+        return self.diffcsp_pp_flops / self.flops_per_sample
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON types."""
-        return asdict(self)
+        derived = ("training_share", "sampling_share", "flops_per_sample", "saving")
+        return asdict(self) | {name: getattr(self, name) for name in derived}
 
 
 def network_speed(
@@ -62,6 +116,7 @@ def network_speed(
     records: list[Record],
     calls: int,
     parameters: int,
+    peak: float,
 ) -> NetworkSpeed:
     """Measures training and sampling.
 
@@ -74,12 +129,13 @@ def network_speed(
         records: the crystals.
         calls: network calls per sample.
         parameters: of the network.
+        peak: of the machine, see ``product_speed``.
     """
     groups = trainer.data.buckets
     weights = [group.batch.size for group in groups]
     total = sum(weights)
     shapes = [group.batch.shape for group in groups]
-    model = trainer.config.model
+    model, diffusion = trainer.config.model, trainer.config.diffusion
     flops = [network_flops(model, *shape) for shape in shapes]
     seconds = sum(w * _training_seconds(trainer, i) for i, w in enumerate(weights))
     return NetworkSpeed(
@@ -89,8 +145,47 @@ def network_speed(
         flops_per_call=sum(w * f for w, f in zip(weights, flops, strict=True)) / total,
         training=total / seconds,
         sampling=1 / _sampling_seconds(generator, records, calls),
-        calls=calls,
+        calls=network_calls(diffusion, calls),
+        peak=peak,
+        deployed_calls=network_calls(diffusion),
+        diffcsp_pp_flops=diffcsp_pp_flops(records),
     )
+
+
+def product_speed(multiply: Callable[[], object]) -> float:
+    """Operations per second of the product of two square matrices: the median of several.
+
+    Args:
+        multiply: computes one such product of width ``PEAK_WIDTH``, and waits for it.
+    """
+    multiply()  # threads and buffers
+    seconds = []
+    for _ in range(PEAK_PRODUCTS):
+        start = time.perf_counter()
+        multiply()
+        seconds.append(time.perf_counter() - start)
+    return 2 * PEAK_WIDTH**3 / statistics.median(seconds)
+
+
+def network_calls(config: DiffusionConfig, calls: int | None = None) -> int:
+    """Network calls that the sampler makes per structure.
+
+    Args:
+        config: of the run.
+        calls: so many are asked for; the run's own number without it.
+    """
+    process = score_process(config, calls)
+    # The last level has no corrector.
+    return calls or config.steps if process is None else 2 * process.timesteps - 1
+
+
+def diffcsp_pp_flops(records: Sequence[Record]) -> float:
+    """Operations that DiffCSP++ as published spends on one of the crystals, on average.
+
+    Its implementation pads nothing: the crystals' own numbers of atoms count.
+    """
+    sizes = [view_sizes(record.crystal, DIFFCSP_PP.cell) for record in records]
+    return DIFFCSP_PP_CALLS * statistics.fmean(network_flops(DIFFCSP_PP, *size) for size in sizes)
 
 
 def most_common(records: list[Record], cell: View, count: int) -> list[Record]:
@@ -118,16 +213,26 @@ def measure_apart(
         calls: network calls per sample.
         threads: CPU threads.
     """
+    speed: NetworkSpeed = _apart(backend, "benchmark", config, records, calls, threads)
+    return speed
+
+
+def measure_sizes_apart(
+    backend: str, config: RunConfig, records: list[Record], calls: int, threads: int
+) -> list[SizeCost]:
+    """``common.size_cost.measure_sizes`` likewise; arguments as in ``measure_apart``."""
+    costs: list[SizeCost] = _apart(backend, "benchmark_sizes", config, records, calls, threads)
+    return costs
+
+
+def _apart(backend: str, function: str, *arguments: Any) -> Any:
     fresh = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=fresh) as pool:
-        return pool.submit(_measure, backend, config, records, calls, threads).result()
+        return pool.submit(_measure, backend, function, arguments).result()
 
 
-def _measure(
-    backend: str, config: RunConfig, records: list[Record], calls: int, threads: int
-) -> NetworkSpeed:
-    speed: NetworkSpeed = load_backend(backend).benchmark(config, records, calls, threads)
-    return speed
+def _measure(backend: str, function: str, arguments: tuple[Any, ...]) -> Any:
+    return getattr(load_backend(backend), function)(*arguments)
 
 
 def _training_seconds(trainer: BaseTrainer, index: int) -> float:

@@ -1,8 +1,8 @@
 """The MindSpore backend, as ``common.backend`` finds it."""
 
-from ms_impl.bench import benchmark
+from ms_impl.bench import benchmark, benchmark_sizes
 from ms_impl.distributed import problems
 from ms_impl.generator import Generator, devices, load
 from ms_impl.train_dit import train
 
-__all__ = ["Generator", "benchmark", "devices", "load", "problems", "train"]
+__all__ = ["Generator", "benchmark", "benchmark_sizes", "devices", "load", "problems", "train"]

@@ -1,9 +1,13 @@
 """Speed of training and sampling with MindSpore on this machine."""
 
+import mindspore as ms
+from mindspore import ops
+
 from common.config import RunConfig
 from common.data.batch import FINE
 from common.data.store import Record
-from common.speed import NetworkSpeed, network_speed
+from common.size_cost import SizeCost, measure_sizes
+from common.speed import PEAK_WIDTH, NetworkSpeed, network_speed, product_speed
 from ms_impl.crystal_dit import CrystalDiT
 from ms_impl.generator import Generator
 from ms_impl.train_dit import Trainer
@@ -18,9 +22,29 @@ def benchmark(config: RunConfig, records: list[Record], calls: int, threads: int
         calls: network calls per sample.
         threads: CPU threads.
     """
+    trainer, generator = _untrained(config, records)
+    parameters = sum(parameter.size for parameter in trainer.parameters)
+    return network_speed(trainer, generator, records, calls, parameters, gemm_peak())
+
+
+def benchmark_sizes(
+    config: RunConfig, records: list[Record], calls: int, threads: int
+) -> list[SizeCost]:
+    """Cost of sampling against size; see ``common.size_cost``. Arguments as in ``benchmark``."""
+    _, generator = _untrained(config, records)
+    return measure_sizes(generator, calls)
+
+
+def _untrained(config: RunConfig, records: list[Record]) -> tuple[Trainer, Generator]:
     settings = config.train.model_copy(update={"init_from": None})
     trainer = Trainer(config.model_copy(update={"train": settings}), records, records)
     generator = Generator(config, CrystalDiT(config.model), trainer.standardizer, "cpu")
     generator.sizes = FINE  # the shapes of training, and of torch
-    parameters = sum(parameter.size for parameter in trainer.parameters)
-    return network_speed(trainer, generator, records, calls, parameters)
+    return trainer, generator
+
+
+def gemm_peak() -> float:
+    """Operations per second of large float32 products of matrices, with the threads as set."""
+    matrix = ops.ones((PEAK_WIDTH, PEAK_WIDTH), ms.float32)
+    # Only a result that is read has been waited for.
+    return product_speed(lambda: ops.matmul(matrix, matrix).asnumpy())

@@ -4,7 +4,8 @@ import torch
 
 from common.config import RunConfig
 from common.data.store import Record
-from common.speed import NetworkSpeed, network_speed
+from common.size_cost import SizeCost, measure_sizes
+from common.speed import PEAK_WIDTH, NetworkSpeed, network_speed, product_speed
 from torch_impl.crystal_dit import CrystalDiT
 from torch_impl.generator import Generator
 from torch_impl.train_dit import Trainer
@@ -19,9 +20,27 @@ def benchmark(config: RunConfig, records: list[Record], calls: int, threads: int
         calls: network calls per sample.
         threads: CPU threads.
     """
+    trainer, generator = _untrained(config, records, threads)
+    parameters = sum(parameter.numel() for parameter in trainer.parameters)
+    return network_speed(trainer, generator, records, calls, parameters, gemm_peak())
+
+
+def benchmark_sizes(
+    config: RunConfig, records: list[Record], calls: int, threads: int
+) -> list[SizeCost]:
+    """Cost of sampling against size; see ``common.size_cost``. Arguments as in ``benchmark``."""
+    _, generator = _untrained(config, records, threads)
+    return measure_sizes(generator, calls)
+
+
+def _untrained(config: RunConfig, records: list[Record], threads: int) -> tuple[Trainer, Generator]:
     torch.set_num_threads(threads)
     settings = config.train.model_copy(update={"compile": False, "init_from": None})
     trainer = Trainer(config.model_copy(update={"train": settings}), records, records)
-    generator = Generator(config, CrystalDiT(config.model), trainer.standardizer, "cpu")
-    parameters = sum(parameter.numel() for parameter in trainer.parameters)
-    return network_speed(trainer, generator, records, calls, parameters)
+    return trainer, Generator(config, CrystalDiT(config.model), trainer.standardizer, "cpu")
+
+
+def gemm_peak() -> float:
+    """Operations per second of large float32 products of matrices, with the threads as set."""
+    matrix = torch.ones(PEAK_WIDTH, PEAK_WIDTH)
+    return product_speed(lambda: matrix @ matrix)

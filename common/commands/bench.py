@@ -1,19 +1,41 @@
 """`uni-mdm bench`: speed on this machine, the two views side by side."""
 
 import json
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
 from common.checkpoint import load_checkpoint, shipped
 from common.config import RunConfig, load_config, parse_config
 from common.data.batch import View
 from common.data.locations import dataset
+from common.data.store import Record
 from common.errors import UserError
-from common.files import write_atomic
+from common.files import write_atomic, write_together
 from common.machine import cpu_count
-from common.speed import NetworkSpeed, labelling_speed, measure_apart, most_common
+from common.size_cost import Law, memories, to_png
+from common.speed import (
+    DIFFCSP_PP_CALLS,
+    NetworkSpeed,
+    labelling_speed,
+    measure_apart,
+    measure_sizes_apart,
+    most_common,
+)
+
+#: Figures of which more are better.
+_THE_MORE_THE_BETTER = {
+    "training",
+    "sampling",
+    "peak",
+    "training_share",
+    "sampling_share",
+    "saving",
+}
 
 
 def command(
@@ -33,16 +55,26 @@ def command(
         int | None,
         typer.Option(min=1, help="Only crystals of the most common sizes, so many; all of them."),
     ] = None,
+    by_size: Annotated[
+        Path | None,
+        typer.Option(
+            help="PNG: sampling only, cost against size up to 52 atoms, and nothing else."
+        ),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="JSON file for the figures.")] = None,
 ) -> None:
     """Measure training and sampling: one token per site against one per atom, or two backends."""
-    from rich.console import Console
 
     run = load_config(config) if config else _shipped_config()
     records = dataset(data)[:limit]
     if not records:
         raise UserError(f"{data}: no usable rows to measure with")
     cores = threads or cpu_count()
+    if by_size is not None:
+        if against is not None or sizes is not None:
+            raise UserError("--by-size goes without --against and --sizes: leave them out")
+        _show_sizes(run, records, backend, calls, cores, by_size, out)
+        return
     if backend == against:
         raise UserError(f"--backend {backend} --against {against}: name two different ones")
     contestants: dict[str, tuple[str, View]] = (
@@ -57,6 +89,8 @@ def command(
         with console.status(f"Measuring {label}"):
             speeds[label] = measure_apart(name, _with_cell(run, cell), rows, calls, cores)
     console.print(_table(speeds))
+    for line in _published(speeds):
+        console.print(line)
     cifs = [r.structure.to(fmt="cif") for r in records if r.structure is not None]
     rate = labelling_speed(cifs) if cifs else None
     if rate is not None:
@@ -75,6 +109,42 @@ def command(
             "networks": {label: speed.to_dict() for label, speed in speeds.items()},
         }
         write_atomic(out, json.dumps(figures, indent=1) + "\n")
+
+
+def _show_sizes(
+    run: RunConfig,
+    records: list[Record],
+    backend: str,
+    calls: int,
+    threads: int,
+    picture: Path,
+    out: Path | None,
+) -> None:
+    """Cost of sampling against size: a plot, and the laws that fit."""
+    console = Console()
+    with console.status("Measuring crystals of up to 52 atoms"):
+        costs = measure_sizes_apart(backend, run, records, calls, threads)
+    laws = {"seconds": Law.fit([c.size for c in costs], [c.seconds for c in costs])}
+    if memory := memories(costs):
+        laws["bytes"] = Law.fit([c.size for c in costs], memory)
+    title = f"{run.name}: {calls} calls per sample, threads: {threads}"
+    figures = {
+        "calls": calls,
+        "threads": threads,
+        "laws": {name: asdict(law) for name, law in laws.items()},
+        "sizes": [cost.to_dict() for cost in costs],
+    }
+    files: dict[Path, bytes | str] = {picture: to_png(costs, title)}
+    if out is not None:
+        files[out] = json.dumps(figures, indent=1) + "\n"
+    write_together(files)
+    for name, unit, scale in (("seconds", "ms", 1e3), ("bytes", "KiB", 1 / 1024)):
+        if law := laws.get(name):
+            console.print(
+                f"{unit} per crystal: {scale * law.constant:.3g} + {scale * law.slope:.3g} x "
+                f"sites x atoms; exponent of the log-log fit {law.exponent:.2f}"
+            )
+    console.print(f"{len(costs)} sizes; {title}; plot: {picture}", soft_wrap=True)
 
 
 def _shipped_config() -> RunConfig:
@@ -96,16 +166,31 @@ def _table(speeds: dict[str, NetworkSpeed]) -> Any:
 
     first, second = speeds.values()
     table = Table("", *speeds, "ratio")
-    for label, name, digits in (
-        ("parameters", "parameters", 0),
-        ("edges per structure", "edges", 1),
-        ("MFLOP per call and structure", "flops_per_call", 1),
-        ("training, structures/s", "training", 1),
-        ("sampling, structures/s", "sampling", 2),
+    for label, name, scale, digits in (
+        ("parameters", "parameters", 1.0, 0),
+        ("edges per structure", "edges", 1.0, 1),
+        ("MFLOP per call and structure", "flops_per_call", 1e-6, 1),
+        ("training, structures/s", "training", 1.0, 1),
+        ("sampling, structures/s", "sampling", 1.0, 2),
+        ("GEMM peak, GFLOP/s", "peak", 1e-9, 1),
+        ("training, % of it", "training_share", 100.0, 1),
+        ("sampling, % of it", "sampling_share", 100.0, 1),
+        ("calls of the run's sampler", "deployed_calls", 1.0, 0),
+        ("GFLOP per structure, all of them", "flops_per_sample", 1e-9, 3),
+        ("DiffCSP++, times as many", "saving", 1.0, 1),
     ):
-        scale = 1e-6 if name == "flops_per_call" else 1.0
         a, b = (getattr(speed, name) * scale for speed in (first, second))
         # How many times the second costs what the first does.
-        ratio = a / b if name in ("training", "sampling") else b / a
+        ratio = a / b if name in _THE_MORE_THE_BETTER else b / a
         table.add_row(label, f"{a:,.{digits}f}", f"{b:,.{digits}f}", f"{ratio:.2f}")
     return table
+
+
+def _published(speeds: dict[str, NetworkSpeed]) -> Iterator[str]:
+    """What DiffCSP++ as published spends, on each set of crystals once."""
+    for flops in dict.fromkeys(speed.diffcsp_pp_flops for speed in speeds.values()):
+        yield (
+            f"DiffCSP++ as published: {DIFFCSP_PP_CALLS:,} calls x "
+            f"{flops / DIFFCSP_PP_CALLS * 1e-6:,.1f} MFLOP = {flops * 1e-9:,.0f} GFLOP "
+            "per structure, counted, not measured"
+        )

@@ -28,16 +28,49 @@ def test_two_backends_on_the_same_shapes(
     assert run(["bench", *arguments, *choice]) == 0
     networks = json.loads(out.read_text())["networks"]
     assert list(networks) == ["mindspore", "torch"]
-    for name in ("cell", "parameters", "edges", "flops_per_call", "calls"):
+    alike = ("cell", "parameters", "edges", "flops_per_call", "calls")
+    for name in (*alike, "flops_per_sample", "diffcsp_pp_flops", "saving"):
         assert networks["mindspore"][name] == networks["torch"][name]
     for speed in networks.values():
         assert speed["training"] > 0
         assert speed["sampling"] > 0
+        for use in ("training", "sampling"):
+            assert 0 < speed[f"{use}_share"] < 1  # of a peak by the same framework
     shown = capfd.readouterr().out
     ratio = networks["mindspore"]["sampling"] / networks["torch"]["sampling"]
     assert f"{ratio:.2f}" in next(line for line in shown.splitlines() if "sampling," in line)
+    peak = next(line for line in shown.splitlines() if "GEMM peak" in line)
+    saving = next(line for line in shown.splitlines() if "times as many" in line)
+    for network in networks.values():
+        assert f"{network['peak'] * 1e-9:,.1f}" in peak
+        assert f"{network['saving']:,.1f}" in saving
+    total = networks["torch"]["diffcsp_pp_flops"] * 1e-9
+    assert f"= {total:,.0f} GFLOP" in " ".join(shown.split())
 
 
 def test_a_backend_against_itself(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["bench", *arguments, "--backend", "torch", "--against", "torch"]) == 2
     assert "two different" in capsys.readouterr().err
+
+
+def test_cost_against_size(
+    arguments: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    picture, out = tmp_path / "size.png", tmp_path / "size.json"
+    choice = ["--backend", "torch", "--by-size", str(picture), "--out", str(out)]
+    assert run(["bench", *arguments, *choice]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    figures = json.loads(out.read_text())
+    assert max(entry["atoms"] for entry in figures["sizes"]) == 52
+    exponent = figures["laws"]["seconds"]["exponent"]
+    shown = capfd.readouterr().out
+    first = next(line for line in shown.split("ms per crystal")[1:])
+    assert f"{exponent:.2f}" in " ".join(first.split())
+
+
+def test_cost_against_size_is_of_one_network(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for other in (["--sizes", "1"], ["--against", "torch"]):
+        assert run(["bench", *arguments, "--by-size", str(tmp_path / "x.png"), *other]) == 2
+        assert "--by-size" in capsys.readouterr().err

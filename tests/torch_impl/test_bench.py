@@ -1,18 +1,33 @@
 """What `uni-mdm bench` reports, on two crystals and a tiny network."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from common.config import ModelConfig, RunConfig, TrainConfig
+import common.speed
+from common.backend import SampleRequest
+from common.config import DiffusionConfig, ModelConfig, RunConfig, TrainConfig, load_config
 from common.crystal.structure import Crystal, Site
 from common.data.batch import BatchItem, collate
 from common.data.store import Record
-from common.speed import network_flops
+from common.speed import (
+    DIFFCSP_PP,
+    PEAK_PRODUCTS,
+    PEAK_WIDTH,
+    NetworkSpeed,
+    diffcsp_pp_flops,
+    network_calls,
+    network_flops,
+    product_speed,
+)
 from tests.networks import fitted, noise_of, random_items
-from torch_impl.bench import benchmark
+from torch_impl.bench import benchmark, benchmark_sizes, gemm_peak
 from torch_impl.crystal_dit import CrystalDiT
+from torch_impl.generator import Generator
 from torch_impl.tensors import TensorBatch
 
 RECORDS = [
@@ -42,6 +57,10 @@ def test_edges_operations_and_speeds() -> None:
     for speed in (asymmetric, conventional):
         assert speed.training > 0
         assert speed.sampling > 0
+        assert speed.peak > 0
+        assert (speed.calls, speed.deployed_calls) == (1, 50)
+        assert speed.flops_per_sample == 50 * speed.flops_per_call
+        assert speed.diffcsp_pp_flops == diffcsp_pp_flops(RECORDS)
 
 
 @pytest.mark.parametrize(
@@ -51,6 +70,7 @@ def test_edges_operations_and_speeds() -> None:
         {"cell": "conventional", "frames": False},
         {"attention": False, "aggregation": "mean", "distances": False, "frames": False},
         {"feed_forward": 0, "modulation": False, "properties": ()},
+        DIFFCSP_PP.model_dump() | {"layers": 2, "width": 64, "edge_width": 48},
     ],
 )
 def test_operations_are_those_that_torch_counts(settings: dict[str, object]) -> None:
@@ -64,3 +84,85 @@ def test_operations_are_those_that_torch_counts(settings: dict[str, object]) -> 
         CrystalDiT(config)(tensors, *noise)
     counted = counter.get_total_flops() / batch.size
     assert np.isclose(network_flops(config, *batch.shape), counted, rtol=0.01)
+
+
+def test_published_setting_is_the_one_that_is_trained() -> None:
+    folder = Path(__file__).resolve().parents[2] / "configs"
+    assert load_config(folder / "diffcsp_pp.yaml").model == DIFFCSP_PP
+
+
+def test_operations_of_the_published_sampler() -> None:
+    """On conventional cells of 8 and 6 atoms, without the padding that this repository adds."""
+    calls = [network_flops(DIFFCSP_PP, atoms, atoms) for atoms in (8, 6)]
+    assert diffcsp_pp_flops(RECORDS) == pytest.approx(1000 * sum(calls))
+    assert diffcsp_pp_flops(RECORDS[:1]) == pytest.approx(2000 * calls[0])
+
+
+def test_shares_of_the_peak() -> None:
+    """Five structures a second, three forward passes of 2 FLOP each, are 30 of the peak's 120."""
+    figures = NetworkSpeed(
+        cell="asymmetric",
+        parameters=1,
+        edges=1.0,
+        flops_per_call=2.0,
+        training=5.0,
+        sampling=3.0,
+        calls=10,
+        peak=120.0,
+        deployed_calls=50,
+        diffcsp_pp_flops=7000.0,
+    )
+    assert figures.training_share == 0.25
+    assert figures.sampling_share == 0.5
+    assert figures.flops_per_sample == 100.0
+    assert figures.saving == 70.0
+    written = figures.to_dict()
+    assert (written["training_share"], written["sampling_share"]) == (0.25, 0.5)
+    assert replace(figures, peak=240.0).sampling_share == 0.25
+
+
+@pytest.mark.parametrize("kind", ["flow", "score"])
+@pytest.mark.parametrize("asked", [None, 1, 6, 7])
+def test_calls_are_those_that_the_sampler_makes(kind: str, asked: int | None) -> None:
+    config = run("asymmetric")
+    diffusion = DiffusionConfig.model_validate({"kind": kind, "steps": 5, "timesteps": 4})
+    config = config.model_copy(update={"diffusion": diffusion})
+    model = CrystalDiT(config.model)
+    generator = Generator(config, model, fitted(random_items()), "cpu")
+    made: list[int] = []
+    model.register_forward_hook(lambda *_: made.append(1))
+    generator.sample([SampleRequest(225, ((11, "a"), (17, "b")))], 0, asked)
+    assert network_calls(diffusion, asked) == len(made)
+
+
+def test_peak_is_the_median(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first product, which starts the threads, does not count, nor does a slow one decide."""
+    durations = iter([50.0, 2.0, 9.0, 2.0, 1.0, 100.0])
+    clock = [0.0]
+
+    def multiply() -> None:
+        clock[0] += next(durations)
+
+    monkeypatch.setattr(common.speed.time, "perf_counter", lambda: clock[0])
+    assert product_speed(multiply) == 2 * PEAK_WIDTH**3 / 2.0
+
+
+def test_products_are_those_that_are_counted() -> None:
+    with FlopCounterMode(display=False) as counter:
+        assert gemm_peak() > 0
+    assert counter.get_total_flops() == (1 + PEAK_PRODUCTS) * 2 * PEAK_WIDTH**3
+
+
+def test_cost_of_every_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("common.size_cost.ATOMS", (4, 52))
+    threads = torch.get_num_threads()
+    costs = benchmark_sizes(run("asymmetric"), RECORDS, calls=1, threads=2)
+    torch.set_num_threads(threads)
+    budget = Generator.edges_per_call
+    sizes = [(cost.space_group, cost.tokens, cost.atoms) for cost in costs]
+    assert sizes == [(10, 1, 4), (2, 2, 4), (1, 4, 4), (10, 13, 52), (2, 26, 52), (1, 52, 52)]
+    for cost in costs:
+        assert cost.seconds > 0
+        assert cost.size <= cost.padded_edges * 2 / cost.in_flight  # two calls at once
+        assert budget / 2 < cost.padded_edges <= budget
+    assert [cost.in_flight for cost in costs[::5]] == [2 * budget // (2 * 4), 2 * 1]
