@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ckpt_convert.convert import Framework, MisfitError, Report, convert
+from ckpt_convert.convert import convert
+from ckpt_convert.mapping import Framework, MisfitError, Report
 
 #: Tensors that do not fit, of which the names are listed.
 _SHOWN = 20
@@ -34,6 +35,10 @@ def command(
     config: Annotated[
         Path | None, typer.Option(help="YAML of the network, if SRC is a file without one.")
     ] = None,
+    base: Annotated[
+        Path | None,
+        typer.Option(help="Language model's folder that SRC, an adapter of it, is worked into."),
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a DST of the same kind.")
     ] = False,
@@ -41,7 +46,7 @@ def command(
     """Convert weights and training state, bit by bit; a tensor that does not fit is an error."""
     console = Console()
     try:
-        report = convert(source, destination, to, config=config, overwrite=overwrite)
+        report = convert(source, destination, to, config=config, base=base, overwrite=overwrite)
     except MisfitError as error:
         _show(console, error.report)
         raise

@@ -14,14 +14,15 @@ and back gives every file again, bit by bit, the manifest too.
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from ckpt_convert import crystal_dit
+from ckpt_convert import crystal_dit, glm4
 from ckpt_convert.formats import FLOAT32, SUFFIXES, Tensor, read_tensors, write_tensors
-from ckpt_convert.mapping import Count, Match, match
+from ckpt_convert.mapping import Framework, Match, MisfitError, Report, match
 from common.checkpoint import (
+    COMPANIONS,
     CARD,
     CONFIG,
     MANIFEST,
@@ -40,7 +41,6 @@ from common.config import ModelConfig, RunConfig, load_config
 from common.errors import UserError
 from common.files import atomic_path
 
-Framework = Literal["mindspore", "torch"]
 Notes = tuple[str, ...]
 
 MINDSPORE = Layout("uni-mdm MindSpore checkpoint", "model.ckpt", "optimizer.ckpt")
@@ -74,50 +74,37 @@ class Source:
     order: tuple[str, ...] = (CONFIG, "model", CARD, "optimizer", STATE)
 
 
-@dataclass(frozen=True)
-class Report:
-    """What was found and written.
-
-    Attributes:
-        counts: what became of the tensors, a line per part of a file.
-        notes: what else the user should know.
-        files: names of what was written.
-    """
-
-    counts: tuple[Count, ...]
-    notes: tuple[str, ...] = ()
-    files: tuple[str, ...] = ()
-
-
-class MisfitError(UserError):
-    """Tensors that are missing, unknown, or not what the destination can hold; see `report`."""
-
-    def __init__(self, message: str, report: Report) -> None:
-        super().__init__(message)
-        self.report = report
-
-
 def convert(
     source: Path,
     destination: Path,
     to: Framework,
     *,
     config: Path | None = None,
+    base: Path | None = None,
     overwrite: bool = False,
 ) -> Report:
     """Converts a checkpoint.
+
+    A folder with transformers' or peft's configuration holds a language model's: see `glm4`.
 
     Args:
         source: see above.
         destination: a file if its suffix is one of `SUFFIXES`, else a folder.
         to: the framework whose files to write.
         config: ``config.yaml`` of a source that is a file, if it is not beside it.
+        base: the language model that an adapter is to be worked into.
         overwrite: whether to replace a destination of the same kind.
 
     Raises:
         MisfitError: if tensors do not fit; nothing is written then.
         UserError: if the source cannot be read, or the destination cannot be written or is there.
     """
+    if glm4.is_language(source):
+        if config is not None:
+            raise UserError(f"{source} has a configuration of its own; leave out --config")
+        return glm4.convert(source, destination, to, base=base, overwrite=overwrite)
+    if base is not None:
+        raise UserError(f"{source}: no adapter of a language model; leave out --base")
     files = find_source(source, config)
     _check_destination(destination, to, files.place, overwrite)
     run = load_config(files.config)
@@ -163,7 +150,7 @@ def find_source(path: Path, config: Path | None = None) -> Source:
         model=folder / layout.model,
         optimizer=folder / layout.optimizer if layout.optimizer in names else None,
         config=folder / CONFIG,
-        others={name: folder / name for name in (CARD, STATE) if name in names},
+        others={name: folder / name for name in (CARD, STATE, *COMPANIONS) if name in names},
         provenance=provenance_of(manifest),
         order=tuple(roles.get(name, name) for name in names),
     )

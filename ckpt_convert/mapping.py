@@ -4,14 +4,18 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from ckpt_convert.formats import Tensor, Tensors
 from common.errors import UserError
 
+Framework = Literal["mindspore", "torch"]
+
 #: Names per kind of mistake in an error's line.
 _NAMED = 3
+_ADVICE = "give the configuration that these weights were trained with"
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,29 @@ class Count:
     reshaped: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Report:
+    """What was found and written.
+
+    Attributes:
+        counts: what became of the tensors, a line per part of a file.
+        notes: what else the user should know.
+        files: names of what was written.
+    """
+
+    counts: tuple[Count, ...]
+    notes: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
+
+
+class MisfitError(UserError):
+    """Tensors that are missing, unknown, or not what the destination can hold; see `report`."""
+
+    def __init__(self, message: str, report: Report) -> None:
+        super().__init__(message)
+        self.report = report
+
+
 @dataclass(frozen=True, eq=False)
 class Match:
     """A file's tensors by the row that each belongs to, and the report's lines."""
@@ -52,15 +79,19 @@ class Match:
 
     def check(self) -> None:
         """Raises UserError, naming them, if keys are missing, unknown or reshaped."""
-        kinds = {
-            "missing": [name for count in self.counts for name in count.missing],
-            "unknown": [name for count in self.counts for name in count.unused],
-            "reshaped": [name for count in self.counts for name in count.reshaped],
-        }
-        problems = [f"{kind} {_some(names)}" for kind, names in kinds.items() if names]
-        if problems:
-            advice = "give the configuration that these weights were trained with"
-            raise UserError(f"{self.path}: {'; '.join(problems)}; {advice}")
+        check_counts(self.path, self.counts, _ADVICE)
+
+
+def check_counts(path: Path, counts: Sequence[Count], advice: str) -> None:
+    """Raises UserError, naming them, if keys are missing, unknown or reshaped."""
+    kinds = {
+        "missing": [name for count in counts for name in count.missing],
+        "unknown": [name for count in counts for name in count.unused],
+        "reshaped": [name for count in counts for name in count.reshaped],
+    }
+    problems = [f"{kind} {_some(names)}" for kind, names in kinds.items() if names]
+    if problems:
+        raise UserError(f"{path}: {'; '.join(problems)}; {advice}")
 
 
 def match(path: Path, tensors: Tensors, rows: Sequence[Row]) -> Match:
