@@ -22,8 +22,8 @@ from ckpt_convert import crystal_dit, glm4
 from ckpt_convert.formats import FLOAT32, SUFFIXES, Tensor, read_tensors, write_tensors
 from ckpt_convert.mapping import Framework, Match, MisfitError, Report, match
 from common.checkpoint import (
-    COMPANIONS,
     CARD,
+    COMPANIONS,
     CONFIG,
     MANIFEST,
     NATIVE,

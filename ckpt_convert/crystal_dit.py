@@ -20,6 +20,7 @@ NUM_LETTERS = 27
 TIME_WIDTH = 128
 RADIAL_CENTERS = 16
 HEAD_FREQUENCIES = 2
+PRECEDENT_FREQUENCIES = 3
 NUM_CRYSTAL_SYSTEMS = 6
 
 #: Statistics of the data set, which the network's inputs and outputs are scaled by.
@@ -72,6 +73,11 @@ def parameters(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
         yield f"property.mlp.{i}.hidden.bias", (d,)
         yield f"property.mlp.{i}.output.weight", (d, d)
         yield f"property.mlp.{i}.output.bias", (d,)
+    if config.precedents:
+        yield "precedent.site.weight", (d, 5 + 6 * PRECEDENT_FREQUENCIES)
+        yield "precedent.site.bias", (d,)
+        yield "precedent.cell.weight", (d, 14)
+        yield "precedent.cell.bias", (d,)
     yield "edges.geometry.weight", (e, features)
     yield "edges.geometry.bias", (e,)
     yield "edges.lattice.weight", (e, 6)

@@ -47,9 +47,17 @@ STATE = "state.json"
 CARD = "README.md"
 MANIFEST = "manifest.json"
 LATEST = "latest"
-#: Files that transformers and peft read beside ``model.safetensors``.
+#: Training rows that the Crystal DiT starts from; see ``common.precedents``.
+PRECEDENTS = "precedents.parquet"
+#: Files that may lie beside ``model.safetensors``: that one, and what transformers and peft read.
 COMPANIONS = frozenset(
-    {"config.json", "tokenizer.json", "tokenizer_config.json", "adapter_config.json"}
+    {
+        PRECEDENTS,
+        "config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "adapter_config.json",
+    }
 )
 #: Checkpoints that come with the project, a folder each.
 SHIPPED = Path(__file__).resolve().parent / "assets" / "checkpoints"

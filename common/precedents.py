@@ -16,12 +16,14 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from rich.progress import track
 
+from common.checkpoint import PRECEDENTS
 from common.crystal.descriptions import aligned, with_sites
 from common.crystal.structure import Crystal, Site
 from common.data.batch import BatchItem, Precedent
@@ -36,8 +38,6 @@ from common.templates import Assignment, Template, assign
 
 Array = NDArray[np.float64]
 
-#: Training rows of a checkpoint that was not trained on those of the shipped prior.
-PRECEDENTS = "precedents.parquet"
 #: Of the cached descriptions; another number makes them anew.
 _CACHE_VERSION = 2
 #: Rows that are tried, for each precedent that is asked for, until one takes the letters.
@@ -197,11 +197,22 @@ def load_precedents(folder: Path, trained_on: str, element_volume: Array) -> Pre
     return PrecedentIndex.of_prior(prior, element_volume)
 
 
-def save_precedents(folder: Path, records: Sequence[Record], trained_on: str) -> None:
-    """Puts the training rows beside a checkpoint, unless the shipped table holds them."""
-    if TemplatePrior.load().metadata["source"].get("fingerprint") != trained_on:
-        plain = [Record(record.material_id, record.crystal) for record in records]
-        write_records(plain, folder / PRECEDENTS)
+def precedents_file(records: Sequence[Record], trained_on: str) -> dict[str, bytes]:
+    """What must lie beside a checkpoint: its training rows, unless the shipped table holds them.
+
+    Args:
+        records: the training rows.
+        trained_on: their fingerprint.
+
+    Returns:
+        at most one file by its name.
+    """
+    if TemplatePrior.load().metadata["source"].get("fingerprint") == trained_on:
+        return {}
+    with TemporaryDirectory() as folder:
+        path = Path(folder, PRECEDENTS)
+        write_records([Record(record.material_id, record.crystal) for record in records], path)
+        return {PRECEDENTS: path.read_bytes()}
 
 
 def training_items(

@@ -36,7 +36,7 @@ from common.diffusion.noisy import LossWeights, NoisyCrystals
 from common.diffusion.scaler import Standardizer
 from common.diffusion.score import score_process
 from common.errors import UserError
-from common.precedents import PrecedentIndex, save_precedents, training_items
+from common.precedents import PrecedentIndex, precedents_file, training_items
 from common.weights import MODEL_PREFIX, STANDARDIZER_PREFIX, Arrays
 
 if TYPE_CHECKING:
@@ -137,9 +137,6 @@ class TrainingRun(ABC, Generic[Data]):
     @abstractmethod
     def restore(self, saved: Checkpoint) -> None:
         """Takes weights, averages and moments from a checkpoint that has all of them."""
-
-    def save_beside(self, folder: Path) -> None:
-        """Puts into a folder what its checkpoints need besides tensors."""
 
     def summed(self, values: list[float]) -> list[float]:
         """Sums over the processes that train together; without others the values themselves."""
@@ -242,13 +239,14 @@ class BaseTrainer(TrainingRun[TrainingBatch]):
         super().__init__(config, train_records, len(known), shard)
         self.standardizer = Standardizer.fit(collate(batch_items(known), "asymmetric"))
         self.precedents: PrecedentIndex | None = None
+        self._companions: dict[str, bytes] = {}
         if config.model.precedents:
             self.precedents = PrecedentIndex.of_crystals(
                 [record.crystal for record in train_records],
                 [record.material_id for record in train_records],
                 self.standardizer.element_volume,
             )
-        self._train_records = train_records
+            self._companions = precedents_file(train_records, self.fingerprint)
         self.data = self._bucketed(known, settings.precedents)
         watched = small_enough(validation_records[: settings.validation_rows])
         self.validation = self._bucketed(watched, 1)
@@ -263,10 +261,9 @@ class BaseTrainer(TrainingRun[TrainingBatch]):
             items, self.config.model.cell, settings.batch_size, settings.edge_budget
         )
 
-    def save_beside(self, folder: Path) -> None:
-        """Puts the precedents into a folder if it needs them."""
-        if self.precedents is not None:
-            save_precedents(folder, self._train_records, self.fingerprint)
+    def companions(self) -> dict[str, bytes]:
+        """The precedents, if there are any that are not in the shipped table."""
+        return self._companions
 
     # What a framework adds
 
@@ -422,7 +419,6 @@ def run_training(trainer: TrainingRun[Any], out: Path, resume: bool) -> None:
     from common.training_log import TrainingLog  # slow to import, and only needed here
 
     out.mkdir(parents=True, exist_ok=True)
-    trainer.save_beside(out)
     log = TrainingLog(out, trainer.step)
     with _progress() as progress:
         _lead(trainer, out, log, progress)
@@ -432,7 +428,6 @@ def run_training(trainer: TrainingRun[Any], out: Path, resume: bool) -> None:
         extra={"training_rows": trainer.num_rows, "training_seconds": round(trainer.seconds)},
         card=f"# {trainer.config.name}\n",
     )
-    trainer.save_beside(out / "final")
 
 
 def _follow(trainer: TrainingRun[Any]) -> None:

@@ -52,7 +52,7 @@ def loose(step_folder: Path, tmp_path: Path) -> Path:
 def test_shipped_checkpoint_comes_back(shipped_folder: Path, tmp_path: Path) -> None:
     report = convert(shipped_folder, tmp_path / "ms", "mindspore")
     assert report.files == ("config.yaml", "model.ckpt", "README.md", "manifest.json")
-    assert [(c.part, c.used) for c in report.counts] == [("network", 161), ("standardizer", 5)]
+    assert [(c.part, c.used) for c in report.counts] == [("network", 165), ("standardizer", 5)]
     assert not any(c.unused or c.missing or c.reshaped for c in report.counts)
     convert(tmp_path / "ms", tmp_path / "back", "torch")
     assert content(tmp_path / "back") == content(shipped_folder)
@@ -280,7 +280,7 @@ def test_another_network_s_configuration(
 ) -> None:
     config = shipped_folder / "config.yaml"
     line = error_of(capsys, loose, tmp_path / "o", "--to", "torch", "--config", config)
-    assert "missing model.blocks.2.modulation.weight" in line
+    assert "missing model.precedent.site.weight" in line
     assert "reshaped model.tokens.element.weight (119, 16) instead of (119, 128)" in line
 
 

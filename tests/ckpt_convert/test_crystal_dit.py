@@ -19,6 +19,7 @@ SETTINGS: dict[str, dict[str, object]] = {
     "no distances": {"distances": False},
     "mean": {"aggregation": "mean"},
     "wide": {"feed_forward": 4},
+    "precedents": {"precedents": True},
     "no feed-forward": {"feed_forward": 0},
     "no modulation": {"modulation": False},
     "one property": {"properties": ["formation_energy"]},

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 
 from common import precedents
+from common.checkpoint import PRECEDENTS
 from common.crystal.structure import Crystal, Site
 from common.data.store import Record
 from common.errors import UserError
 from common.precedents import (
     PrecedentIndex,
     load_precedents,
-    save_precedents,
+    precedents_file,
     training_items,
 )
 from common.prior import TemplatePrior
@@ -124,11 +125,10 @@ def test_training_rows_are_described_near_their_precedents(
 
 def test_a_checkpoint_finds_its_precedents(tmp_path: Path) -> None:
     shipped = TemplatePrior.load().metadata["source"]["fingerprint"]
-    save_precedents(tmp_path, RECORDS, shipped)
-    assert not list(tmp_path.iterdir())
+    assert precedents_file(RECORDS, shipped) == {}
     assert load_precedents(tmp_path, shipped, VOLUME).find(RECORDS[3].crystal)
     with pytest.raises(UserError, match=r"precedents\.parquet is missing"):
         load_precedents(tmp_path, "others", VOLUME)
-    save_precedents(tmp_path, RECORDS, "others")
+    (tmp_path / PRECEDENTS).write_bytes(precedents_file(RECORDS, "others")[PRECEDENTS])
     found = load_precedents(tmp_path, "others", VOLUME).find(RECORDS[3].crystal)
     assert [one.material_id for one in found] == ["TiO2"]

@@ -7,11 +7,10 @@ import pytest
 import torch
 
 from common.backend import SampleRequest
-from common.checkpoint import save_checkpoint
+from common.checkpoint import PRECEDENTS, save_checkpoint
 from common.crystal.lattice import lattice_to_k
 from common.crystal.symmetry import nearest_zero
 from common.data.store import Record
-from common.precedents import PRECEDENTS
 from tests.training import alike_records, tiny_run
 from torch_impl.backend import load
 from torch_impl.train_dit import Trainer
@@ -37,13 +36,8 @@ def request(record: Record, sample: int = 0) -> SampleRequest:
 
 def test_an_untrained_network_gives_the_precedent_back(trainer: Trainer, tmp_path: Path) -> None:
     """Its velocities are zero: what is left is the noise around the precedent."""
-    trainer.save_beside(tmp_path)
-    saved = trainer.checkpoint()
     folder = tmp_path / "checkpoint"
-    for name in ("optimizer", "state"):
-        saved.pop(name)
-    save_checkpoint(folder, **saved)
-    trainer.save_beside(folder)
+    save_checkpoint(folder, **trainer.final())
     assert (folder / PRECEDENTS).exists()
     generator = load(folder, "cpu")
     records = alike_records()
