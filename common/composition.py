@@ -18,8 +18,10 @@ from common.errors import UserError
 
 #: Largest number of atoms a formula may count; the networks are trained on cells of up to 20.
 MAX_FORMULA_ATOMS = 120
-#: Largest number of atoms in the primitive cell that is generated.
+#: Largest number of atoms in the primitive cell that is proposed.
 MAX_PRIMITIVE_ATOMS = 120
+#: Largest number of atoms in the primitive cell that is generated, if z or the sites ask for it.
+MAX_GIVEN_ATOMS = 200
 
 _MAX_TEXT = 400
 _SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
@@ -185,8 +187,8 @@ def parse_sites(text: str) -> tuple[SiteRequest, ...]:
     parts = [part for part in re.split(r"[\s,;]+", text) if part] if text else []
     if not parts:
         raise UserError("the list of sites is empty: give one such as 'Sr:1a Ti:1b O:3c'")
-    if len(parts) > MAX_PRIMITIVE_ATOMS:
-        raise UserError(f"{len(parts)} sites: at most {MAX_PRIMITIVE_ATOMS} are supported")
+    if len(parts) > MAX_GIVEN_ATOMS:
+        raise UserError(f"{len(parts)} sites: at most {MAX_GIVEN_ATOMS} are supported")
     sites = []
     for part in parts:
         match = _SITE.fullmatch(part)

@@ -15,7 +15,7 @@ from functools import cached_property
 from itertools import product
 from typing import Any
 
-from common.composition import MAX_PRIMITIVE_ATOMS, WyckoffTable
+from common.composition import MAX_GIVEN_ATOMS, MAX_PRIMITIVE_ATOMS, WyckoffTable
 from common.crystal.wyckoff import Sites, wyckoff_summary
 
 #: Partial assignments kept after each element, and choices looked at per element.
@@ -152,7 +152,7 @@ def unit_choices(
     formula_atoms = sum(counts.values())
     if units is not None:
         both = set(units) | {u * centering for u in units}
-        limit = MAX_PRIMITIVE_ATOMS * centering // formula_atoms
+        limit = MAX_GIVEN_ATOMS * centering // formula_atoms
         return sorted(u for u in both if u <= max(limit, 1))
     atoms = max(20, formula_atoms) * centering
     return [u for u in range(1, atoms // formula_atoms + 1) if u * formula_atoms % centering == 0]

@@ -23,7 +23,7 @@ from common.backend import (
 )
 from common.checkpoint import load_checkpoint, shipped
 from common.composition import (
-    MAX_PRIMITIVE_ATOMS,
+    MAX_GIVEN_ATOMS,
     Formula,
     SiteRequest,
     check_sites,
@@ -255,10 +255,10 @@ def _check_symmetry(query: Query) -> None:
         )
     if units is not None:
         centering = wyckoff_summary(number).centering if number else 4
-        if units * query.formula.num_atoms > MAX_PRIMITIVE_ATOMS * centering:
+        if units * query.formula.num_atoms > MAX_GIVEN_ATOMS * centering:
             raise UserError(
                 f"z = {units} makes {units * query.formula.num_atoms} atoms in the conventional "
-                f"cell: at most {MAX_PRIMITIVE_ATOMS} in the primitive cell are supported"
+                f"cell: at most {MAX_GIVEN_ATOMS} in the primitive cell are supported"
             )
 
 

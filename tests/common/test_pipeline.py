@@ -94,6 +94,21 @@ def test_fixed_symmetry_is_obeyed(checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "given",
+    [
+        {"space_group": 1, "z": 40},
+        {"space_group": 2, "sites": " ".join(["Sr:2i"] * 20 + ["Ti:2i"] * 20 + ["O:2i"] * 60)},
+    ],
+)
+def test_two_hundred_atoms_in_the_primitive_cell(checkpoint: Path, given: dict) -> None:
+    (crystal,) = make(checkpoint, top=1, num_samples=1, **given)
+    assert crystal.crystal.num_primitive_atoms == 200
+    assert crystal.composition_exact
+    assert crystal.structure.composition.as_dict() == {"Sr": 40, "Ti": 40, "O": 120}
+    assert np.isfinite(crystal.structure.cart_coords).all()
+
+
+@pytest.mark.parametrize(
     ("arguments", "part"),
     [
         ({"formula": "Xx"}, "unknown element"),
@@ -105,6 +120,8 @@ def test_fixed_symmetry_is_obeyed(checkpoint: Path) -> None:
         ({"z": 0}, "positive"),
         ({"formula": "Sr2Ti2O6", "z": 3}, "counts 2 formula units"),
         ({"z": 100000}, "at most"),
+        ({"space_group": 1, "z": 41}, "205 atoms"),
+        ({"space_group": 1, "sites": "Sr:1a " * 201}, "201 sites"),
         ({"space_group": 227, "z": 1}, "cannot be placed"),
         ({"space_group": 221, "sites": "Sr:1a Ti:1a O:3c"}, "only once"),
         ({"space_group": 221, "sites": "Sr:1a Ti:1b O:3c", "z": 2}, "z is 2"),

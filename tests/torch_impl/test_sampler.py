@@ -15,6 +15,7 @@ from common.config import DiffusionConfig, RunConfig
 from common.crystal.lattice import k_constraints, lattice_to_k
 from common.crystal.structure import Crystal
 from common.crystal.symmetry import nearest_zero, space_group
+from common.data.batch import COARSE, FINE, Sizes
 from common.diffusion.flow import VELOCITY_SCALE
 from common.diffusion.score import ScoreProcess, score_process
 from common.diffusion.wrapped_normal import score
@@ -361,6 +362,55 @@ def test_number_of_threads_changes_nothing() -> None:
     finally:
         torch.set_num_threads(threads)
     assert found[0] == found[1] == found[2]
+
+
+# Sizes
+
+
+def in_group(group: int, letter: str, count: int, key: str = "large") -> SampleRequest:
+    """A crystal with so many sites of one letter, of three elements in turn."""
+    return SampleRequest(group, tuple(((8, 14, 22)[i % 3], letter) for i in range(count)), key=key)
+
+
+@pytest.mark.parametrize("cell", ["asymmetric", "conventional"])
+@pytest.mark.parametrize(("sizes", "budget"), [(FINE, 4096), (COARSE, 8192), (FINE, 300)])
+def test_edges_of_a_call_stay_within_its_budget(cell: str, sizes: Sizes, budget: int) -> None:
+    """Whatever is asked for together; a crystal that alone has more is sampled alone."""
+    sampler = generator(cell=cell)
+    sampler.sizes, sampler.edges_per_call = sizes, budget
+    calls: list[tuple[int, int]] = []
+
+    def note(_: torch.nn.Module, inputs: tuple[TensorBatch, ...]) -> None:
+        crystals, tokens = inputs[0].token_mask.shape
+        calls.append((crystals, tokens * inputs[0].atom_mask.shape[1]))
+
+    sampler.model.register_forward_pre_hook(note)
+    random = np.random.default_rng(0)
+    counts = [*random.integers(1, 24, size=30).tolist(), 100]
+    asked = [in_group(*((1, "a"), (2, "i"))[i % 2], n, key=str(i)) for i, n in enumerate(counts)]
+    assert len(sampler.sample(asked, seed=0, steps=1)) == len(asked)
+    for crystals, edges in calls:
+        assert crystals == 1 or crystals * edges <= budget
+        assert (crystals + 1) * edges > budget  # nor is the budget left unused
+    assert max(crystals for crystals, _ in calls) > 1
+    assert max(edges for _, edges in calls) > budget  # the large one was served
+
+
+@pytest.mark.parametrize(("group", "letter", "count"), [(1, "a", 200), (2, "i", 100)])
+def test_two_hundred_atoms_in_the_primitive_cell(
+    sampler: Generator, group: int, letter: str, count: int
+) -> None:
+    request = in_group(group, letter, count)
+    (crystal,) = sampler.sample([request], seed=0, steps=2)
+    assert crystal.num_primitive_atoms == 200
+    assert tuple((s.atomic_number, s.letter) for s in crystal.sites) == request.sites
+    structure = crystal.to_structure()
+    wanted = {z: 200 // count * [n for n, _ in request.sites].count(z) for z in (8, 14, 22)}
+    assert {z: list(structure.atomic_numbers).count(z) for z in wanted} == wanted
+    assert np.isfinite(structure.cart_coords).all()
+    assert structure.volume > 0
+    places = np.array([site.free_params for site in crystal.sites])
+    assert len(np.unique(places, axis=0)) == count  # every site has been sampled by itself
 
 
 def test_devices() -> None:
