@@ -1,14 +1,18 @@
 """GLM-4 in both frameworks from the same weights: logits, loss, LoRA's gradients, AdamW's steps."""
 
+import json
 from collections.abc import Iterator
 from importlib.util import find_spec
+from pathlib import Path
 
 import mindspore as ms
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from safetensors.numpy import save_file
 
+from ckpt_convert.convert import convert
 from common.errors import UserError
 from common.language.config import GlmConfig, LoraConfig
 from common.language.examples import IGNORED
@@ -199,6 +203,31 @@ def test_spoilt_adapter_is_noticed(network: MindFormers, reference: Torch, name:
     spoilt = reference.additions | {name: 1.01 * reference.additions[name]}
     glm4.load_adapter(network.model, spoilt, "spoilt")
     assert largest(network.loss_and_gradients()[1], reference.gradients) > 10 * LIMIT
+
+
+def test_mindspore_reads_converted_files(
+    network: MindFormers, reference: Torch, tmp_path: Path
+) -> None:
+    """Of model and adapter, by itself and with no name left over."""
+    sources = {"config.json": CONFIG, "adapter_config.json": LORA}
+    files = {"config.json": "model", "adapter_config.json": "adapter_model"}
+    weights = {"config.json": reference.base, "adapter_config.json": reference.additions}
+    for parameter in network.model.get_parameters():
+        parameter.set_data(ms.Tensor(np.ones(parameter.shape, np.float32)))
+    unfilled = {parameter.name for parameter in network.model.get_parameters()}
+    for name, content in sources.items():
+        folder, converted = tmp_path / files[name], tmp_path / f"{files[name]}_converted"
+        folder.mkdir()
+        (folder / name).write_text(json.dumps(content))
+        save_file(weights[name], folder / f"{files[name]}.safetensors")
+        convert(folder, converted, "mindspore")
+        path = str(converted / f"{files[name]}.safetensors")
+        loaded = ms.load_checkpoint(path, format="safetensors")
+        unfilled -= loaded.keys()
+        _, unused = ms.load_param_into_net(network.model, loaded, strict_load=True)
+        assert not unused
+    assert all("paged_attention_mgr" in name for name in unfilled)  # what caches when generating
+    assert largest(network.loss_and_gradients()[1], reference.gradients) < LIMIT
 
 
 def swapped_halves(arrays: Results) -> Results:
