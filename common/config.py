@@ -106,7 +106,9 @@ class Optimisation(Settings):
     weight_decay: float = Field(0.01, ge=0)
     clip_norm: float = Field(1.0, gt=0, description="Largest norm of the gradient.")
     ema: float = Field(0.999, ge=0, lt=1, description="Decay of the averaged weights.")
-    precision: Literal["float32", "bfloat16"] = Field("float32", description="Of autocast.")
+    precision: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="Of products of matrices; the loss is scaled in float16."
+    )
     compile: bool = Field(False, description="torch.compile where most of the time goes.")
     init_from: str | None = Field(None, description="Checkpoint whose weights to start from.")
     checkpoint_every: int = Field(1000, ge=1, description="Steps between checkpoints.")

@@ -49,6 +49,9 @@ ADAM_EPS = 1e-8
 MAX_ATOMS = 52
 NOISE_BINS = 5
 
+#: Of the loss in float16: where it starts, and finite steps until it is doubled.
+LOSS_SCALE, LOSS_SCALE_STEPS = 2.0**15, 2000
+
 #: What a network gets in one step.
 Data = TypeVar("Data")
 
@@ -89,6 +92,30 @@ class LossValues:
     per_crystal: NDArray[np.float32]
 
 
+class LossScale:
+    """What the loss is multiplied by before its gradient is taken: one, but in float16.
+
+    Small gradients are zero in float16, and large ones infinite: the scale is halved, and the step
+    left out, where one is not finite, and doubled after many steps (arXiv:1710.03740, section 3.2).
+    """
+
+    def __init__(self, precision: str) -> None:
+        self.moves = precision == "float16"
+        self.value = LOSS_SCALE if self.moves else 1.0
+        self.finite_steps = 0
+
+    def follow(self, finite: bool) -> bool:
+        """Takes note of a step; returns whether training can go on."""
+        if not self.moves:
+            return finite
+        self.finite_steps = self.finite_steps + 1 if finite else 0
+        if not finite:
+            self.value /= 2
+        elif self.finite_steps == LOSS_SCALE_STEPS:
+            self.value, self.finite_steps = 2 * self.value, 0
+        return self.value >= 1.0
+
+
 class TrainingRun(ABC, Generic[Data]):
     """One training run; every step is a function of the configuration and the step's number.
 
@@ -106,6 +133,7 @@ class TrainingRun(ABC, Generic[Data]):
         self.shard = shard
         self.step = 0
         self.seconds = 0.0
+        self.loss_scale = LossScale(config.train.precision)
         self.fingerprint = fingerprint(train_records)
         self.num_rows = num_rows
 
@@ -164,7 +192,7 @@ class TrainingRun(ABC, Generic[Data]):
         start = time.perf_counter()
         rate = self.learning_rate(self.step)
         values = self.update(data, rate, self.average_decay(self.step))
-        if not math.isfinite(values["gradient_norm"]):
+        if not self.loss_scale.follow(math.isfinite(values["gradient_norm"])):
             raise UserError(
                 f"training step {self.step}: the gradient is not finite; lower learning_rate"
             )
@@ -193,9 +221,11 @@ class TrainingRun(ABC, Generic[Data]):
 
     def checkpoint(self) -> dict[str, Any]:
         """Arguments of ``common.checkpoint.save_step``."""
+        own = self.loss_scale
+        scale = {"loss_scale": [own.value, own.finite_steps]} if own.moves else {}
         return self.final() | {
             "optimizer": self.optimizer_arrays(),
-            "state": {"step": self.step, "seconds": self.seconds},
+            "state": {"step": self.step, "seconds": self.seconds} | scale,
             "extra": {"training_rows": self.num_rows},
         }
 
@@ -210,6 +240,8 @@ class TrainingRun(ABC, Generic[Data]):
             raise UserError(f"{folder}: trained on other rows; give --fresh to start anew")
         assert saved.state is not None
         self.step, self.seconds = int(saved.state["step"]), float(saved.state["seconds"])
+        if self.loss_scale.moves:
+            self.loss_scale.value, self.loss_scale.finite_steps = saved.state["loss_scale"]
         self.restore(saved)
 
 

@@ -17,7 +17,7 @@ from ms_impl.layers import Linear
 
 TARGETS = {"cpu": "CPU", "ascend": "Ascend"}
 #: Types by the names that ``train.precision`` gives them.
-PRECISIONS = {"float32": ms.float32, "bfloat16": ms.bfloat16}
+PRECISIONS = {"float32": ms.float32, "bfloat16": ms.bfloat16, "float16": ms.float16}
 #: What MindSpore 2.9 cannot compile for a CPU.
 MISSING_ON_CPU = ("bfloat16",)
 

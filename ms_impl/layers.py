@@ -16,7 +16,7 @@ from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import HeUniform, One, Uniform, Zero, initializer
 
 LAYER_NORM_EPS = 1e-6
-MASKED_LOGIT = -1e9
+MASKED_LOGIT = -3e4  # within the range of float16
 
 #: Radial basis (A): centres from zero to the last, as wide as their spacing.
 RADIAL_CENTERS = 16

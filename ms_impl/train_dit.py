@@ -78,11 +78,14 @@ class Trainer(BaseTrainer):
         return self._loss_and_gradient(data)[0]
 
     def _loss_and_gradient(self, data: TrainingBatch) -> tuple[Loss, Tensor]:
-        """From one graph per bucket, for compiling takes longer than what a gradient costs."""
+        """The gradient is that of the scaled loss.
+
+        Both from one graph per bucket, for compiling takes longer than what a gradient costs.
+        """
         properties = self.config.model.properties
         tensors = TensorBatch.from_batch(data.batch, self.standardizer, properties)
         noisy = NoisyTensors.from_arrays(data.noisy, data.weights)
-        scale = Tensor(1.0, ms.float32)
+        scale = Tensor(self.loss_scale.value, ms.float32)
         loss, gradient = self.gradient(data.batch, scale, tensors, noisy)
         return Loss(*loss), gradient
 
@@ -90,9 +93,10 @@ class Trainer(BaseTrainer):
         """One step of AdamW; see ``BaseTrainer``."""
         loss, gradient = self._loss_and_gradient(data)
         gradient = sum_values(gradient)
-        norm = float(self.norm(gradient))
+        norm = float(self.norm(gradient)) / self.loss_scale.value
         if math.isfinite(norm):
             scale = min(1.0, self.config.train.clip_norm / (norm + _CLIP_EPS))
+            scale /= self.loss_scale.value
             self.optimizer.step(gradient, self.step + 1, rate, decay, scale)
         total, coordinate, lattice = self.summed([float(value) for value in loss[:3]])
         return {

@@ -9,9 +9,12 @@ from torch import Tensor, nn
 
 from common.checkpoint import Checkpoint
 from common.config import Optimisation
-from common.training import ADAM_BETAS, ADAM_EPS
+from common.training import ADAM_BETAS, ADAM_EPS, LossScale
 from common.weights import MOMENTS, WEIGHT_PREFIX, Arrays
 from torch_impl.distributed import sum_values
+
+#: Types of autocast by the names that ``train.precision`` gives them.
+AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class AveragedAdamW:
@@ -20,12 +23,14 @@ class AveragedAdamW:
     Attributes:
         device: of the weights.
         names, parameters: what is trained.
+        loss_scale: of the run.
         average: its averages.
         optimizer: torch's AdamW.
         prefix: of the names in ``model.safetensors``.
     """
 
     device: torch.device
+    loss_scale: LossScale
     prefix = ""
 
     def optimise(self, network: nn.Module, settings: Optimisation) -> None:
@@ -52,7 +57,10 @@ class AveragedAdamW:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        scale = self.loss_scale.value
+        (loss * scale).backward()
+        if scale != 1:
+            torch._foreach_div_([p.grad for p in self.parameters if p.grad is not None], scale)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
         if torch.isfinite(norm):
             self.optimizer.step()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 LAYER_NORM_EPS = 1e-6
-MASKED_LOGIT = -1e9
+MASKED_LOGIT = -3e4  # within the range of float16
 
 #: Radial basis (A): centres from zero to the last, as wide as their spacing.
 RADIAL_CENTERS = 16
@@ -157,7 +157,8 @@ class EdgeFusion(nn.Module):
             weights = atom_mask[:, None].to(messages.dtype).expand(size, tokens, atoms)
             weights = weights / weights.sum(-1, keepdim=True)
             return torch.einsum("bta,btad->btd", weights, messages)
-        logits = self.weight(messages).masked_fill(~atom_mask[:, None, :, None], MASKED_LOGIT)
+        absent = ~atom_mask[:, None, :, None]
+        logits = self.weight(messages).masked_fill(absent, MASKED_LOGIT)
         weights = logits.softmax(dim=2)  # [B,T,A,H]
         split = messages.view(size, tokens, atoms, self.heads, width // self.heads)
         return (weights[..., None] * split).sum(dim=2).flatten(-2)

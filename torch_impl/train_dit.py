@@ -16,7 +16,7 @@ from common.training import (
     run_training,
 )
 from common.weights import MODEL_PREFIX, Arrays, model_weights
-from torch_impl.adamw import AveragedAdamW, as_tensor
+from torch_impl.adamw import AUTOCAST, AveragedAdamW, as_tensor
 from torch_impl.crystal_dit import CrystalDiT
 from torch_impl.diffusion import Loss, NoisyTensors, denoising_loss
 from torch_impl.distributed import joined, sum_gradients, sum_values
@@ -57,8 +57,8 @@ class Trainer(AveragedAdamW, BaseTrainer):
             data.batch, self.standardizer, self.config.model.properties, self.device
         )
         noisy = NoisyTensors.from_arrays(data.noisy, data.weights, self.device)
-        bfloat16 = self.config.train.precision == "bfloat16"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16):
+        narrow = AUTOCAST.get(self.config.train.precision)
+        with torch.autocast(self.device.type, narrow, enabled=narrow is not None):
             return denoising_loss(self.network, tensors, noisy, self.config.diffusion)
 
     def update(self, data: TrainingBatch, rate: float, decay: float) -> dict[str, float]:

@@ -10,7 +10,7 @@ from common.language.config import LanguageRunConfig
 from common.language.examples import TokenBatch
 from common.language.training import LanguageTrainer
 from common.training import Shard, records_of, run_training
-from torch_impl.adamw import AveragedAdamW
+from torch_impl.adamw import AUTOCAST, AveragedAdamW
 from torch_impl.distributed import joined, sum_gradients, sum_values
 from torch_impl.glm4 import AnswerLoss, adapter_name, add_adapter, build, load_weights
 
@@ -48,8 +48,8 @@ class Trainer(AveragedAdamW, LanguageTrainer):
         """Nats of this process's answers, summed."""
         tokens = torch.from_numpy(data.tokens).to(self.device)
         targets = torch.from_numpy(data.targets).to(self.device)
-        bfloat16 = self.config.train.precision == "bfloat16"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16):
+        narrow = AUTOCAST.get(self.config.train.precision)
+        with torch.autocast(self.device.type, narrow, enabled=narrow is not None):
             return self.network(tokens, targets)
 
     def update(self, data: TokenBatch, rate: float, decay: float) -> dict[str, float]:

@@ -20,7 +20,7 @@ from common.checkpoint import load_checkpoint, save_step
 from common.config import RunConfig
 from common.data.store import Record, write_records
 from common.errors import UserError
-from common.training import MODEL_PREFIX, BaseTrainer, TrainingBatch
+from common.training import LOSS_SCALE, MODEL_PREFIX, BaseTrainer, TrainingBatch
 from ms_impl.backend import load, train
 from ms_impl.layers import Linear
 from ms_impl.train_dit import Trainer
@@ -269,6 +269,19 @@ def test_bfloat16_on_a_cpu(records: list[Record], capsys: pytest.CaptureFixture[
     assert capsys.readouterr().err == line
     cells = [cell for _, cell in trainer.model.cells_and_names() if isinstance(cell, Linear)]
     assert {cell.precision for cell in cells} == {ms.float32}
+
+
+def test_float16_on_a_cpu(records: list[Record]) -> None:
+    """The scaled loss leaves loss and update where float32 has them, to float16's rounding."""
+    wide, narrow = (Trainer(run_of(precision=p), records, records) for p in ("float32", "float16"))
+    assert (wide.loss_scale.value, narrow.loss_scale.value) == (1.0, LOSS_SCALE)
+    batch = next(wide.batches())
+    for _ in range(3):  # residual branches are zero at first
+        expected, found = (trainer.train_step(batch) for trainer in (wide, narrow))
+    for name in ("loss", "gradient_norm"):
+        assert found[name] != expected[name]
+        assert math.isclose(found[name], expected[name], rel_tol=1e-2)
+    assert narrow.loss_scale.finite_steps == 3
 
 
 def test_devices_that_are_not_here(records: list[Record]) -> None:

@@ -12,7 +12,16 @@ from common.checkpoint import latest, load_checkpoint, save_step
 from common.config import RunConfig
 from common.data.store import Record, read_records, write_records
 from common.errors import UserError
-from common.training import MAX_ATOMS, MODEL_PREFIX, Shard, TrainingBatch, small_enough
+from common.training import (
+    LOSS_SCALE,
+    LOSS_SCALE_STEPS,
+    MAX_ATOMS,
+    MODEL_PREFIX,
+    LossScale,
+    Shard,
+    TrainingBatch,
+    small_enough,
+)
 from tests.crystals import TEXTBOOK
 from tests.networks import fill_value
 from tests.training import textbook_records, tiny_run
@@ -56,10 +65,11 @@ def rows(folder: Path, kind: str) -> list[dict[str, float]]:
     [
         ({}, {}, {}),
         ({}, {}, {"precision": "bfloat16"}),
+        ({}, {}, {"precision": "float16"}),
         ({"cell": "conventional", "frames": False}, {}, {"edge_budget": 4096}),
         ({"properties": []}, SCORE, {}),
     ],
-    ids=["flow", "bfloat16", "conventional", "score"],
+    ids=["flow", "bfloat16", "float16", "conventional", "score"],
 )
 def test_loss_falls(
     records: list[Record],
@@ -303,6 +313,33 @@ def test_no_rows(tmp_path: Path, parquet: Path, records: list[Record]) -> None:
     assert not (tmp_path / "run").exists()
     with pytest.raises(UserError, match="no data set"):
         train(tiny_run(tmp_path / "absent.parquet"), tmp_path / "run", device="cpu")
+
+
+def test_loss_scale_is_halved_where_a_gradient_overflows(records: list[Record]) -> None:
+    """The step is left out; the next one finds its way, and a resumed run knows the scale."""
+    trainer = trainer_of(records, tiny_run(precision="float16"))
+    (good,) = steps(trainer, 1)
+    assert math.isfinite(good["gradient_norm"])
+    before = trainer.optimizer_arrays()
+    trainer.loss_scale.value = 2.0**127
+    (overflown,) = steps(trainer, 1)
+    assert not math.isfinite(overflown["gradient_norm"])
+    assert (trainer.loss_scale.value, trainer.loss_scale.finite_steps) == (2.0**126, 0)
+    after = trainer.optimizer_arrays()
+    assert all((before[name] == after[name]).all() for name in before)
+    assert trainer.checkpoint()["state"]["loss_scale"] == [2.0**126, 0]
+    trainer.loss_scale.value = 1.0
+    assert not trainer.loss_scale.follow(finite=False)  # nothing left to halve: an error
+
+
+def test_loss_scale_grows_after_many_steps() -> None:
+    scale = LossScale("float16")
+    for _ in range(LOSS_SCALE_STEPS):
+        assert scale.follow(finite=True)
+    assert (scale.value, scale.finite_steps) == (2 * LOSS_SCALE, 0)
+    fixed = LossScale("bfloat16")
+    assert fixed.value == 1.0
+    assert not fixed.follow(finite=False)
 
 
 def test_large_crystals_are_left_out(records: list[Record]) -> None:
