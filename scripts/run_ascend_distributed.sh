@@ -82,7 +82,7 @@ if [[ $DEVICE == cpu ]]; then
 fi
 
 declare -A RANK_OF=()
-SCHEDULER="" ORPHANED=0
+SCHEDULER="" ORPHANED=0 ORPHANS_ENDED=0
 
 # Notes which process has which rank, and ends what msrun leaves running: the scheduler, which waits for
 # killed workers, and workers whose scheduler is gone.
@@ -103,6 +103,7 @@ watch_cluster() {
         # After a good end the workers follow within seconds.
         ORPHANED=$((ORPHANED + 1))
         if ((ORPHANED == 10)) || grep -q Traceback "$LOG_DIR/scheduler.log"; then
+            ORPHANS_ENDED=1
             pkill -KILL -P "$LAUNCHER" || true
         fi
     fi
@@ -144,7 +145,8 @@ run_cluster() {
     read -r pid status < <(failure_of_worker) || true
     if [[ -n $silent ]]; then
         give_up 1 "rank $silent fell silent ($LOG_DIR/worker_$silent.log)"
-    elif ((ORPHANED)); then
+    elif ((ORPHANS_ENDED)) || [[ -z ${status:-} && $ORPHANED -gt 0 ]]; then
+        # A worker that was killed takes the scheduler with it, which may be seen first.
         words="$(last_words "$LOG_DIR/scheduler.log")"
         give_up 1 "msrun's scheduler ended${words:+: $words} ($LOG_DIR/scheduler.log)"
     elif [[ -n ${status:-} && -n ${RANK_OF[$pid]:-} ]]; then

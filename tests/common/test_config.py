@@ -101,7 +101,7 @@ def test_wrong_network(tmp_path: Path, model: dict[str, object], says: str) -> N
         ("name: x\ntrain: {learning_rate: .inf}", "train.learning_rate"),
         ("name: x\ntrain: {ema: 1.0}", "train.ema"),
         ("name: x\ntrain: {seed: -1}", "train.seed"),
-        ("name: x\ntrain: {precision: float16}", "train.precision"),
+        ("name: x\ntrain: {precision: float8}", "train.precision"),
         ("name: x\ndiffusion: {kind: ddpm}", "diffusion.kind"),
         ("name: x\nmodel:\n", "model: "),
         ("name: x\n1: 2", "keys should be strings"),
