@@ -22,7 +22,7 @@ class Generator(BaseGenerator):
     """A checkpoint that samples crystals with MindSpore; see ``common.sampling.BaseGenerator``."""
 
     sizes = COARSE
-    edges_per_call = 8192  # starting 700 kernels takes as long as they do for half as many
+    edges_per_call = 8192  # starting the kernels takes long: half as many calls are faster
 
     def __init__(
         self,

@@ -203,7 +203,6 @@ def test_killed_gpu_process_stops_the_others(tiny: Run, tmp_path: Path) -> None:
     script.worker(RANK="1").kill()
     killed = time.monotonic()
     code, _, errors = script.finish()
-    print("STOP", time.monotonic() - killed)
     assert time.monotonic() - killed < 30
     assert not script.members()
     assert code == 128 + signal.SIGKILL
@@ -367,7 +366,6 @@ def test_killed_mindspore_process_stops_the_others(
         script.worker(MS_ROLE="MS_WORKER", RANK_ID=str(rank)).kill()
     killed = time.monotonic()
     code, _, errors = script.finish()
-    print("STOP", time.monotonic() - killed)
     assert time.monotonic() - killed < 30
     assert not script.members()
     if rank is None:
