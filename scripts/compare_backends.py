@@ -1,7 +1,7 @@
 """How closely MindSpore and torch agree on the shipped checkpoints and in training.
 
     python scripts/compare_backends.py crystals [--rows 500] [--out FILE.json]
-    python scripts/compare_backends.py training CONFIG [--steps 100] [--out FILE.json]
+    python scripts/compare_backends.py training CONFIG [--steps 100] [--first torch] [--out FILE.json]
 
 Each framework runs in a process of its own, on the CPU.
 """
@@ -203,6 +203,9 @@ def losses(folder: Path) -> dict[int, float]:
 def training(
     config: Annotated[Path, typer.Argument(help="The run; trained in float32.")],
     steps: Annotated[int, typer.Option(min=1, help="Before the change, and after it.")] = 100,
+    first: Annotated[
+        list[str] | None, typer.Option(help="Who begins, torch or mindspore; each of them once.")
+    ] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace a setting.")
     ] = None,
@@ -219,7 +222,10 @@ def training(
     ]
     run = load_config(config, (*(settings or ()), *changes))
     figures: dict[str, Any] = {"config": config.name, "steps": steps}
-    for stays, takes_over in (BACKENDS, BACKENDS[::-1]):
+    for stays in first or BACKENDS:
+        if stays not in BACKENDS:
+            raise typer.BadParameter(f"{stays}: name {' or '.join(BACKENDS)}")
+        (takes_over,) = set(BACKENDS) - {stays}
         with TemporaryDirectory() as folder:
             whole, rest = Path(folder, "whole"), Path(folder, "rest")
             apart(train, stays, run, whole, False)
