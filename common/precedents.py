@@ -10,6 +10,7 @@ import gzip
 import hashlib
 import json
 import multiprocessing
+import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -31,7 +32,7 @@ from common.data.locations import cache_dir
 from common.data.store import Record, fingerprint, read_records, write_records
 from common.elements import element_table, pair_differences
 from common.errors import UserError
-from common.files import write_atomic
+from common.files import one_at_a_time, output_folder, write_atomic
 from common.machine import cpu_count, start_worker
 from common.prior import SHIPPED, TemplatePrior
 from common.templates import Assignment, Template, assign
@@ -234,18 +235,29 @@ def training_items(
     key = f"{_CACHE_VERSION} {trained_on} {fingerprint(records)} {count}"
     name = hashlib.sha256(key.encode()).hexdigest()[:16]
     path = cache_dir() / "precedents" / f"{name}.json.gz"
-    if path.exists():
-        rows = [json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines()]
-    else:
-        rows = list(_described(records, index, count, workers))
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, gzip.compress(text.encode(), compresslevel=6, mtime=0))
-    return [
-        item
-        for record, row in zip(records, rows, strict=True)
-        for item in _items(record, row, count)
-    ]
+    rows = _read_cached(path)
+    if rows is None:
+        refusal = "set UNI_MDM_CACHE to another folder"
+        with output_folder(path.parent, refusal), one_at_a_time(path.parent):
+            rows = _read_cached(path)  # which another process may have made meanwhile
+            if rows is None:
+                rows = list(_described(records, index, count, workers))
+                text = "".join(json.dumps(row) + "\n" for row in rows)
+                write_atomic(path, gzip.compress(text.encode(), compresslevel=6, mtime=0))
+    each = (_items(record, found, count) for record, found in zip(records, rows, strict=True))
+    return [item for items in each for item in items]
+
+
+#: Of one training row, a mapping for each of its precedents.
+_Row = list[dict[str, Any]]
+
+
+def _read_cached(path: Path) -> list[_Row] | None:
+    """The rows of a file, or None if it is not there or damaged."""
+    try:
+        return [json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines()]
+    except (OSError, EOFError, zlib.error, ValueError):
+        return None
 
 
 def _items(record: Record, found: Sequence[Mapping[str, Any]], count: int) -> list[BatchItem]:
@@ -264,7 +276,7 @@ def _item(record: Record, row: Mapping[str, Any]) -> BatchItem:
 
 def _described(
     records: Sequence[Record], index: PrecedentIndex, count: int, workers: int | None
-) -> Iterable[list[dict[str, Any]]]:
+) -> Iterable[_Row]:
     crystals = [record.crystal for record in records]
     names = [record.material_id for record in records]
     show = partial(track, description="Finding precedents", total=len(records))
@@ -288,14 +300,12 @@ def _start(index: PrecedentIndex, count: int) -> None:
     _given = index, count
 
 
-def _describe_here(crystal: Crystal, name: str) -> list[dict[str, Any]]:
+def _describe_here(crystal: Crystal, name: str) -> _Row:
     assert _given is not None
     return _describe(*_given, crystal, name)
 
 
-def _describe(
-    index: PrecedentIndex, count: int, crystal: Crystal, name: str
-) -> list[dict[str, Any]]:
+def _describe(index: PrecedentIndex, count: int, crystal: Crystal, name: str) -> _Row:
     """A row's precedents, and its nearest description to each of them, as JSON types."""
     return [
         {

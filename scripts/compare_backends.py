@@ -1,7 +1,7 @@
 """How closely MindSpore and torch agree on the shipped checkpoints and in training.
 
     python scripts/compare_backends.py crystals [--rows 500] [--out FILE.json]
-    python scripts/compare_backends.py training CONFIG [--steps 100] [--first torch] [--out FILE.json]
+    python scripts/compare_backends.py training CONFIG [--steps 100] [--first torch] [--out FILE]
 
 Each framework runs in a process of its own, on the CPU.
 """

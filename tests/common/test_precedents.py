@@ -123,6 +123,27 @@ def test_training_rows_are_described_near_their_precedents(
         assert one.precedent.differences == other.precedent.differences
 
 
+def test_a_damaged_cache_is_made_anew(index: PrecedentIndex, own_cache: Path) -> None:
+    expected = training_items(RECORDS, index, "print", workers=1)
+    (path,) = (own_cache / "precedents").glob("*.json.gz")
+    whole = path.read_bytes()
+    for damaged in (whole[:-9], whole[:20], b"", b"no gzip"):
+        path.write_bytes(damaged)
+        found = training_items(RECORDS, index, "print", workers=1)
+        assert [item.precedent.material_id for item in found if item.precedent] == [
+            item.precedent.material_id for item in expected if item.precedent
+        ]
+        assert path.read_bytes() == whole
+
+
+def test_a_cache_that_cannot_be_written(
+    index: PrecedentIndex, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own_cache.write_text("a file where a folder should be")
+    with pytest.raises(UserError, match="set UNI_MDM_CACHE to another folder"):
+        training_items(RECORDS, index, "print", workers=1)
+
+
 def test_a_checkpoint_finds_its_precedents(tmp_path: Path) -> None:
     shipped = TemplatePrior.load().metadata["source"]["fingerprint"]
     assert precedents_file(RECORDS, shipped) == {}
