@@ -255,7 +255,8 @@ _Row = list[dict[str, Any]]
 def _read_cached(path: Path) -> list[_Row] | None:
     """The rows of a file, or None if it is not there or damaged."""
     try:
-        return [json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines()]
+        lines = gzip.decompress(path.read_bytes()).splitlines()  # none of an empty file
+        return [json.loads(line) for line in lines] or None
     except (OSError, EOFError, zlib.error, ValueError):
         return None
 
