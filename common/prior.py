@@ -89,6 +89,23 @@ class SymmetryCandidate:
 
 
 @dataclass(frozen=True)
+class Vote:
+    """A symmetry that training structures of other compositions have, elements replaced.
+
+    Attributes:
+        space_group, sites: as in ``SymmetryCandidate``.
+        elements: of the most alike of these structures, where the query has the elements that its
+            counts name one after the other.
+        share: of all votes and the novelty.
+    """
+
+    space_group: int
+    sites: Sites
+    elements: tuple[int, ...]
+    share: float
+
+
+@dataclass(frozen=True)
 class _Entry:
     """A template as the prior stores it: with the letters that training crystals mostly have."""
 
@@ -123,6 +140,26 @@ class _Class:
     template: NDArray[np.int64]
     roles: NDArray[np.int64]
     properties: Array
+
+    @cached_property
+    def orbits(self) -> NDArray[np.int64]:
+        """[E,P]: the first of the role permutations that give an entry the same symmetry."""
+        permutations = role_permutations(self.entries[0].template.stoichiometry)
+        place = {permutation: index for index, permutation in enumerate(permutations)}
+        return np.array(
+            [
+                [min(place[tuple(p[i] for i in a)] for a in e.automorphisms) for p in permutations]
+                for e in self.entries
+            ]
+        )
+
+    def summed(self, mass: Array) -> Array:
+        """[E,P]: mass [P,N] by entry and distinct way to give it the elements, else zero."""
+        sums = np.zeros(self.orbits.shape)
+        for way, row in enumerate(mass):
+            by_entry = np.bincount(self.template, row, len(self.entries))
+            np.add.at(sums, (np.arange(len(sums)), self.orbits[:, way]), by_entry)
+        return sums
 
 
 @dataclass(frozen=True)
@@ -299,6 +336,44 @@ class TemplatePrior:
         candidates.sort(key=lambda c: (-c.probability, c.space_group, c.sites))
         return candidates[:top]
 
+    def votes(self, counts: Mapping[int, int], top: int) -> list[Vote]:
+        """How training structures of other compositions vote, the most votes first.
+
+        Args:
+            counts: atoms of each atomic number; only their ratio matters.
+            top: symmetries, at most.
+        """
+        formula, _ = reduce_counts(counts)
+        order = role_order(formula)
+        stoichiometry = tuple(formula[z] for z in order)
+        structures = self._classes.get(stoichiometry)
+        if structures is None:
+            return []
+        elements = np.array(order)[np.array(role_permutations(stoichiometry))]
+        weights = self._parameters({})
+        mass = self._kernel(structures, elements, {}) + math.exp(weights.log_background)
+        mass[:, (structures.roles == elements[:, None]).all(axis=2).any(axis=0)] = 0.0
+        total = mass.sum() + math.exp(weights.log_novelty)
+        sums = structures.summed(mass)
+        listed = np.argsort(-sums, axis=None, kind="stable")[:top]
+        found = []
+        for number, way in zip(*np.unravel_index(listed, sums.shape), strict=True):
+            if not sums[number, way]:
+                break
+            t = structures.entries[number].template
+            sites = template_sites(
+                elements[way].tolist(), structures.entries[number].letters, t.space_group
+            )
+            votes = mass * (structures.template == number)
+            votes[structures.orbits[number] != way] = 0.0
+            other, row = np.unravel_index(votes.argmax(), votes.shape)
+            present = dict(
+                zip(elements[other].tolist(), structures.roles[row].tolist(), strict=True)
+            )
+            alike = tuple(present[z] for z in formula)
+            found.append(Vote(t.space_group, sites, alike, float(sums[number, way] / total)))
+        return found
+
     def nearest(self, crystal: Crystal) -> Nearest | None:
         """The training structure nearest to a crystal: of its composition, else of its template.
 
@@ -429,18 +504,12 @@ class TemplatePrior:
         weights = self._parameters(properties)
         mass = self._kernel(structures, elements, properties) + math.exp(weights.log_background)
         found = []
-        sums = np.stack(
-            [np.bincount(structures.template, row, len(structures.entries)) for row in mass], axis=1
-        )
-        place = {permutation: index for index, permutation in enumerate(permutations)}
-        for entry, row in zip(structures.entries, sums, strict=True):
-            for index, permutation in enumerate(permutations):
-                orbit = [place[tuple(permutation[i] for i in a)] for a in entry.automorphisms]
-                if min(orbit) != index:
-                    continue
-                t = entry.template
+        sums = structures.summed(mass)
+        for entry, row, orbits in zip(structures.entries, sums, structures.orbits, strict=True):
+            t = entry.template
+            for index in np.unique(orbits).tolist():
                 sites = template_sites(elements[index].tolist(), entry.letters, t.space_group)
-                found.append((t.space_group, sites, t.units, float(row[orbit].sum())))
+                found.append((t.space_group, sites, t.units, float(row[index])))
         return found
 
     def _kernel(

@@ -153,12 +153,16 @@ class LanguageModel:
         model: the network.
         tokenizer: its own.
         name: 12 hex digits that name the weights, or the folder's name.
+        analogues: how many of them questions tell of, as in training.
     """
 
-    def __init__(self, model: GlmForCausalLM, tokenizer: SymmetryTokenizer, name: str) -> None:
+    def __init__(
+        self, model: GlmForCausalLM, tokenizer: SymmetryTokenizer, name: str, analogues: int = 0
+    ) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.name = name
+        self.analogues = analogues
 
     @cached_property
     def _device(self) -> torch.device:
@@ -269,9 +273,11 @@ def load_language_model(
         UserError: if it is absent, damaged, not GLM-4's, or an adapter of another base.
     """
     path = Path(folder)
+    analogues = 0
     if (path / LATEST).is_file() or (path / MANIFEST).is_file():
         saved = load_checkpoint(path)
         name, path = saved.hash, saved.path
+        analogues = int(saved.config["train"].get("analogues", 0))
         if saved.manifest["format"] == ADAPTER.format:
             model = with_adapter(_base_of(saved, base), saved)
         else:
@@ -279,7 +285,7 @@ def load_language_model(
     else:
         model = _from_huggingface(path)
         name = path.name
-    return LanguageModel(model.to(device), load_tokenizer(path), name)
+    return LanguageModel(model.to(device), load_tokenizer(path), name, analogues)
 
 
 def _network(saved: Checkpoint) -> GlmForCausalLM:

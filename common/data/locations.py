@@ -47,5 +47,8 @@ def dataset_path(name: str | os.PathLike[str], workers: int | None = None) -> Pa
 
 
 def dataset(name: str | os.PathLike[str], workers: int | None = None) -> list[Record]:
-    """The records of a data set, see `dataset_path`."""
+    """The records of a data set, see `dataset_path`; of several, as in ``train+extra``."""
+    parts = os.fspath(name).split("+")
+    if len(parts) > 1 and all(part in DATASETS for part in parts):
+        return [record for part in parts for record in dataset(part, workers)]
     return read_records(dataset_path(name, workers))

@@ -10,7 +10,7 @@ from scipy.optimize import minimize_scalar
 
 from common.composition import MAX_PRIMITIVE_ATOMS
 from common.language.grammar import TokenGrammar
-from common.language.model import LanguageModel, search_request
+from common.language.model import LanguageModel, as_trained, search_request
 from common.language.prompt import Question, Symmetry
 from common.language.search import Progress
 
@@ -48,6 +48,7 @@ def true_choices(
     symmetries: Sequence[Symmetry],
     *,
     max_atoms: int = MAX_PRIMITIVE_ATOMS,
+    known: bool = False,
     progress: Progress | None = None,
 ) -> list[list[Choice]]:
     """The choices on the way to each question's true answer, as the search would meet them.
@@ -57,6 +58,7 @@ def true_choices(
         questions: compositions, with or without a target property.
         symmetries: the true one of each.
         max_atoms: in the primitive cell.
+        known: as in ``as_trained``.
         progress: called with the questions that are done, and all.
 
     Raises:
@@ -64,7 +66,8 @@ def true_choices(
     """
     found: list[list[Choice]] = []
     for begin in range(0, len(questions), _CHUNK):
-        rows = zip(questions[begin : begin + _CHUNK], symmetries[begin:], strict=False)
+        chunk = as_trained(model, questions[begin : begin + _CHUNK], known)
+        rows = zip(chunk, symmetries[begin:], strict=False)
         paths = []
         for question, symmetry in rows:
             request = search_request(model.tokenizer, question, max_atoms)

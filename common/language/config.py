@@ -66,6 +66,11 @@ class LanguageTrainConfig(Optimisation):
         min_length=1,
         description="Target properties; every row is asked about one of them in an epoch.",
     )
+    analogues: int = Field(
+        0,
+        ge=0,
+        description="Symmetries of similar compositions in a question; known polymorphs beside.",
+    )
     token_budget: int = Field(3072, ge=64, description="Padded tokens in a batch, at most.")
 
 

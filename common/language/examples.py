@@ -1,17 +1,21 @@
 """Questions and answers as batches of tokens, in an order that seed and epoch decide.
 
 Every row is asked about one target property in an epoch, about the others in the following ones.
+Where questions tell of analogues, every second one tells of known polymorphs as well.
 Rows of about the same length make a batch, so that little of it is padding.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
+from rich.progress import track
 
 from common.data.store import Record
-from common.language.prompt import Question, Symmetry
+from common.language.analogues import AnalogueIndex
+from common.language.prompt import Analogues, Question, Symmetry
 from common.language.tokenizer import SymmetryTokenizer
 
 #: A target that is no token: its position does not count.
@@ -20,6 +24,8 @@ IGNORED = -100
 _LENGTH_STEP = 8
 #: Rows among which those of about the same length are looked for.
 _WINDOW = 4096
+#: Rows from which on writing them takes a while.
+_MANY = 1000
 
 Int = NDArray[np.int64]
 
@@ -56,6 +62,7 @@ class Examples:
         tokenizer: of the model.
         questions: target properties, ``none`` among them; a row that lacks one is asked without.
         token_budget: padded tokens in a batch, at most.
+        analogues: what questions tell of; nothing without it.
     """
 
     def __init__(
@@ -64,12 +71,12 @@ class Examples:
         tokenizer: SymmetryTokenizer,
         questions: Sequence[str],
         token_budget: int,
+        analogues: AnalogueIndex | None = None,
     ) -> None:
         self._pad = tokenizer.pad_id
         self._budget = token_budget
-        self._forms = [
-            [_example(record, tokenizer, name) for name in questions] for record in records
-        ]
+        shown = track(records, "Writing questions") if len(records) > _MANY else records
+        self._forms = [_forms(record, tokenizer, questions, analogues) for record in shown]
         self._lengths = np.array([[len(e.tokens) for e in forms] for forms in self._forms])
 
     def epoch(self, seed: int, epoch: int) -> list[tuple[Int, Int]]:
@@ -133,12 +140,31 @@ class Examples:
         return TokenBatch(tokens, targets, len(whole), answer_tokens)
 
 
-def _example(record: Record, tokenizer: SymmetryTokenizer, target: str) -> _Example:
-    value = None if target == "none" else record.properties[target]
-    properties = {} if value is None else {target: value}
-    question = tokenizer.question_ids(Question.ask(record.crystal.formula_counts, properties))
+def _forms(
+    record: Record,
+    tokenizer: SymmetryTokenizer,
+    targets: Sequence[str],
+    analogues: AnalogueIndex | None,
+) -> list[_Example]:
+    """All questions of a row, with its answer."""
+    counts = record.crystal.formula_counts
+    told = [Analogues()]
+    if analogues is not None:
+        told = [
+            analogues.tell(
+                Question.ask(counts), known=known, leave_out=record.material_id
+            ).analogues
+            for known in (False, True)
+        ]
     answer = tokenizer.answer_ids(Symmetry.of_crystal(record.crystal))
-    return _Example(np.array(question + answer, dtype=np.int32), len(question))
+    forms = []
+    for own, target in product(told, targets):
+        value = None if target == "none" else record.properties[target]
+        properties = {} if value is None else {target: value}
+        question = replace(Question.ask(counts, properties), analogues=own)
+        ids = tokenizer.question_ids(question)
+        forms.append(_Example(np.array(ids + answer, dtype=np.int32), len(ids)))
+    return forms
 
 
 def _padded(length: int) -> int:

@@ -1,9 +1,10 @@
 """A loaded symmetry language model, of whatever framework, and what it ranks."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from common.composition import MAX_PRIMITIVE_ATOMS, Formula
+from common.language.analogues import AnalogueIndex
 from common.language.grammar import AnswerGrammar, TokenGrammar
 from common.language.prompt import Question
 from common.language.search import Progress, Ranking, Scorer, SearchRequest, rank_answers
@@ -19,10 +20,12 @@ class LanguageModel(Scorer, Protocol):
     Attributes:
         tokenizer: its own.
         name: of the weights, for reports.
+        analogues: how many of them it was trained to be told of.
     """
 
     tokenizer: SymmetryTokenizer
     name: str
+    analogues: int
 
     def write(self, prompts: Sequence[Sequence[int]], limit: int = 128) -> list[list[int]]:
         """Answers without any constraint, always the likeliest token; without the end's token.
@@ -32,6 +35,22 @@ class LanguageModel(Scorer, Protocol):
             limit: tokens of an answer, at most.
         """
         ...
+
+
+def as_trained(
+    model: LanguageModel, questions: Iterable[Question], known: bool = False
+) -> list[Question]:
+    """Questions with what the model was trained to be told of known crystals.
+
+    Args:
+        model: of whatever training; where it was without analogues, questions stay as they are.
+        questions: without any.
+        known: whether a symmetry is wanted that no known polymorph has.
+    """
+    if not model.analogues:
+        return list(questions)
+    index = AnalogueIndex.shipped(model.analogues)
+    return [index.tell(question, known=known) for question in questions]
 
 
 def search_request(
@@ -56,6 +75,7 @@ def rank_questions(
     top: int = 20,
     temperature: float = 1.0,
     max_atoms: int = MAX_PRIMITIVE_ATOMS,
+    known: bool = False,
     progress: Progress | None = None,
 ) -> list[Ranking]:
     """The likeliest symmetries that the compositions of some questions can legally have.
@@ -65,11 +85,12 @@ def rank_questions(
         questions: compositions, with or without a target property.
         top, temperature: as in ``rank_answers``.
         max_atoms: in the primitive cell.
+        known: as in ``as_trained``.
         progress: called with the questions that are answered, and all.
     """
     rankings: list[Ranking] = []
     for begin in range(0, len(questions), _CHUNK):
-        chunk = questions[begin : begin + _CHUNK]
+        chunk = as_trained(model, questions[begin : begin + _CHUNK], known)
         requests = [search_request(model.tokenizer, question, max_atoms) for question in chunk]
         rankings += rank_answers(requests, model, top=top, temperature=temperature)
         if progress is not None:
@@ -82,6 +103,7 @@ def write_answers(
     questions: Sequence[Question],
     *,
     batch_size: int = 64,
+    known: bool = False,
     progress: Progress | None = None,
 ) -> list[str]:
     """What the model answers without any constraint, in the order of the questions.
@@ -90,9 +112,11 @@ def write_answers(
         model: what writes.
         questions: those of about the same length are answered together.
         batch_size: of these.
+        known: as in ``as_trained``.
         progress: called with the questions that are answered, and all.
     """
-    prompts = [model.tokenizer.question_ids(question) for question in questions]
+    told = as_trained(model, questions, known)
+    prompts = [model.tokenizer.question_ids(question) for question in told]
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     answers: dict[int, str] = {}
     for begin in range(0, len(order), batch_size):

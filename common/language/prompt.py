@@ -15,6 +15,12 @@ group, the number of formula units in the conventional cell, and the sites of ev
     Formula units: 1
     Sites: Sr 1a Ti 1b O 3c
 
+A question may tell of known crystals as well, before the property: of polymorphs of the
+composition, and of analogues, with how many per cent of the votes they have (``analogues``)::
+
+    Known: 140 I4/mcm 4, Sr 4b Ti 4c O 4a 8h
+    Analogue: 44 221 Pm-3m 1, Sr 1a Ti 1b O 3c as Ba Ti O
+
 Every element, group, number and position follows one blank, and every line ends with a letter or a
 digit. Tokenizers of the GPT family split words there, so that the tokens of an answer are the
 tokens of its pieces; ``grammar`` builds on it.
@@ -23,8 +29,8 @@ tokens of its pieces; ``grammar`` builds on it.
 import math
 import re
 import warnings
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from itertools import groupby
 from types import MappingProxyType
@@ -47,6 +53,9 @@ ELEMENT = "\nElement"
 ELEMENT_LABELS = (": group", ", period", ", electronegativity", ", radius", ", oxidation states")
 NO_VALUE = " none"
 NO_PROPERTY = "\nProperty: none"
+KNOWN = "\nKnown:"
+ANALOGUE = "\nAnalogue:"
+REPLACED = " as"
 
 SPACE_GROUP = "Space group:"
 CANDIDATES = "\nCandidate positions:"
@@ -127,6 +136,29 @@ def _first_relabelling(space_group: int, letters: RoleLetters) -> RoleLetters:
 
 
 @dataclass(frozen=True)
+class Analogue:
+    """A symmetry that crystals of similar elements have.
+
+    Attributes:
+        symmetry: in canonical form, with the question's elements.
+        percent: of the votes, 0 to 100.
+        elements: that the most similar of these crystals has in place of the question's, in order.
+    """
+
+    symmetry: Symmetry
+    percent: int
+    elements: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Analogues:
+    """Symmetries that are known for a composition, and for similar ones."""
+
+    known: tuple[Symmetry, ...] = ()
+    similar: tuple[Analogue, ...] = ()
+
+
+@dataclass(frozen=True)
 class Question:
     """What a model is asked.
 
@@ -135,11 +167,13 @@ class Question:
             electronegative first.
         target: ``band_gap`` (eV), ``formation_energy`` (eV/atom) or None.
         value: of the target, rounded as it is written; None without one.
+        analogues: what it tells of known crystals.
     """
 
     formula: tuple[tuple[int, int], ...]
     target: str | None = None
     value: float | None = None
+    analogues: Analogues = Analogues()
 
     @classmethod
     def ask(
@@ -237,10 +271,25 @@ def write_question(question: Question) -> str:
         values = zip(ELEMENT_LABELS, element_properties(atomic_number), strict=True)
         text += f"{ELEMENT} {element_symbol(atomic_number)}"
         text += "".join(label + value for label, value in values)
+    text += _write_analogues(question.analogues)
     if question.target is None or question.value is None:
         return text + NO_PROPERTY
     style = PROPERTY_TEXTS[question.target]
     return f"{text}{style.label} {question.value:.{style.digits}f}{style.unit}"
+
+
+def _write_analogues(analogues: Analogues) -> str:
+    text = "".join(KNOWN + _write_symmetry(symmetry) for symmetry in analogues.known)
+    for analogue in analogues.similar:
+        text += f"{ANALOGUE} {analogue.percent}{_write_symmetry(analogue.symmetry)}{REPLACED}"
+        text += "".join(map(element_piece, analogue.elements))
+    return text
+
+
+def _write_symmetry(symmetry: Symmetry) -> str:
+    """As one line without labels."""
+    pieces = [group_piece(symmetry.space_group), units_piece(symmetry.units), ","]
+    return "".join(pieces + _site_list(symmetry))
 
 
 def parse_question(text: str) -> Question:
@@ -254,6 +303,7 @@ def parse_question(text: str) -> Question:
     try:
         counts = {Element(symbol).Z: int(count) for symbol, count in parts}
         question = Question.ask(counts, _parse_property("\n" + lines[-1]))
+        question = replace(question, analogues=_parse_analogues(lines))
     except (ValueError, TypeError) as error:
         raise AnswerError(f"cannot read the question {lines[0][:80]!r}: {error}") from error
     if write_question(question) != text:
@@ -268,14 +318,41 @@ def _parse_property(line: str) -> dict[str, float]:
     return {}
 
 
+def _parse_analogues(lines: Sequence[str]) -> Analogues:
+    known = [
+        _parse_symmetry(line.removeprefix(KNOWN[1:]))
+        for line in lines
+        if line.startswith(KNOWN[1:])
+    ]
+    similar = []
+    for line in lines:
+        if line.startswith(ANALOGUE[1:]):
+            percent, rest = line.removeprefix(ANALOGUE[1:]).strip().split(" ", 1)
+            symmetry, elements = rest.split(REPLACED)
+            numbers = tuple(Element(symbol).Z for symbol in elements.split())
+            similar.append(Analogue(_parse_symmetry(symmetry), int(percent), numbers))
+    return Analogues(tuple(known), tuple(similar))
+
+
+def _parse_symmetry(text: str) -> Symmetry:
+    number, _, units, *words = text.replace(",", "").split()
+    return Symmetry(int(number), int(units), _parse_sites(int(number), words))
+
+
 def answer_pieces(symmetry: Symmetry) -> list[str]:
     """The answer as the pieces that a grammar chooses or fills in; elements in the sites' order."""
     number = symmetry.space_group
     pieces = [SPACE_GROUP, group_piece(number), candidates_piece(number)]
     pieces += [units_piece(symmetry.units), SITES]
+    return pieces + _site_list(symmetry)
+
+
+def _site_list(symmetry: Symmetry) -> list[str]:
+    """Every element and its positions."""
+    pieces = []
     for atomic_number, sites in groupby(symmetry.sites, key=lambda site: site[0]):
         pieces.append(element_piece(atomic_number))
-        pieces += [site_pieces(number)[letter] for _, letter in sites]
+        pieces += [site_pieces(symmetry.space_group)[letter] for _, letter in sites]
     return pieces
 
 
@@ -311,19 +388,24 @@ def parse_answer(text: str) -> Symmetry:
     number = int(match["group"])
     if not 1 <= number <= 230:
         raise AnswerError(f"space group {number} does not exist")
+    sites = _parse_sites(number, match["sites"].split())
+    symmetry = Symmetry(number, int(match["units"]), sites)
+    if "".join(answer_pieces(symmetry)) != text:
+        raise AnswerError(f"symbol, candidates or multiplicities are not those of group {number}")
+    return symmetry
+
+
+def _parse_sites(number: int, words: Iterable[str]) -> Sites:
     sites = []
     atomic_number = 0
-    for word in match["sites"].split():
+    for word in words:
         if not word[0].isdigit():
             atomic_number = _atomic_number(word)
         elif word[-1] not in site_pieces(number):
             raise AnswerError(f"space group {number} has no position {word}")
         else:
             sites.append((atomic_number, word[-1]))
-    symmetry = Symmetry(number, int(match["units"]), tuple(sites))
-    if "".join(answer_pieces(symmetry)) != text:
-        raise AnswerError(f"symbol, candidates or multiplicities are not those of group {number}")
-    return symmetry
+    return tuple(sites)
 
 
 def _atomic_number(symbol: str) -> int:

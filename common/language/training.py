@@ -12,6 +12,7 @@ import numpy as np
 from common.checkpoint import ADAPTER, load_checkpoint
 from common.data.store import Record
 from common.errors import UserError
+from common.language.analogues import AnalogueIndex
 from common.language.config import LanguageRunConfig
 from common.language.examples import Examples, Int, TokenBatch
 from common.language.tokenizer import compact_tokenizer
@@ -57,7 +58,8 @@ class LanguageTrainer(TrainingRun[TokenBatch]):
 
     def _examples(self, records: list[Record]) -> Examples:
         settings = self.config.train
-        return Examples(records, self.tokenizer, settings.questions, settings.token_budget)
+        index = AnalogueIndex.shipped(settings.analogues) if settings.analogues else None
+        return Examples(records, self.tokenizer, settings.questions, settings.token_budget, index)
 
     @abstractmethod
     def losses(self, data: TokenBatch) -> float:

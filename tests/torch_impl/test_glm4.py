@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from common.errors import UserError
 from common.language.config import LanguageRunConfig
 from common.language.examples import IGNORED
 from common.language.grammar import AnswerGrammar, TokenGrammar
+from common.language.model import write_answers
 from common.language.prompt import Question
 from common.language.search import SearchRequest, rank_answers
 from common.language.tokenizer import compact_tokenizer
@@ -283,6 +285,30 @@ def test_run_folder_is_its_latest_step(trained: Path) -> None:
     step = latest(trained)
     assert step is not None
     assert load_language_model(trained).name == load_checkpoint(step).hash
+
+
+def test_it_is_told_what_it_was_trained_with(
+    parquet: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Analogues in training are analogues in use; known polymorphs where one beside is wanted."""
+    settings = {"analogues": 2, "steps": 2, "validation_every": 2, "token_budget": 900}
+    train_language(tiny(parquet, **settings), tmp_path, device="cpu")
+    told = load_language_model(tmp_path / "final")
+    plain = load_language_model(trained / "final")
+    seen: list[str] = []
+
+    def write(prompts: Sequence[Sequence[int]], limit: int = 128) -> list[list[int]]:
+        seen.extend(map(TOKENIZER.decode, prompts))
+        return [[] for _ in prompts]
+
+    for model in (told, plain):
+        monkeypatch.setattr(model, "write", write)
+    question = Question.ask({38: 1, 22: 1, 8: 3})
+    write_answers(told, [question])
+    write_answers(told, [question], known=True)
+    write_answers(plain, [question], known=True)
+    assert [text.count("\nAnalogue: ") for text in seen] == [2, 2, 0]
+    assert [text.count("\nKnown: 221 Pm-3m 1, Sr 1a Ti 1b O 3c") for text in seen] == [0, 1, 0]
 
 
 def test_folder_of_transformers(model: LanguageModel, tmp_path: Path) -> None:

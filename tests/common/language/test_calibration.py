@@ -20,6 +20,7 @@ class Model(Synthetic):
 
     tokenizer = COMPACT
     name = "synthetic"
+    analogues = 0
 
     def write(self, prompts, limit=128):
         """The answer that each question's own tokens seed, whatever it is asked."""
