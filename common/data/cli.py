@@ -123,17 +123,24 @@ def prompts(
     drop: Annotated[
         Drop, typer.Option(help="Leave out rows that share this with such a set.")
     ] = Drop.id,
+    analogues: Annotated[
+        int,
+        typer.Option(min=0, help="Symmetries of similar compositions in a question, at most."),
+    ] = 0,
     workers: Annotated[int | None, typer.Option(help="Processes for labels.")] = None,
 ) -> None:
     """Write questions and answers for a language model, and what they share with other sets."""
     from rich.progress import track
 
+    from common.language.analogues import AnalogueIndex
+
+    index = AnalogueIndex.shipped(analogues) if analogues else None
     records = {r.material_id: r for name in data for r in dataset(name, workers)}
     references = [_reference(name, workers) for name in against or ["val"]]
     made = make_prompt_set(records.values(), references, _fractions(fractions, 3), seed, drop)
     wanted = None if target is Target.none else target.value
     parts = {
-        name: list(track(prompt_rows(rows, wanted), f"{name} prompts", len(rows)))
+        name: list(track(prompt_rows(rows, wanted, index), f"{name} prompts", len(rows)))
         for name, rows in made.parts.items()
     }
     for path in write_prompts(made, parts, out, wanted, form):

@@ -17,6 +17,7 @@ from common.crystal.wyckoff import wyckoff_summary
 from common.data.store import Record, fingerprint, split_by_formula
 from common.errors import UserError
 from common.files import write_together
+from common.language.analogues import AnalogueIndex
 from common.language.prompt import INSTRUCTION, Question, Symmetry, write_answer, write_question
 
 PARTS = ("train", "val", "test")
@@ -180,17 +181,23 @@ def _key(record: Record) -> tuple[str, str]:
     return record.reduced_formula, f"{number} {wyckoff_summary(number).canonical(own)}"
 
 
-def prompt_rows(records: Iterable[Record], target: str | None) -> Iterator[dict[str, str]]:
+def prompt_rows(
+    records: Iterable[Record], target: str | None, analogues: AnalogueIndex | None = None
+) -> Iterator[dict[str, str]]:
     """Question and answer of every record.
 
     Args:
         records: rows without the target are asked without a property.
         target: ``band_gap``, ``formation_energy`` or None.
+        analogues: what questions tell of; every second one tells of known polymorphs, too.
     """
-    for record in records:
+    for index, record in enumerate(records):
         value = None if target is None else record.properties[target]
         properties = {} if target is None or value is None else {target: value}
         question = Question.ask(record.crystal.formula_counts, properties)
+        if analogues is not None:
+            known = index % 2 == 1
+            question = analogues.tell(question, known=known, leave_out=record.material_id)
         yield {
             "id": record.material_id,
             "instruction": INSTRUCTION,

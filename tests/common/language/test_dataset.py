@@ -11,6 +11,7 @@ from common.crystal.structure import Crystal, Site
 from common.data.cli import app
 from common.data.store import Record, fingerprint, write_records
 from common.errors import UserError
+from common.language.analogues import AnalogueIndex
 from common.language.dataset import (
     PARTS,
     Drop,
@@ -22,6 +23,7 @@ from common.language.dataset import (
     write_prompts,
 )
 from common.language.prompt import INSTRUCTION, Symmetry, parse_answer, parse_question
+from common.prior import TemplatePrior
 
 ALKALI, HALOGEN = (3, 11, 19, 37, 55), (9, 17, 35, 53)
 
@@ -57,6 +59,17 @@ def test_rows_come_back() -> None:
                 record.crystal.space_group == 221
             )
             assert parse_answer(row["output"]) == Symmetry.of_crystal(record.crystal)
+
+
+def test_rows_with_analogues() -> None:
+    """Every second question tells of the other polymorph, and none of its own answer."""
+    records = salts()
+    index = AnalogueIndex(TemplatePrior.fit(records), 2)
+    for place, row in enumerate(prompt_rows(records, None, index)):
+        told = parse_question(row["input"]).analogues
+        other = Symmetry.of_crystal(records[place ^ 1].crystal)
+        assert told.known == ((other,) if place % 2 else ())
+        assert parse_answer(row["output"]) in [analogue.symmetry for analogue in told.similar]
 
 
 def test_formulas_stay_together() -> None:
