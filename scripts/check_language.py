@@ -21,11 +21,13 @@ from common.crystal.wyckoff import wyckoff_summary
 from common.data.locations import dataset
 from common.data.store import Record
 from common.language import prompt
+from common.language.analogues import AnalogueIndex
 from common.language.grammar import AnswerGrammar, TokenGrammar
 from common.language.prompt import Question, Symmetry
 from common.language.tokenizer import UNKNOWN, SymmetryTokenizer, compact_tokenizer, load_tokenizer
 from common.templates import reduce_counts
 
+_ANALOGUES = 6
 _DECODED_ROWS = 200
 _DECODES = 50
 
@@ -36,9 +38,12 @@ def formula_of(record: Record) -> Formula:
 
 
 def questions(record: Record) -> Iterator[Question]:
-    """Without a property, and with each that the row has."""
+    """Without a property, with each that the row has, and with what is known of others."""
     counts = record.crystal.formula_counts
     yield Question.ask(counts)
+    for known in (False, True):
+        index = AnalogueIndex.shipped(_ANALOGUES)
+        yield index.tell(Question.ask(counts), known=known, leave_out=record.material_id)
     for name in prompt.PROPERTY_TEXTS:
         value = record.properties[name]
         if value is not None:
