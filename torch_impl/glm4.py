@@ -74,6 +74,16 @@ def load_weights(model: nn.Module, arrays: Arrays, where: str) -> None:
     _fill(dict(model.named_parameters()), arrays, where)
 
 
+def load_adapter(model: PeftModel, arrays: Arrays, where: str) -> None:
+    """Puts an adapter's weights, under peft's names, into a network of ``add_adapter``.
+
+    Raises:
+        UserError: if one is missing, unknown or of another shape.
+    """
+    trained = {adapter_name(n): p for n, p in model.named_parameters() if p.requires_grad}
+    _fill(trained, arrays, where)
+
+
 def _fill(parameters: Mapping[str, nn.Parameter], arrays: Arrays, where: str) -> None:
     if arrays.keys() != parameters.keys():
         names = sorted(arrays.keys() ^ parameters.keys())
@@ -116,8 +126,7 @@ def with_adapter(model: GlmForCausalLM, saved: Checkpoint) -> GlmForCausalLM:
     except (TypeError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:120]
         raise UserError(f"{path}: no adapter of this network: {reason}") from error
-    trained = {adapter_name(n): p for n, p in adapter.named_parameters() if p.requires_grad}
-    _fill(trained, saved.model, str(saved.path))
+    load_adapter(adapter, saved.model, str(saved.path))
     merged = adapter.merge_and_unload()
     assert isinstance(merged, GlmForCausalLM)
     return merged

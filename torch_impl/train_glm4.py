@@ -12,7 +12,7 @@ from common.language.training import LanguageTrainer
 from common.training import Shard, records_of, run_training
 from torch_impl.adamw import AUTOCAST, AveragedAdamW
 from torch_impl.distributed import joined, sum_gradients, sum_values
-from torch_impl.glm4 import AnswerLoss, adapter_name, add_adapter, build, load_weights
+from torch_impl.glm4 import AnswerLoss, adapter_name, add_adapter, build, load_adapter, load_weights
 
 
 class Trainer(AveragedAdamW, LanguageTrainer):
@@ -29,10 +29,8 @@ class Trainer(AveragedAdamW, LanguageTrainer):
         super().__init__(config, train_records, validation_records, shard)
         self.device = torch.device(device)
         settings = config.train
-        torch.manual_seed(settings.seed)
-        self.model = build(config.model.to_huggingface(self.tokenizer)).to(self.device)
-        if self.start is not None:
-            load_weights(self.model, self.start, str(settings.init_from))
+        self.model = build(self.network_config).to(self.device)
+        load_weights(self.model, self.first_weights(), str(settings.init_from))
         if settings.compile:
             for layer in self.model.model.layers:
                 layer.compile(dynamic=True)
@@ -40,7 +38,9 @@ class Trainer(AveragedAdamW, LanguageTrainer):
             self.optimise(self.model, settings)
         else:
             adapter = config.lora.to_peft(settings.init_from, self.base)
-            self.optimise(add_adapter(self.model, adapter), settings)
+            adapted = add_adapter(self.model, adapter)
+            load_adapter(adapted, self.first_additions(), "initial weights")
+            self.optimise(adapted, settings)
             self.names = [adapter_name(name) for name in self.names]
         self.network = sum_gradients(AnswerLoss(self.model))
 

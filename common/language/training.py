@@ -14,6 +14,8 @@ from common.data.store import Record
 from common.errors import UserError
 from common.language.config import LanguageRunConfig
 from common.language.examples import Examples, Int, TokenBatch
+from common.language.initial import initial_weights
+from common.language.parameters import lora_parameters, parameters
 from common.language.tokenizer import compact_tokenizer
 from common.training import Shard, TrainingRun
 from common.weights import Arrays
@@ -52,12 +54,26 @@ class LanguageTrainer(TrainingRun[TokenBatch]):
             saved = load_checkpoint(Path(settings.init_from))
             self.base, self.start = saved.hash, saved.model
         self.tokenizer = compact_tokenizer()
+        self.network_config = config.model.to_huggingface(self.tokenizer)
         self.data = self._examples(train_records)
         self.validation = self._examples(validation_records[: settings.validation_rows])
 
     def _examples(self, records: list[Record]) -> Examples:
         settings = self.config.train
         return Examples(records, self.tokenizer, settings.questions, settings.token_budget)
+
+    def first_weights(self) -> Arrays:
+        """Of the network: those that the run starts from, or random ones."""
+        if self.start is not None:
+            return self.start
+        return initial_weights(parameters(self.network_config), self.config.train.seed)
+
+    def first_additions(self) -> Arrays:
+        """Of LoRA: random ones."""
+        lora, network = self.config.lora, self.network_config
+        assert lora is not None
+        table = lora_parameters(network, lora.rank, lora.targets)
+        return initial_weights(table, self.config.train.seed)
 
     @abstractmethod
     def losses(self, data: TokenBatch) -> float:
@@ -90,7 +106,7 @@ class LanguageTrainer(TrainingRun[TokenBatch]):
     def companions(self) -> dict[str, bytes]:
         """What transformers or peft needs beside the weights."""
         if self.config.lora is None:
-            name, content = "config.json", self.config.model.to_huggingface(self.tokenizer)
+            name, content = "config.json", self.network_config
         else:
             name = "adapter_config.json"
             content = self.config.lora.to_peft(self.config.train.init_from, self.base)
