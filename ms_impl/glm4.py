@@ -118,7 +118,7 @@ class AnswerLoss(nn.Cell):
         return self.model(tokens, targets) * counted.sum()
 
 
-def load_weights(model: nn.Cell, arrays: Arrays, where: str) -> None:
+def load_weights(model: nn.Cell, arrays: Mapping[str, np.ndarray], where: str) -> None:
     """Puts a checkpoint's weights, under transformers' names, into a network.
 
     Raises:
@@ -136,7 +136,9 @@ def load_adapter(model: nn.Cell, arrays: Arrays, where: str) -> None:
     _fill(model, _additions(model), arrays, where)
 
 
-def _fill(model: nn.Cell, table: list[Parameter], arrays: Arrays, where: str) -> None:
+def _fill(
+    model: nn.Cell, table: list[Parameter], arrays: Mapping[str, np.ndarray], where: str
+) -> None:
     wanted = {parameter.torch: parameter for parameter in table}
     if arrays.keys() != wanted.keys():
         names = sorted(arrays.keys() ^ wanted.keys())
@@ -182,6 +184,7 @@ def add_adapter(model: nn.Cell, config: dict[str, Any]) -> nn.Cell:
         lora_rank=config["r"],
         lora_alpha=config["lora_alpha"],
         lora_dropout=config["lora_dropout"],
+        param_init_type="float32",
         target_modules="|".join(f"{ATTENTION[name]}$" for name in config["target_modules"]),
     )
     model.transformer = LoraAdapter.get_pet_model(model.transformer, settings)

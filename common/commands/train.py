@@ -58,11 +58,10 @@ def parse_run(data: dict[str, Any], where: str) -> AnyRunConfig:
     if "kind" not in data and not is_mindformers(data):
         return parse_config(data, where)
     from common.language.config import LanguageRunConfig  # what it needs may not be installed
+    from common.language.mindformers import parse_mindformers
 
     if is_mindformers(data):
-        from common.language.mindformers import run_settings
-
-        data = run_settings(data, where)
+        return parse_mindformers(data, where)
     return parse_as(LanguageRunConfig, data, where)
 
 

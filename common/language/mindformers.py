@@ -5,16 +5,17 @@ context, how processes divide the work, ...) are kept as they are and reach its 
 no word for stands in the section ``uni_mdm``.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from common.config import parse_as
 from common.errors import UserError
 from common.language.config import LanguageRunConfig
 from common.language.parameters import ATTENTION
 from common.training import ADAM_BETAS, ADAM_EPS
 
 #: Of training, for which MindFormers has no place.
-_OWN = ("questions", "token_budget", "ema", "compile")
+_OWN = ("questions", "token_budget", "ema", "compile", "fsdp")
 #: Those that our settings fill; others are kept as they are.
 _FILLED = frozenset(
     [
@@ -42,7 +43,6 @@ USUAL: dict[str, Any] = {
     "only_save_strategy": False,
     "resume_training": False,
     "context": {"mode": 0, "max_call_depth": 10000, "save_graphs": False},
-    "use_parallel": False,
     "parallel": {"parallel_mode": 0, "gradients_mean": True, "full_batch": False},
     "parallel_config": {
         "data_parallel": 1,
@@ -94,7 +94,7 @@ def sections(run: LanguageRunConfig, network: Mapping[str, Any]) -> dict[str, An
         "lr_schedule": {
             "type": "WarmUpCosineLR",
             "learning_rate": train.learning_rate,
-            "lr_end": train.learning_rate * train.final_rate,
+            "lr_end": float(f"{train.learning_rate * train.final_rate:.9g}"),
             "warmup_steps": train.warmup,
             "total_steps": train.steps,
         },
@@ -169,23 +169,61 @@ def model_config(run: LanguageRunConfig, network: Mapping[str, Any]) -> dict[str
     return settings
 
 
-def run_settings(data: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Our settings of a run, unchecked, from MindFormers' YAML.
+def parse_mindformers(data: Mapping[str, Any], where: str) -> LanguageRunConfig:
+    """A run from MindFormers' YAML.
 
     Args:
         data: content of the file.
         where: names it in errors.
 
     Raises:
-        UserError: if something is missing, or there is a word that we would not heed.
+        UserError: if something is missing, out of its range, or would not be heeded.
     """
     try:
-        return _run_settings(data)
+        settings = _run_settings(data)
+        network = _network(data["model"]["model_config"])
     except KeyError as error:
         raise UserError(f"{where}: MindFormers' setting {error} is missing") from error
-    except (TypeError, AttributeError, IndexError, ValueError) as error:
+    except (TypeError, AttributeError, ValueError, ArithmeticError) as error:
         reason = " ".join(str(error).split())[:120]
         raise UserError(f"{where}: not as in configs/mindformers: {reason}") from error
+    run = parse_as(LanguageRunConfig, settings, where)
+    unheeded = list(_differences("", sections(run, network), data))
+    if unheeded:
+        raise UserError(f"{where}: {'; '.join(unheeded[:5])}")
+    return run
+
+
+def _differences(name: str, ours: Any, given: Any) -> Iterator[str]:
+    """Settings that are other ones here than what a file says."""
+    if isinstance(ours, Mapping) and isinstance(given, Mapping):
+        for key in (*ours, *(given.keys() - ours.keys())):
+            path = f"{name}.{key}".lstrip(".")
+            if key not in given:
+                yield f"{path} is missing: write {ours[key]}"
+            elif key not in ours:
+                yield f"{path} would not be heeded: leave it out"
+            else:
+                yield from _differences(path, ours[key], given[key])
+    elif ours != given:
+        yield f"{name} is {given}, but only {ours} is heeded"
+
+
+def _network(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What of config.json ``network_settings`` reads."""
+    return {
+        "num_hidden_layers": settings["num_layers"],
+        "vocab_size": settings["padded_vocab_size"],
+        "hidden_size": settings["hidden_size"],
+        "intermediate_size": settings["ffn_hidden_size"],
+        "head_dim": settings["hidden_size"] // settings["num_attention_heads"],
+        "num_attention_heads": settings["num_attention_heads"],
+        "num_key_value_heads": settings["multi_query_group_num"],
+        "rms_norm_eps": settings["layernorm_epsilon"],
+        "rope_theta": 10000.0 * settings["rope_ratio"],
+        "pad_token_id": settings["pad_token_id"],
+        "eos_token_id": settings["eos_token_id"],
+    }
 
 
 def _run_settings(data: Mapping[str, Any]) -> dict[str, Any]:

@@ -49,6 +49,8 @@ ALLOWED = {
         for name in ("LanguageModel", "load_language_model", "with_adapter")
     },
     "glm4.py build length": "MindFormers makes masks and rotary angles beforehand",
+    "glm4.py build precision": "among MindFormers' settings",
+    "glm4.py build device": "MindSpore has one device per process",
     "glm4.py build settings": "MindFormers' network knows precision and processes",
     "glm4.py Angles": "transformers makes them for every batch",
     "glm4.py answer_loss": "torch's head works on the positions that count alone",
@@ -62,6 +64,7 @@ ALLOWED = {
     "train_dit.py Trainer.batches": "MindSpore's data pipeline prepares them ahead",
     "distributed.py CANN": "the versions that this MindSpore accepts",
     "distributed.py TIMEOUT": "MindSpore's is the communication library's",
+    "distributed.py share_out": "MindSpore's processes hold all of the base",
     "distributed.py sum_gradients": "torch wraps the network; here the step sums its one vector",
     "generator.py MAX_PARALLEL_CALLS": "MindSpore runs a graph once at a time",
     "generator.py Generator.sample": "torch's number of threads is set while it lasts",
