@@ -13,7 +13,8 @@ from typing import Annotated
 import typer
 
 from common.backend import REQUIRED_PACKAGE, load_backend, wrong_version
-from common.config import load_config
+from common.commands.train import parse_run
+from common.config import read_settings
 from common.errors import UserError
 
 
@@ -28,7 +29,7 @@ def main(
     """Checks what a run needs."""
     problems = list(missing(backend, device, processes))
     try:
-        run = load_config(config, tuple(settings or ()))
+        run = parse_run(read_settings(config, tuple(settings or ())), str(config))
         folder = out or Path("runs") / run.name
     except UserError as error:
         problems.append(str(error))

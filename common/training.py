@@ -7,7 +7,7 @@ import hashlib
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -199,6 +199,16 @@ class TrainingRun(ABC, Generic[Data]):
         self.step += 1
         self.seconds += time.perf_counter() - start
         return values | {"learning_rate": rate}
+
+    def run(self, follow: Callable[[dict[str, float]], None]) -> None:
+        """Trains to the end.
+
+        Args:
+            follow: called after every step with what it gave.
+        """
+        batches = self.batches()
+        while self.step < self.config.train.steps:
+            follow(self.train_step(next(batches)))
 
     # Checkpoints
 
@@ -463,21 +473,21 @@ def run_training(trainer: TrainingRun[Any], out: Path, resume: bool) -> None:
 
 
 def _follow(trainer: TrainingRun[Any]) -> None:
-    batches = trainer.batches()
-    while trainer.step < trainer.config.train.steps:
-        trainer.train_step(next(batches))
+    def follow(_: dict[str, float]) -> None:
         if _due(trainer, trainer.config.train.validation_every):
             trainer.validate()
+
+    trainer.run(follow)
 
 
 def _lead(trainer: TrainingRun[Any], out: Path, log: "TrainingLog", progress: Progress) -> None:
     settings = trainer.config.train
     task = progress.add_task("training", total=settings.steps, completed=trainer.step, loss="")
-    batches = trainer.batches()
     window: list[dict[str, float]] = []
-    while trainer.step < settings.steps:
-        window.append(trainer.train_step(next(batches)))
-        progress.update(task, completed=trainer.step, loss=f"loss {window[-1]['loss']:.3f}")
+
+    def follow(values: dict[str, float]) -> None:
+        window.append(values)
+        progress.update(task, completed=trainer.step, loss=f"loss {values['loss']:.3f}")
         if _due(trainer, settings.log_every):
             mean = _mean(window)
             log.write("train", trainer.step, trainer.seconds, mean)
@@ -485,11 +495,13 @@ def _lead(trainer: TrainingRun[Any], out: Path, log: "TrainingLog", progress: Pr
                 print(
                     f"step {trainer.step} of {settings.steps}: loss {mean['loss']:.4f}", flush=True
                 )
-            window = []
+            window.clear()
         if _due(trainer, settings.validation_every):
             log.write("validation", trainer.step, trainer.seconds, trainer.validate())
         if _due(trainer, settings.checkpoint_every):
             save_step(out, trainer.step, **trainer.checkpoint())
+
+    trainer.run(follow)
 
 
 def _due(trainer: TrainingRun[Any], every: int) -> bool:

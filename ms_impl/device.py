@@ -80,13 +80,19 @@ def set_precision(network: nn.Cell, precision: str, device: str) -> None:
         precision: as in ``train.precision``.
         device: where a type is missing, float32 takes its place, which is said.
     """
-    if device == "cpu" and precision in MISSING_ON_CPU:
-        line = f"{precision} cannot be compiled for a CPU: float32 takes its place"
-        print(line, file=sys.stderr, flush=True)
-        precision = "float32"
+    precision = available_precision(precision, device)
     for _, cell in network.cells_and_names():
         if isinstance(cell, Linear):
             cell.precision = PRECISIONS[precision]
+
+
+def available_precision(precision: str, device: str) -> str:
+    """A precision, or float32 where the device has none such, which is said."""
+    if device == "cpu" and precision in MISSING_ON_CPU:
+        line = f"{precision} cannot be compiled for a CPU: float32 takes its place"
+        print(line, file=sys.stderr, flush=True)
+        return "float32"
+    return precision
 
 
 class PerBucket:

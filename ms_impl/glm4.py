@@ -3,10 +3,14 @@
 MindFormers is imported where it is needed: that takes ten seconds.
 """
 
+import logging
 import os
+import sys
 import tempfile
 from collections.abc import Mapping
+from contextlib import redirect_stdout
 from importlib.util import find_spec
+from io import StringIO
 from typing import Any
 
 import mindspore as ms
@@ -15,6 +19,7 @@ from mindspore import nn
 
 from common.errors import UserError
 from common.language.examples import IGNORED
+from common.language.mindformers import network_settings
 from common.language.parameters import (
     ATTENTION,
     Parameter,
@@ -27,7 +32,9 @@ from ms_impl.mindformers_cpu import make_computable
 
 
 def prepare_mindformers() -> None:
-    """To be called before MindFormers is imported, which by itself writes logs where it is started.
+    """To be called before MindFormers is used; its messages go to files in a temporary folder.
+
+    By itself it writes them where it is started, and all of them to the terminal as well.
 
     Raises:
         UserError: if it is not installed.
@@ -38,50 +45,24 @@ def prepare_mindformers() -> None:
         )
     folder = os.path.join(tempfile.gettempdir(), f"uni-mdm-mindformers-{os.getuid()}")
     os.environ.setdefault("LOG_MF_PATH", folder)
+    told = StringIO()  # what could not be imported, though nothing needs it
+    with redirect_stdout(told):
+        import mindformers  # noqa: F401
+
+    names = [n for n in logging.root.manager.loggerDict if n.startswith("mindformers/")]
+    for handler in (h for name in names for h in logging.getLogger(name).handlers):
+        if isinstance(handler, logging.StreamHandler) and handler.stream is told:
+            handler.setStream(sys.stdout)
+            handler.setLevel(logging.ERROR)
 
 
-def network_settings(
-    config: dict[str, Any], length: int, precision: str = "float32"
-) -> dict[str, Any]:
-    """Arguments of MindFormers' ChatGLM2Config: its YAML's ``model_config``.
-
-    Args:
-        config: content of config.json.
-        length: tokens of every sequence: the network takes no others.
-        precision: of weights and products.
-    """
-    return {
-        "num_layers": config["num_hidden_layers"],
-        "padded_vocab_size": config["vocab_size"],
-        "hidden_size": config["hidden_size"],
-        "ffn_hidden_size": config["intermediate_size"],
-        "kv_channels": config["head_dim"],
-        "num_attention_heads": config["num_attention_heads"],
-        "multi_query_group_num": config["num_key_value_heads"],
-        "seq_length": length,
-        "layernorm_epsilon": config["rms_norm_eps"],
-        "rope_ratio": config["rope_theta"] / 10000.0,
-        "pad_token_id": config["pad_token_id"],
-        "eos_token_id": config["eos_token_id"],
-        "hidden_dropout": 0.0,
-        "attention_dropout": config["attention_dropout"],
-        "param_init_type": precision,
-        "compute_dtype": precision,
-        "layernorm_compute_type": "float32",
-        "rotary_dtype": "float32",
-        "use_past": False,
-        "use_flash_attention": ms.get_context("device_target") != "CPU",
-        "qkv_concat": False,
-        "mlp_concat": False,
-    }
-
-
-def build(config: dict[str, Any], length: int) -> nn.Cell:
+def build(config: dict[str, Any], length: int, **settings: Any) -> nn.Cell:
     """A network with random weights: MindFormers' ChatGLM2ForConditionalGeneration.
 
     Args:
         config: content of config.json.
-        length: tokens of every sequence: the network takes no others.
+        length: of the longest sequence, in tokens.
+        settings: replace those of ``common.language.mindformers.network_settings``.
 
     Raises:
         UserError: if it is not GLM-4's, or MindFormers is missing.
@@ -90,9 +71,31 @@ def build(config: dict[str, Any], length: int) -> nn.Cell:
     prepare_mindformers()
     from mindformers import ChatGLM2Config, ChatGLM2ForConditionalGeneration
 
-    model = ChatGLM2ForConditionalGeneration(ChatGLM2Config(**network_settings(config, length)))
+    own = network_settings(config, length) | settings
+    own["use_flash_attention"] = ms.get_context("device_target") != "CPU"
+    model = ChatGLM2ForConditionalGeneration(ChatGLM2Config(**own))
+    model.transformer.freqs_mgr = Angles(model.transformer.freqs_mgr)
     make_computable(model)
     return model
+
+
+class Angles(nn.Cell):
+    """MindFormers' rotary angles for sequences shorter than the longest, too.
+
+    Its own table of them is always as long as the longest.
+
+    Args:
+        manager: MindFormers'.
+    """
+
+    def __init__(self, manager: nn.Cell) -> None:
+        super().__init__(auto_prefix=False)
+        self.manager = manager
+
+    def construct(self, length: int, seq_chunk: Any = None) -> tuple[Any, Any, Any]:
+        """Cosines and sines for the kernel, and both for the products."""
+        cosine, sine, cache = self.manager(length, seq_chunk=seq_chunk)
+        return cosine, sine, cache[:length]
 
 
 class AnswerLoss(nn.Cell):
@@ -115,7 +118,7 @@ class AnswerLoss(nn.Cell):
         return self.model(tokens, targets) * counted.sum()
 
 
-def load_weights(model: nn.Cell, arrays: Arrays, where: str) -> None:
+def load_weights(model: nn.Cell, arrays: Mapping[str, np.ndarray], where: str) -> None:
     """Puts a checkpoint's weights, under transformers' names, into a network.
 
     Raises:
@@ -133,7 +136,9 @@ def load_adapter(model: nn.Cell, arrays: Arrays, where: str) -> None:
     _fill(model, _additions(model), arrays, where)
 
 
-def _fill(model: nn.Cell, table: list[Parameter], arrays: Arrays, where: str) -> None:
+def _fill(
+    model: nn.Cell, table: list[Parameter], arrays: Mapping[str, np.ndarray], where: str
+) -> None:
     wanted = {parameter.torch: parameter for parameter in table}
     if arrays.keys() != wanted.keys():
         names = sorted(arrays.keys() ^ wanted.keys())
@@ -179,6 +184,7 @@ def add_adapter(model: nn.Cell, config: dict[str, Any]) -> nn.Cell:
         lora_rank=config["r"],
         lora_alpha=config["lora_alpha"],
         lora_dropout=config["lora_dropout"],
+        param_init_type="float32",
         target_modules="|".join(f"{ATTENTION[name]}$" for name in config["target_modules"]),
     )
     model.transformer = LoraAdapter.get_pet_model(model.transformer, settings)

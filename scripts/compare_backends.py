@@ -2,6 +2,7 @@
 
     python scripts/compare_backends.py crystals [--rows 500] [--out FILE.json]
     python scripts/compare_backends.py training CONFIG [--steps 100] [--first torch] [--out FILE]
+    python scripts/compare_backends.py language CONFIG [--steps 50] [--base-steps 100] [--out FILE]
 
 Each framework runs in a process of its own, on the CPU.
 """
@@ -25,7 +26,8 @@ from rich.table import Table
 
 from common.backend import SampleRequest, load_backend, load_generator
 from common.checkpoint import shipped
-from common.config import RunConfig, load_config
+from common.commands.train import parse_run
+from common.config import AnyRunConfig, RunConfig, load_config, read_settings
 from common.crystal.structure import Crystal
 from common.data.locations import dataset
 from common.data.store import Record
@@ -188,9 +190,11 @@ def _text(value: Any) -> str:
     return f"{value:.1e}" if isinstance(value, float) else str(value)
 
 
-def train(backend: str, run: RunConfig, folder: Path, resume: bool) -> None:
+def train(backend: str, run: AnyRunConfig, folder: Path, resume: bool) -> None:
     """A run, or the rest of one, in this process."""
-    load_backend(backend).train(run, folder, resume=resume, threads=cpu_count(), device="cpu")
+    module = load_backend(backend)
+    start = module.train if isinstance(run, RunConfig) else module.train_language
+    start(run, folder, resume=resume, threads=cpu_count(), device="cpu")
 
 
 def losses(folder: Path) -> dict[int, float]:
@@ -247,6 +251,69 @@ def training(
             f"at most {relative[worst]:.1e} (step {worst}) from {stays}'s own"
         )
     _save(figures, out)
+
+
+@app.command()
+def language(
+    config: Annotated[Path, typer.Argument(help="The run, which has lora; trained in float32.")],
+    steps: Annotated[int, typer.Option(min=1, help="Of LoRA.")] = 50,
+    base_steps: Annotated[
+        int, typer.Option(min=1, help="Of the base, trained with torch if there is none.")
+    ] = 100,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace a setting.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file for the figures.")] = None,
+) -> None:
+    """Fine-tune GLM-4 by MindFormers' Trainer, and by transformers and peft: the same loss curve?
+
+    A run with 10 % more learning_rate is compared, too, which must differ.
+    """
+    with TemporaryDirectory() as folder:
+        runs = {name: Path(folder, name) for name in (*BACKENDS, "changed")}
+        read = tuple(settings or ())
+        given = read_settings(config, read)
+        base = parse_run(given, str(config)).train.init_from
+        if base is None or not Path(base).exists():
+            base = str(Path(folder, "base"))
+            made = given | {"lora": None, "name": "base", "mindformers": {}}
+            run = parse_run(_short(made, base_steps, init_from=None, learning_rate=1.5e-3), "base")
+            apart(train, "torch", run, Path(base), False)
+            console.print(
+                f"{config.name}: its base is not here; torch made one in {base_steps} steps"
+            )
+        own = _short(given, steps, init_from=base)
+        rate = parse_run(own, str(config)).train.learning_rate
+        for name, folder_of_run in runs.items():
+            changed = _short(own, steps, learning_rate=1.1 * rate) if name == "changed" else own
+            backend = "torch" if name == "changed" else name
+            apart(train, backend, parse_run(changed, str(config)), folder_of_run, False)
+        curves = {name: list(losses(path).values()) for name, path in runs.items()}
+    expected, found, other = (np.array(curves[name]) for name in ("torch", "mindspore", "changed"))
+    assert len(expected) == len(found) == steps
+    relative, noticed = np.abs(found / expected - 1), np.abs(other / expected - 1)
+    console.print(
+        f"{config.name}, {steps} steps of LoRA, loss {expected[0]:.3f} to {expected[-1]:.3f}: "
+        f"MindFormers' Trainer differs by at most {relative.max():.1e} "
+        f"(step {int(relative.argmax()) + 1}) from transformers and peft; "
+        f"10 % more learning_rate by {noticed.max():.1e}"
+    )
+    _save({"config": config.name, "steps": steps, **curves}, out)
+
+
+def _short(given: dict[str, Any], steps: int, **changes: Any) -> dict[str, Any]:
+    """Settings of a run of so many steps, all of them logged, in float32."""
+    plain: dict[str, Any] = {
+        "steps": steps,
+        "warmup": min(given["train"].get("warmup", steps), steps // 5),
+        "checkpoint_every": steps,
+        "validation_every": steps,
+        "validation_rows": 64,
+        "log_every": 1,
+        "precision": "float32",
+        "compile": False,
+    }
+    return given | {"train": given["train"] | plain | changes}
 
 
 def _save(figures: dict[str, Any], out: Path | None) -> None:

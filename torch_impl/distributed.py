@@ -6,13 +6,14 @@ gradients and losses are sums over the processes.
 
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from common.errors import UserError
@@ -62,6 +63,29 @@ def sum_gradients(model: nn.Module) -> nn.Module:
     reduced = DistributedDataParallel(model, forward_sync_buffers=False)
     reduced.register_comm_hook(None, _sum_bucket)
     return reduced
+
+
+def share_out(model: nn.Module, parts: Sequence[nn.Module]) -> nn.Module:
+    """A network whose frozen weights the processes share out, and whose gradients are sums.
+
+    Each process has its share of them, and all of a part's while that part is computed (FSDP).
+
+    Args:
+        model: the network.
+        parts: of it, which follow one another.
+    """
+    if not dist.is_initialized():
+        return model
+    trained = {p for p in model.parameters() if p.requires_grad}
+    for module in (*parts, model):
+        fully_shard(module, ignored_params=trained)
+    for parameter in trained:
+        parameter.register_post_accumulate_grad_hook(_sum_gradient)
+    return model
+
+
+def _sum_gradient(parameter: Tensor) -> None:
+    dist.all_reduce(parameter.grad)
 
 
 def sum_values(values: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ and safetensors). No code that comes with weights is run, and no pickle is read.
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,22 +19,36 @@ from numpy.typing import NDArray
 from peft import PeftModel, get_peft_config, get_peft_model
 from torch import Tensor, nn
 from transformers import DynamicCache, GlmConfig, GlmForCausalLM
+from transformers.modeling_utils import no_init_weights
 
 from common.checkpoint import ADAPTER, LATEST, MANIFEST, Checkpoint, load_checkpoint
 from common.errors import UserError
 from common.language.examples import IGNORED
+from common.language.foreign import FolderWeights, is_foreign
 from common.language.tokenizer import SymmetryTokenizer, load_tokenizer
 from common.weights import Arrays
 from torch_impl.adamw import as_tensor
 
 
-def build(config: dict[str, Any]) -> GlmForCausalLM:
-    """A network with random weights.
+def build(
+    config: dict[str, Any], precision: str = "float32", device: str = "cpu"
+) -> GlmForCausalLM:
+    """A network whose weights are still to be filled; small ones are random.
 
     Args:
         config: content of config.json.
+        precision: of its weights.
+        device: where they are.
     """
-    return GlmForCausalLM(GlmConfig(**config, use_cache=False, attn_implementation="sdpa"))
+    own = {**config, "use_cache": False, "attn_implementation": "sdpa", "torch_dtype": None}
+    narrow = precision == "bfloat16"
+    with torch.device(device), no_init_weights() if narrow else nullcontext():
+        usual = torch.get_default_dtype()
+        torch.set_default_dtype(torch.bfloat16 if narrow else torch.float32)
+        try:
+            return GlmForCausalLM(GlmConfig(**own))
+        finally:
+            torch.set_default_dtype(usual)
 
 
 def answer_loss(model: nn.Module, tokens: Tensor, targets: Tensor) -> Tensor:
@@ -65,7 +80,7 @@ class AnswerLoss(nn.Module):
         return answer_loss(self.model, tokens, targets)
 
 
-def load_weights(model: nn.Module, arrays: Arrays, where: str) -> None:
+def load_weights(model: nn.Module, arrays: Mapping[str, NDArray[Any]], where: str) -> None:
     """Puts a checkpoint's weights into a network.
 
     Raises:
@@ -74,7 +89,19 @@ def load_weights(model: nn.Module, arrays: Arrays, where: str) -> None:
     _fill(dict(model.named_parameters()), arrays, where)
 
 
-def _fill(parameters: Mapping[str, nn.Parameter], arrays: Arrays, where: str) -> None:
+def load_adapter(model: PeftModel, arrays: Arrays, where: str) -> None:
+    """Puts an adapter's weights, under peft's names, into a network of ``add_adapter``.
+
+    Raises:
+        UserError: if one is missing, unknown or of another shape.
+    """
+    trained = {adapter_name(n): p for n, p in model.named_parameters() if p.requires_grad}
+    _fill(trained, arrays, where)
+
+
+def _fill(
+    parameters: Mapping[str, nn.Parameter], arrays: Mapping[str, NDArray[Any]], where: str
+) -> None:
     if arrays.keys() != parameters.keys():
         names = sorted(arrays.keys() ^ parameters.keys())
         raise UserError(f"{where}: weights do not belong to this network: {', '.join(names[:5])}")
@@ -116,8 +143,7 @@ def with_adapter(model: GlmForCausalLM, saved: Checkpoint) -> GlmForCausalLM:
     except (TypeError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:120]
         raise UserError(f"{path}: no adapter of this network: {reason}") from error
-    trained = {adapter_name(n): p for n, p in adapter.named_parameters() if p.requires_grad}
-    _fill(trained, saved.model, str(saved.path))
+    load_adapter(adapter, saved.model, str(saved.path))
     merged = adapter.merge_and_unload()
     assert isinstance(merged, GlmForCausalLM)
     return merged
@@ -297,13 +323,15 @@ def _network(saved: Checkpoint) -> GlmForCausalLM:
 def _base_of(adapter: Checkpoint, base: Path | None) -> GlmForCausalLM:
     """What an adapter was trained on."""
     config = _read_json(adapter.path / "adapter_config.json")
-    saved = load_checkpoint(base or Path(str(config.get("base_model_name_or_path"))))
-    if saved.hash != config.get("revision"):
+    folder = base or Path(str(config.get("base_model_name_or_path")))
+    saved = None if is_foreign(folder) else load_checkpoint(folder)
+    name = FolderWeights(folder).name if saved is None else saved.hash
+    if name != config.get("revision"):
         raise UserError(
             f"adapter {adapter.path} belongs to weights {config.get('revision')}, but "
-            f"{saved.path} holds {saved.hash}: give its own base"
+            f"{folder} holds {name}: give its own base"
         )
-    return _network(saved)
+    return _from_huggingface(folder) if saved is None else _network(saved)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -11,8 +11,8 @@ from common.language.examples import TokenBatch
 from common.language.training import LanguageTrainer
 from common.training import Shard, records_of, run_training
 from torch_impl.adamw import AUTOCAST, AveragedAdamW
-from torch_impl.distributed import joined, sum_gradients, sum_values
-from torch_impl.glm4 import AnswerLoss, adapter_name, add_adapter, build, load_weights
+from torch_impl.distributed import joined, share_out, sum_gradients, sum_values
+from torch_impl.glm4 import AnswerLoss, adapter_name, add_adapter, build, load_adapter, load_weights
 
 
 class Trainer(AveragedAdamW, LanguageTrainer):
@@ -29,20 +29,26 @@ class Trainer(AveragedAdamW, LanguageTrainer):
         super().__init__(config, train_records, validation_records, shard)
         self.device = torch.device(device)
         settings = config.train
-        torch.manual_seed(settings.seed)
-        self.model = build(config.model.to_huggingface(self.tokenizer)).to(self.device)
-        if self.start is not None:
-            load_weights(self.model, self.start, str(settings.init_from))
+        lora = config.lora
+        precision = "float32" if lora is None else lora.base_precision
+        self.model = build(self.network_config, precision, device)
+        load_weights(self.model, self.first_weights(), str(settings.init_from))
         if settings.compile:
             for layer in self.model.model.layers:
                 layer.compile(dynamic=True)
-        if config.lora is None:
+        if settings.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        if lora is None:
             self.optimise(self.model, settings)
         else:
-            adapter = config.lora.to_peft(settings.init_from, self.base)
-            self.optimise(add_adapter(self.model, adapter), settings)
+            adapter = lora.to_peft(settings.init_from, self.base)
+            adapted = add_adapter(self.model, adapter)
+            load_adapter(adapted, self.first_additions(), "initial weights")
+            self.optimise(adapted, settings)
             self.names = [adapter_name(name) for name in self.names]
-        self.network = sum_gradients(AnswerLoss(self.model))
+        network = AnswerLoss(self.model)
+        parts = [*self.model.model.layers, self.model.lm_head]
+        self.network = share_out(network, parts) if settings.fsdp else sum_gradients(network)
 
     def loss(self, data: TokenBatch) -> Tensor:
         """Nats of this process's answers, summed."""

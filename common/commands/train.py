@@ -51,12 +51,23 @@ def command(
 
 
 def parse_run(data: dict[str, Any], where: str) -> AnyRunConfig:
-    """Checks a run's settings, of whatever network its ``kind`` names; errors of `parse_as`."""
-    if "kind" not in data:
+    """Checks a run's settings, of whatever network its ``kind`` names; errors of `parse_as`.
+
+    MindFormers' own YAML is one of a language model.
+    """
+    if "kind" not in data and not is_mindformers(data):
         return parse_config(data, where)
     from common.language.config import LanguageRunConfig  # what it needs may not be installed
+    from common.language.mindformers import parse_mindformers
 
+    if is_mindformers(data):
+        return parse_mindformers(data, where)
     return parse_as(LanguageRunConfig, data, where)
+
+
+def is_mindformers(data: dict[str, Any]) -> bool:
+    """Whether settings are in the words of MindFormers' YAML."""
+    return "kind" not in data and {"runner_config", "trainer"} <= data.keys()
 
 
 def _trainer(backend: Any, run: AnyRunConfig) -> Callable[..., None]:

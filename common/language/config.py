@@ -72,6 +72,12 @@ class LanguageTrainConfig(Optimisation):
         description="Symmetries of similar compositions in a question; known polymorphs beside.",
     )
     token_budget: int = Field(3072, ge=64, description="Padded tokens in a batch, at most.")
+    gradient_checkpointing: bool = Field(
+        False, description="Blocks are computed again for the gradient, which saves memory."
+    )
+    fsdp: bool = Field(
+        False, description="GPUs share out the base's weights among them (torch, with lora)."
+    )
 
 
 class LoraConfig(Settings):
@@ -83,6 +89,9 @@ class LoraConfig(Settings):
         ("q_proj", "k_proj", "v_proj", "o_proj"),
         min_length=1,
         description="Of the attention; the feed-forward part is joined differently elsewhere.",
+    )
+    base_precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="Of the base's weights in memory; what is trained is float32."
     )
 
     def to_peft(self, base: str | None, version: str | None) -> dict[str, Any]:
@@ -115,9 +124,14 @@ class LanguageRunConfig(AnyRunConfig):
         None, description="Train only these additions to what train.init_from names."
     )
     train: LanguageTrainConfig = LanguageTrainConfig()
+    mindformers: dict[str, Any] = Field(
+        {}, description="Sections of MindFormers' YAML that replace the usual ones (MindSpore)."
+    )
 
     @model_validator(mode="after")
     def _has_base(self) -> Self:
         if self.lora is not None and not self.train.init_from:
             raise ValueError("lora needs train.init_from, the checkpoint that it adds to")
+        if self.train.fsdp and self.lora is None:
+            raise ValueError("train.fsdp needs lora: it is the base that GPUs share out")
         return self

@@ -2,7 +2,7 @@
 
 import json
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,10 @@ from common.errors import UserError
 from common.language.analogues import AnalogueIndex
 from common.language.config import LanguageRunConfig
 from common.language.examples import Examples, Int, TokenBatch
-from common.language.tokenizer import compact_tokenizer
+from common.language.foreign import FolderWeights, is_foreign, network_config
+from common.language.initial import initial_weights
+from common.language.parameters import lora_parameters, parameters
+from common.language.tokenizer import compact_tokenizer, load_tokenizer
 from common.training import Shard, TrainingRun
 from common.weights import Arrays
 
@@ -48,18 +51,64 @@ class LanguageTrainer(TrainingRun[TokenBatch]):
         if not train_records:
             raise UserError(f"{settings.data}: no crystal to train on")
         self.base: str | None = None
-        self.start: Arrays | None = None
-        if settings.init_from:
-            saved = load_checkpoint(Path(settings.init_from))
-            self.base, self.start = saved.hash, saved.model
+        self.start: Mapping[str, Any] | None = None
         self.tokenizer = compact_tokenizer()
+        self.network_config = config.model.to_huggingface(self.tokenizer)
+        if settings.init_from:
+            self._begin_with(Path(settings.init_from))
         self.data = self._examples(train_records)
         self.validation = self._examples(validation_records[: settings.validation_rows])
+
+    def _begin_with(self, folder: Path) -> None:
+        """Takes weights, and of a folder of transformers network and tokenizer as well."""
+        if is_foreign(folder):
+            self.tokenizer = load_tokenizer(folder)
+            self.network_config = network_config(folder, self.config.model)
+            self.network_config |= {"pad_token_id": self.tokenizer.pad_id}
+            weights = FolderWeights(folder)
+            self.base, self.start = weights.name, weights
+            return
+        saved = load_checkpoint(folder)
+        tokens = saved.path / "tokenizer.json"
+        if tokens.is_file() and tokens.read_text() != self.tokenizer.files()[tokens.name]:
+            raise UserError(
+                f"{folder}: was trained with other tokens than this version's; train it anew"
+            )
+        self.base, self.start = saved.hash, saved.model
+
+    def resume(self, folder: Path) -> None:
+        """Goes on from a checkpoint; errors as in ``common.training.TrainingRun``, and
+
+        Raises:
+            UserError: if it is an adapter of another base.
+        """
+        adapter = folder / "adapter_config.json"
+        if self.config.lora is not None and adapter.is_file():
+            base = json.loads(adapter.read_text()).get("revision")
+            if base != self.base:
+                raise UserError(
+                    f"{folder} belongs to weights {base}, but {self.config.train.init_from} holds "
+                    f"{self.base}: give --fresh to start anew"
+                )
+        super().resume(folder)
 
     def _examples(self, records: list[Record]) -> Examples:
         settings = self.config.train
         index = AnalogueIndex.shipped(settings.analogues) if settings.analogues else None
         return Examples(records, self.tokenizer, settings.questions, settings.token_budget, index)
+
+    def first_weights(self) -> Mapping[str, Any]:
+        """Of the network: those that the run starts from, or random ones."""
+        if self.start is not None:
+            return self.start
+        return initial_weights(parameters(self.network_config), self.config.train.seed)
+
+    def first_additions(self) -> Arrays:
+        """Of LoRA: random ones."""
+        lora, network = self.config.lora, self.network_config
+        assert lora is not None
+        table = lora_parameters(network, lora.rank, lora.targets)
+        return initial_weights(table, self.config.train.seed)
 
     @abstractmethod
     def losses(self, data: TokenBatch) -> float:
@@ -92,7 +141,7 @@ class LanguageTrainer(TrainingRun[TokenBatch]):
     def companions(self) -> dict[str, bytes]:
         """What transformers or peft needs beside the weights."""
         if self.config.lora is None:
-            name, content = "config.json", self.config.model.to_huggingface(self.tokenizer)
+            name, content = "config.json", self.network_config
         else:
             name = "adapter_config.json"
             content = self.config.lora.to_peft(self.config.train.init_from, self.base)

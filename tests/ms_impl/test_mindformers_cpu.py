@@ -8,9 +8,10 @@ import pytest
 from mindspore import nn, ops
 
 from common.language.config import GlmConfig
+from common.language.mindformers import network_settings
 from common.language.tokenizer import compact_tokenizer
 from ms_impl import mindformers_cpu
-from ms_impl.glm4 import network_settings, prepare_mindformers
+from ms_impl.glm4 import prepare_mindformers
 from ms_impl.mindformers_cpu import MaskProduct, RmsNorm, make_computable, step_class
 
 if find_spec("mindformers") is None:
@@ -26,6 +27,7 @@ def stock() -> nn.Cell:
     from mindformers import ChatGLM2Config, ChatGLM2ForConditionalGeneration
 
     settings = network_settings(CONFIG.to_huggingface(compact_tokenizer()), 16)
+    settings["use_flash_attention"] = False
     return ChatGLM2ForConditionalGeneration(ChatGLM2Config(**settings))
 
 

@@ -1,0 +1,140 @@
+"""Folders of GLM-4 as transformers writes them: config.json, safetensors, a tokenizer.
+
+Weights are read one by one, as float32, so that a model of any size needs the memory of its largest
+tensor. Nothing that comes with them is run, and no pickle is read.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.checkpoint import LATEST, MANIFEST
+from common.errors import UserError
+from common.language.config import GlmConfig
+from common.language.parameters import check_network
+
+CONFIG = "config.json"
+_HEADER = 8
+_SAMPLE = 2**20
+_TYPES: dict[str, type[np.generic]] = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
+#: Our settings of a network, and what config.json calls them.
+_SIZES = {
+    "layers": "num_hidden_layers",
+    "width": "hidden_size",
+    "heads": "num_attention_heads",
+    "groups": "num_key_value_heads",
+    "feed_forward": "intermediate_size",
+}
+
+
+def is_foreign(folder: Path) -> bool:
+    """Whether a folder is one of transformers and none of this project."""
+    own = any((folder / name).is_file() for name in (MANIFEST, LATEST))
+    return not own and (folder / CONFIG).is_file()
+
+
+def network_config(folder: Path, model: GlmConfig) -> dict[str, Any]:
+    """Content of config.json, if it is the network that a run names.
+
+    Raises:
+        UserError: if it cannot be read, is not GLM-4's or of other sizes.
+    """
+    path = folder / CONFIG
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {str(error)[:120]}; give GLM-4's folder") from error
+    if not isinstance(content, dict):
+        raise UserError(f"cannot read {path}: a JSON object is expected")
+    check_network(content, str(path))
+    for ours, theirs in _SIZES.items():
+        if content[theirs] != getattr(model, ours):
+            line = f"{path}: {theirs} is {content[theirs]}, but model.{ours} {getattr(model, ours)}"
+            raise UserError(f"{line}: give the folder of the network that the run names")
+    eps = content.get("rms_norm_eps", model.norm_eps)
+    return content | {"rms_norm_eps": eps, "rope_theta": content.get("rope_theta", 10000.0)}
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """Where a tensor lies."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+class FolderWeights(Mapping[str, NDArray[np.float32]]):
+    """A folder's tensors by name, read when they are asked for.
+
+    Attributes:
+        name: 12 hex digits that name the weights: of every file the size, the header, and the first
+            and last MiB, for all of it takes minutes.
+
+    Raises:
+        UserError: if there is none, or a file is damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        files = sorted(folder.glob("model*.safetensors"))
+        if not files:
+            raise UserError(f"no weights in {folder}: model.safetensors or its parts are needed")
+        self._entries: dict[str, _Entry] = {}
+        digest = hashlib.sha256()
+        for file in files:
+            with file.open("rb") as stream:
+                size = file.stat().st_size
+                header = _read_header(stream, size, file)
+                stream.seek(0)
+                digest.update(f"{size} ".encode() + stream.read(_SAMPLE))
+                stream.seek(max(0, size - _SAMPLE))
+                digest.update(stream.read())
+            self._entries |= header
+        self.name = digest.hexdigest()[:12]
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __getitem__(self, name: str) -> NDArray[np.float32]:
+        entry = self._entries[name]
+        kind = np.dtype(_TYPES[entry.dtype])
+        with entry.file.open("rb") as stream:
+            stream.seek(entry.begin)
+            raw = np.frombuffer(stream.read(entry.end - entry.begin), kind).reshape(entry.shape)
+        if entry.dtype == "BF16":  # the upper half of a float32
+            return (raw.astype(np.uint32) << 16).view(np.float32)
+        return raw.astype(np.float32)
+
+
+def _read_header(stream: BinaryIO, size: int, file: Path) -> dict[str, _Entry]:
+    try:
+        length = int.from_bytes(stream.read(_HEADER), "little")
+        header = json.loads(stream.read(min(length, size)))
+        header.pop("__metadata__", None)
+        first = _HEADER + length
+        entries = {
+            name: _Entry(
+                file, t["dtype"], tuple(t["shape"]), *(first + o for o in t["data_offsets"])
+            )
+            for name, t in header.items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{file} is damaged: no header of safetensors; copy it again") from error
+    for name, entry in entries.items():
+        if entry.dtype not in _TYPES:
+            raise UserError(f"{file}: {name} is {entry.dtype}; known: {', '.join(_TYPES)}")
+        width = np.dtype(_TYPES[entry.dtype]).itemsize
+        if entry.end > size or entry.end - entry.begin != width * int(np.prod(entry.shape)):
+            raise UserError(f"{file} is damaged: {name} is cut off; copy it again")
+    return entries
