@@ -13,7 +13,7 @@ import math
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -298,6 +298,25 @@ class TemplatePrior:
             candidates += self._unseen(formula, share, set(kept), space_group, z, units, sites, top)
         candidates.sort(key=lambda c: (-c.probability, c.space_group, c.sites))
         return candidates[:top]
+
+    def labelled(
+        self, counts: Mapping[int, int], candidates: Iterable[SymmetryCandidate]
+    ) -> list[SymmetryCandidate]:
+        """Candidates with the letters that ``rank`` gives them, where their template is known.
+
+        Args:
+            counts: atoms of each atomic number; only their ratio matters.
+            candidates: of this composition, in any description.
+        """
+        formula, _ = reduce_counts(counts)
+        known = {
+            (n, wyckoff_summary(n).canonical(s)): s for n, s, _, _ in self._templates(formula, {})
+        }
+        found = []
+        for c in candidates:
+            key = c.space_group, wyckoff_summary(c.space_group).canonical(c.sites)
+            found.append(replace(c, sites=known.get(key, c.sites)))
+        return found
 
     def nearest(self, crystal: Crystal) -> Nearest | None:
         """The training structure nearest to a crystal: of its composition, else of its template.
