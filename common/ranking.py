@@ -45,12 +45,14 @@ class Ranker:
         prior: ranks by itself, or after the language model.
         model: the language model, if there is one.
         name: of its folder.
+        folder: where it is.
         note: why the model that was asked for is not used, in one line; empty if it is.
     """
 
     prior: "TemplatePrior"
     model: "LanguageModel | None" = None
     name: str = PRIOR_NAME
+    folder: Path | None = None
     note: str = ""
 
     @property
@@ -128,9 +130,8 @@ def load_ranker(
     if folder is None:
         return Ranker(prior)
     try:
-        return Ranker(
-            prior, load_language_model(folder, backend, _shipped_base(folder)), _name(folder)
-        )
+        model = load_language_model(folder, backend, _shipped_base(folder))
+        return Ranker(prior, model, _name(folder), folder)
     except ModuleNotFoundError as error:
         package = (error.name or "").split(".")[0]
         if not package or package in _OWN:
