@@ -48,6 +48,7 @@ class RunInfo:
         wall_time: seconds to make all candidates.
         device: in words.
         peak_memory: MiB; None if not measured.
+        symmetry_model: name and hash of what ranked symmetries; None where they were given.
     """
 
     name: str
@@ -64,6 +65,7 @@ class RunInfo:
     wall_time: float
     device: str
     peak_memory: float | None = None
+    symmetry_model: str | None = None
 
 
 @dataclass(frozen=True)
@@ -265,7 +267,10 @@ def to_json(rows: Sequence[EvaluationRow]) -> str:
 
 def to_markdown(rows: Sequence[EvaluationRow], plot: str | None = None) -> str:
     """Results, strata, paired tests and how each row was made, as Markdown tables."""
-    parts = ["# Evaluation", _LEGEND, _results_table(rows), "## By kind of structure"]
+    parts = ["# Evaluation", _LEGEND, _results_table(rows)]
+    if any(row.run.k > 1 for row in rows):
+        parts += ["## Among the first candidates", _FIRST, _first_table(rows)]
+    parts.append("## By kind of structure")
     parts.append("Match rate of the first candidate (%), RMSE, number of references.")
     parts.append(_strata_table(rows))
     if plot:
@@ -415,6 +420,19 @@ def _results_table(rows: Sequence[EvaluationRow]) -> str:
     return table(header, lines)
 
 
+_FIRST = "References matched by any of the first n candidates (%), and RMSE of the best of these."
+
+
+def _first_table(rows: Sequence[EvaluationRow]) -> str:
+    ranks = sorted({n for row in rows for n in row.metrics.match_at})
+    lines = []
+    for row in rows:
+        at, rmse = row.metrics.match_at, row.metrics.rmse_at
+        cells = [f"{percent(at.get(n), interval=True)}, {number(rmse.get(n))}" for n in ranks]
+        lines.append([row.run.name, *cells])
+    return table(["", *(f"@{n}" for n in ranks)], lines)
+
+
 def _strata_table(rows: Sequence[EvaluationRow]) -> str:
     by_row = [{(one.kind, one.label): one for one in row.strata} for row in rows]
     keys = list(dict.fromkeys(key for strata in by_row for key in strata))
@@ -454,6 +472,7 @@ def _run_table(rows: Sequence[EvaluationRow]) -> str:
         ("relaxed", lambda row: "yes" if row.run.relaxed else "no"),
         ("training set", lambda row: row.run.training_set),
         ("training rows", lambda row: row.run.training_size),
+        ("symmetries ranked by", lambda row: row.run.symmetry_model),
         ("checkpoint", lambda row: row.run.checkpoint),
         ("sampler", lambda row: row.run.sampler),
         ("network calls", lambda row: row.run.network_calls),
