@@ -6,6 +6,10 @@ A backend is a module behind an entry point of the group ``uni_mdm.backends``, w
     train(config: RunConfig, out: Path, *, resume: bool, threads: int, device: str) -> None
     devices() -> list[str]      what `device` may be here, best first
     problems(device: str, processes: int) -> list[str]      what is missing to train with that many
+
+and, where it has language models,
+
+    load_language_model(folder: Path, device: str, base: Path | None) -> LanguageModel
 """
 
 from collections.abc import Callable, Sequence
@@ -14,11 +18,14 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, entry_points, requires, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from common.crystal.structure import Crystal
 from common.errors import UserError
 from common.machine import ascend_count, let_threads_sleep
+
+if TYPE_CHECKING:
+    from common.language.model import LanguageModel
 
 ENTRY_POINT_GROUP = "uni_mdm.backends"
 #: The package a backend needs, by its name, in the order in which ``auto`` tries them.
@@ -142,3 +149,26 @@ def load_generator(checkpoint: Path, backend: str = "auto", device: str = "auto"
     """
     generator: Generator = load_backend(backend, device).load(checkpoint, device)
     return generator
+
+
+def load_language_model(
+    folder: Path, backend: str = "auto", base: Path | None = None
+) -> "LanguageModel":
+    """Loads a language model with a framework that has them.
+
+    Args:
+        folder: of the model, or of an adapter.
+        backend: tried first; see `load_backend`.
+        base: what an adapter adds to, if not the one that it names.
+
+    Raises:
+        UserError: if no framework here has language models, or this one cannot be read.
+        ModuleNotFoundError: if a package that it needs is not installed.
+    """
+    first = [] if backend == "auto" else [backend]
+    for name in dict.fromkeys([*first, *available_backends()]):
+        module = load_backend(name)
+        if hasattr(module, "load_language_model"):
+            model: LanguageModel = module.load_language_model(folder, "cpu", base)
+            return model
+    raise UserError("no framework with language models is installed: pip install 'uni-mdm[torch]'")

@@ -38,12 +38,32 @@ class OnceCommand(TyperCommand):
     """A command that refuses an option given twice, where only the last would count."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        _, _, given = self.make_parser(ctx).parse_args(args=list(args))
-        for parameter in self.get_params(ctx):
-            repeatable = getattr(parameter, "multiple", False) or parameter.nargs != 1
-            if given.count(parameter) > 1 and not repeatable:
-                raise UserError(f"{parameter.opts[0]} is given twice; give it once")
+        _refuse_repetition(self, ctx, args)
         return super().parse_args(ctx, args)
+
+
+class OnceGroup(TyperGroup):
+    """A group with options of its own that refuses one given twice, or given to a sub-command."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        _refuse_repetition(self, ctx, args)
+        return super().parse_args(ctx, args)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[Any, Any, list[str]]:
+        name, command, rest = super().resolve_command(ctx, args)
+        for parameter in self.get_params(ctx):
+            source = ctx.get_parameter_source(parameter.name)
+            if source is not None and source.name == "COMMANDLINE":
+                raise UserError(f"{parameter.opts[0]} stands before '{name}': write it behind")
+        return name, command, rest
+
+
+def _refuse_repetition(command: Any, ctx: Any, args: list[str]) -> None:
+    _, _, given = command.make_parser(ctx).parse_args(args=list(args))
+    for parameter in command.get_params(ctx):
+        repeatable = getattr(parameter, "multiple", False) or parameter.nargs != 1
+        if given.count(parameter) > 1 and not repeatable:
+            raise UserError(f"{parameter.opts[0]} is given twice; give it once")
 
 
 class LazyGroup(TyperGroup):

@@ -5,9 +5,9 @@ Knows no framework: what samples is a backend, see ``common.backend``. ``generat
 """
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,8 +31,9 @@ from common.composition import (
     parse_sites,
 )
 from common.crystal.structure import Crystal
-from common.crystal.wyckoff import Sites, wyckoff_summary
+from common.crystal.wyckoff import wyckoff_summary
 from common.errors import UserError
+from common.ranking import Ranker, load_prior, load_ranker, rank_symmetries
 from common.selection import Choice, choose_sample
 
 if TYPE_CHECKING:
@@ -268,77 +269,6 @@ def _agrees(formula_units: int, z: int, number: int | None) -> bool:
     return formula_units == 1 or any(z in (formula_units, formula_units * c) for c in centerings)
 
 
-def rank_symmetries(query: Query, prior: "TemplatePrior", top: int) -> list["SymmetryCandidate"]:
-    """The likeliest symmetries of a query.
-
-    Raises:
-        UserError: if nothing legal fits what the query fixes.
-    """
-    from common.prior import SymmetryCandidate
-    from common.templates import ordered_sites
-
-    if query.sites is not None and query.space_group is not None:
-        table = wyckoff_summary(query.space_group).letters
-        units = check_sites(query.sites, table, query.space_group, query.formula)
-        sites = ordered_sites(_plain_sites(query) or (), query.space_group)
-        return [SymmetryCandidate(query.space_group, sites, units, 1.0, "given")]
-    candidates = prior.rank(
-        query.formula.counts,
-        query.properties,
-        space_group=query.space_group,
-        z=query.z,
-        units=query.formula.units if query.formula.units > 1 else None,
-        sites=_plain_sites(query),
-        top=230 if query.sites else top,
-    )
-    if query.sites is not None:
-        candidates = _with_multiplicities(query, candidates)[:top]
-    if not candidates:
-        raise UserError(_nothing_legal(query))
-    return candidates
-
-
-def _with_multiplicities(
-    query: Query, candidates: Sequence["SymmetryCandidate"]
-) -> list["SymmetryCandidate"]:
-    """Candidates in whose groups the user's letters have the user's multiplicities."""
-    kept = []
-    for candidate in candidates:
-        table = wyckoff_summary(candidate.space_group).letters
-        assert query.sites is not None
-        if all(s.multiplicity in (None, table[s.letter][0]) for s in query.sites):
-            kept.append(candidate)
-    total = sum(candidate.probability for candidate in kept)
-    return [replace(c, probability=c.probability / total) for c in kept]
-
-
-def _plain_sites(query: Query) -> Sites | None:
-    if query.sites is None:
-        return None
-    return tuple((s.atomic_number, s.letter) for s in query.sites)
-
-
-def _nothing_legal(query: Query) -> str:
-    """One line that says what cannot be done."""
-    fixed = [f"space group {query.space_group}"] if query.space_group else []
-    fixed += [f"z = {query.z}"] if query.z else []
-    fixed += [f"sites {' '.join(map(str, query.sites))}"] if query.sites else []
-    if query.formula.units > 1:
-        fixed += [f"{query.formula.units} formula units per cell"]
-    return (
-        f"{query.formula.text} cannot be placed with {', '.join(fixed) or 'these sites'}: "
-        "no Wyckoff positions add up to it; leave something free"
-    )
-
-
-@lru_cache(maxsize=2)
-def load_prior(path: Path | None = None) -> "TemplatePrior":
-    """The template prior of a path, or the shipped one; kept for the next call."""
-    from common.prior import SHIPPED, TemplatePrior
-
-    return TemplatePrior.load(path or SHIPPED)
-
-
 def find_checkpoint(properties: Sequence[str], path: Path | None = None) -> Path:
     """The checkpoint for a property: the given one, or the shipped one that knows it.
 
@@ -373,11 +303,16 @@ def _known_properties(folder: Path) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Engine:
-    """A loaded network and prior, with what identifies them."""
+    """A loaded network and what ranks symmetries, with what identifies them."""
 
     generator: Generator
-    prior: "TemplatePrior"
+    ranker: Ranker
     checkpoint: dict[str, str]
+
+    @property
+    def prior(self) -> "TemplatePrior":
+        """The training structures."""
+        return self.ranker.prior
 
 
 def load_engine(
@@ -385,8 +320,9 @@ def load_engine(
     backend: str = "auto",
     checkpoint: str | Path | None = None,
     prior: "TemplatePrior | str | Path | None" = None,
+    symmetry_model: str | Path | None = None,
 ) -> Engine:
-    """Loads what is needed to answer queries with a property (or none).
+    """Loads what is needed to answer queries with a property (or none); see ``generate``.
 
     Raises:
         UserError: if a file is missing or damaged, or the backend is not there.
@@ -400,9 +336,8 @@ def load_engine(
         "hash": loaded.hash,
         "training_fingerprint": loaded.fingerprint,
     }
-    if prior is None or isinstance(prior, str | Path):
-        prior = load_prior(None if prior is None else Path(prior))
-    return Engine(load_generator(folder, backend), prior, identity)
+    ranker = load_ranker(properties, symmetry_model, prior, backend)
+    return Engine(load_generator(folder, backend), ranker, identity)
 
 
 def generate(
@@ -420,6 +355,7 @@ def generate(
     backend: str = "auto",
     checkpoint: str | Path | None = None,
     prior: "TemplatePrior | str | Path | None" = None,
+    symmetry_model: str | Path | None = None,
     progress: Progress | None = None,
 ) -> list[GeneratedCrystal]:
     """Crystals of a formula with a wanted property, the most probable symmetry first.
@@ -438,6 +374,9 @@ def generate(
         backend: ``auto``, ``torch`` or ``mindspore``.
         checkpoint: folder; the shipped one for the property without it.
         prior: symmetry prior; the shipped one without it.
+        symmetry_model: folder of a language model that ranks symmetries, or ``prior``; the shipped
+            model for the property without it, or the prior where none is shipped. If packages that
+            the model needs are missing the prior ranks, with a warning if a folder was given.
         progress: told what is done.
 
     Raises:
@@ -449,8 +388,11 @@ def generate(
     )
     if prior is None or isinstance(prior, str | Path):
         prior = load_prior(None if prior is None else Path(prior))
-    candidates = rank_symmetries(query, prior, settings.top)
-    engine = load_engine(tuple(query.properties), backend, checkpoint, prior)
+    rank_symmetries(query, Ranker(prior), 1)  # what cannot be is said before anything is loaded
+    engine = load_engine(tuple(query.properties), backend, checkpoint, prior, symmetry_model)
+    if engine.ranker.note:
+        warnings.warn(engine.ranker.note, stacklevel=2)
+    candidates = rank_symmetries(query, engine.ranker, settings.top)
     return answer([(query, candidates)], engine, settings, progress)[0]
 
 

@@ -13,7 +13,7 @@ import math
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -372,6 +372,25 @@ class TemplatePrior:
             )
             alike = tuple(present[z] for z in formula)
             found.append(Vote(t.space_group, sites, alike, float(sums[number, way] / total)))
+        return found
+
+    def labelled(
+        self, counts: Mapping[int, int], candidates: Iterable[SymmetryCandidate]
+    ) -> list[SymmetryCandidate]:
+        """Candidates with the letters that ``rank`` gives them, where their template is known.
+
+        Args:
+            counts: atoms of each atomic number; only their ratio matters.
+            candidates: of this composition, in any description.
+        """
+        formula, _ = reduce_counts(counts)
+        known = {
+            (n, wyckoff_summary(n).canonical(s)): s for n, s, _, _ in self._templates(formula, {})
+        }
+        found = []
+        for c in candidates:
+            key = c.space_group, wyckoff_summary(c.space_group).canonical(c.sites)
+            found.append(replace(c, sites=known.get(key, c.sites)))
         return found
 
     def nearest(self, crystal: Crystal) -> Nearest | None:

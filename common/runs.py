@@ -35,8 +35,8 @@ from common.pipeline import (
     Settings,
     answer,
     load_engine,
-    rank_symmetries,
 )
+from common.ranking import Ranker, rank_symmetries
 
 FORMAT_VERSION = 1
 _RUN, _JOURNAL, _LOCK = "run.json", "journal.jsonl", ".lock"
@@ -53,11 +53,15 @@ class Outcome:
         folder: where it is.
         resumed: requests that an interrupted run had answered already.
         entries: the journal's lines in the order of the requests.
+        rankers: name and hash of what ranked symmetries, one for each property asked for.
+        notes: what the user should know of it, one line each.
     """
 
     folder: Path
     resumed: int
     entries: list[dict[str, Any]]
+    rankers: list[dict[str, str]]
+    notes: tuple[str, ...] = ()
 
     @property
     def failed(self) -> list[dict[str, Any]]:
@@ -73,6 +77,7 @@ def generate_many(
     backend: str = "auto",
     checkpoint: str | Path | None = None,
     prior: Any = None,
+    symmetry_model: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Outcome:
     """Answers requests into a folder.
@@ -84,7 +89,7 @@ def generate_many(
         queries: see ``common.pipeline.make_query`` and ``common.requests.read_requests``.
         out: the folder.
         settings: the same for all.
-        backend, checkpoint, prior: as in ``common.pipeline.generate``.
+        backend, checkpoint, prior, symmetry_model: as in ``common.pipeline.generate``.
         progress: told what is done.
 
     Raises:
@@ -92,10 +97,10 @@ def generate_many(
             written where that can be known.
     """
     settings = settings or Settings()
-    engines = _load_engines(queries, backend, checkpoint, prior)
+    engines = _load_engines(queries, backend, checkpoint, prior, symmetry_model)
     if len(queries) == 1:
         first = engines[_kind(queries[0])]
-        rank_symmetries(queries[0], first.prior, settings.top)
+        rank_symmetries(queries[0], Ranker(first.prior), 1)
     description = _describe_run(queries, settings, engines)
     with _open_folder(Path(out), description) as folder:
         journal = _Journal(folder / _JOURNAL)
@@ -103,7 +108,8 @@ def generate_many(
         _answer_all(queries, engines, settings, folder, journal, progress)
         entries = [journal.entries[index] for index in range(len(queries))]
         _finish(folder, description, entries)
-    return Outcome(folder, resumed, entries)
+    notes = dict.fromkeys(engine.ranker.note for engine in engines.values() if engine.ranker.note)
+    return Outcome(folder, resumed, entries, _rankers(engines), tuple(notes))
 
 
 def _kind(query: Query) -> str | None:
@@ -111,12 +117,23 @@ def _kind(query: Query) -> str | None:
 
 
 def _load_engines(
-    queries: Sequence[Query], backend: str, checkpoint: str | Path | None, prior: Any
+    queries: Sequence[Query],
+    backend: str,
+    checkpoint: str | Path | None,
+    prior: Any,
+    symmetry_model: str | Path | None,
 ) -> dict[str | None, Engine]:
     engines: dict[str | None, Engine] = {}
     for kind in sorted({_kind(query) for query in queries}, key=str):
-        engines[kind] = load_engine([kind] if kind else [], backend, checkpoint, prior)
+        wanted = [kind] if kind else []
+        engines[kind] = load_engine(wanted, backend, checkpoint, prior, symmetry_model)
     return engines
+
+
+def _rankers(engines: dict[str | None, Engine]) -> list[dict[str, str]]:
+    """Name and hash of what ranks symmetries, without repetition."""
+    found = {tuple(engine.ranker.identity.items()) for engine in engines.values()}
+    return [dict(identity) for identity in sorted(found)]
 
 
 def _describe_run(
@@ -130,6 +147,7 @@ def _describe_run(
         "created_by": f"uni-mdm {version('uni-mdm')}",
         "settings": settings.to_dict(),
         "checkpoints": [engine.checkpoint for engine in engines.values()],
+        "symmetry_models": _rankers(engines),
         "prior": {"hash": first.prior.hash, "source": first.prior.metadata["source"]},
         "attribution": first.prior.metadata["attribution"],
         "requests": len(queries),
@@ -281,7 +299,7 @@ def _answer_chunk(
     ranked = {}
     for index, query in chunk.items():
         try:
-            ranked[index] = (query, rank_symmetries(query, engine.prior, settings.top))
+            ranked[index] = (query, rank_symmetries(query, engine.ranker, settings.top))
         except UserError as error:
             failed = {"index": index, "status": "failed", "error": str(error)}
             entries.append(failed | {"query": query.to_dict(), "folder": "", "crystals": []})

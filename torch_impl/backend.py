@@ -13,11 +13,13 @@ if TYPE_CHECKING:
     from torch_impl.glm4 import LanguageModel
 
 
-def load_language_model(folder: Path, device: str = "cpu") -> "LanguageModel":
+def load_language_model(
+    folder: Path, device: str = "cpu", base: Path | None = None
+) -> "LanguageModel":
     """Reads a language model; see ``torch_impl.glm4.load_language_model``."""
     from torch_impl.glm4 import load_language_model  # transformers is slow to import
 
-    return load_language_model(folder, device)
+    return load_language_model(folder, device, base)
 
 
 def train_language(config: LanguageRunConfig, out: Path, **options: Any) -> None:

@@ -50,6 +50,12 @@ def command(
     checkpoint: Annotated[
         Path | None, typer.Option(help="Checkpoint folder; the shipped one for the property.")
     ] = None,
+    symmetry_model: Annotated[
+        str | None,
+        typer.Option(
+            help="What ranks symmetries: a language model's folder, or 'prior'; the shipped model."
+        ),
+    ] = None,
 ) -> None:
     """Crystals for a formula and a target property, the most probable symmetry first."""
     single = {
@@ -85,7 +91,13 @@ def command(
         from common.runs import generate_many
 
         outcome = generate_many(
-            queries, folder, settings, backend=backend, checkpoint=checkpoint, progress=report
+            queries,
+            folder,
+            settings,
+            backend=backend,
+            checkpoint=checkpoint,
+            symmetry_model=symmetry_model,
+            progress=report,
         )
     _show(console, queries, outcome)
 
@@ -128,6 +140,10 @@ def _show(console: Console, queries: "list[Query]", outcome: "Outcome") -> None:
         console.print(
             f"[red]request {entry['index'] + 1}[/red]: {escape(entry['error'])}", highlight=False
         )
+    for note in outcome.notes:
+        console.print(f"[yellow]note[/yellow]: {escape(note)}", highlight=False, soft_wrap=True)
+    rankers = ", ".join(f"{one['name']} ({one['hash']})" for one in outcome.rankers)
+    console.print(f"symmetries ranked by {escape(rankers)}", highlight=False, soft_wrap=True)
     if outcome.resumed:
         console.print(f"{outcome.resumed} of them had been answered before", highlight=False)
     console.print(

@@ -236,6 +236,8 @@ def _compare(
                 return unmatched, "broken reference"
             if predicted.composition.element_composition.reduced_formula != reference.formula:
                 return unmatched, None
+            if len(predicted) % len(reference.cell().numbers):
+                return unmatched, None  # no smaller cell of it has the reference's atoms
             return _search(reduced_cell(predicted), reference.cell(), thresholds), None
     except CpuTimeout:
         return unmatched, "timeout"

@@ -4,7 +4,6 @@ A row is what one method did on one set of references: how it was run, one outco
 and figures that follow from the outcomes. Rows read back from a report can be set beside new ones.
 """
 
-import io
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -25,11 +24,10 @@ from common.evaluate.match import STANDARD, CandidateMatch
 from common.evaluate.statistics import PairedTest, Rate, mcnemar, mean
 from common.evaluate.strata import FREEDOM, freedom_class
 from common.evaluate.symmetry import SymmetryLabel
+from common.evaluate.tables import COLOURS, MARKERS, number, percent, png, table, text
 from common.files import write_together
 
 FORMAT = "uni-mdm evaluation 1"
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-_MARKERS = "osD^vPX"
 
 
 @dataclass(frozen=True)
@@ -50,6 +48,7 @@ class RunInfo:
         wall_time: seconds to make all candidates.
         device: in words.
         peak_memory: MiB; None if not measured.
+        symmetry_model: name and hash of what ranked symmetries; None where they were given.
     """
 
     name: str
@@ -66,6 +65,7 @@ class RunInfo:
     wall_time: float
     device: str
     peak_memory: float | None = None
+    symmetry_model: str | None = None
 
 
 @dataclass(frozen=True)
@@ -267,7 +267,10 @@ def to_json(rows: Sequence[EvaluationRow]) -> str:
 
 def to_markdown(rows: Sequence[EvaluationRow], plot: str | None = None) -> str:
     """Results, strata, paired tests and how each row was made, as Markdown tables."""
-    parts = ["# Evaluation", _LEGEND, _results_table(rows), "## By kind of structure"]
+    parts = ["# Evaluation", _LEGEND, _results_table(rows)]
+    if any(row.run.k > 1 for row in rows):
+        parts += ["## Among the first candidates", _FIRST, _first_table(rows)]
+    parts.append("## By kind of structure")
     parts.append("Match rate of the first candidate (%), RMSE, number of references.")
     parts.append(_strata_table(rows))
     if plot:
@@ -289,9 +292,7 @@ def to_png(rows: Sequence[EvaluationRow]) -> bytes:
     left, right = figure.subplots(1, 2)
     _plot_strata(left, rows)
     _plot_distances(right, rows)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
+    return png(figure)
 
 
 _LEGEND = (
@@ -397,29 +398,6 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """A Markdown table, first column left, the others right."""
-    marks = ["---", *["---:"] * (len(header) - 1)]
-    cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in line] for line in lines]
-    names = [name.replace("|", "\\|") for name in header]
-    return "\n".join("| " + " | ".join(line) + " |" for line in (names, marks, *cells))
-
-
-def _percent(rate: Rate | None, interval: bool = False) -> str:
-    if rate is None or rate.value is None:
-        return "-"
-    # Rounding must not turn 99.97 % into "all".
-    text = "100" if rate.hits == rate.total else f"{min(100 * rate.value, 99.99):.2f}"
-    if not interval:
-        return text
-    low, high = rate.interval
-    return f"{text} ({100 * low:.1f} to {100 * high:.1f})"
-
-
-def _number(value: float | None, digits: int = 4) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
-
-
 def _results_table(rows: Sequence[EvaluationRow]) -> str:
     several = any(row.run.k > 1 for row in rows)
     header = ["", "match", "RMSE", "valid", "RMSE valid", "tight", "RMSE tight"]
@@ -429,17 +407,30 @@ def _results_table(rows: Sequence[EvaluationRow]) -> str:
     lines = []
     for row in rows:
         metrics = row.metrics
-        line = [row.run.name, _percent(metrics.match_rate, interval=True), _number(metrics.rmse)]
-        line += [_percent(metrics.match_valid), _number(metrics.rmse_valid)]
-        line += [_percent(metrics.match_tight), _number(metrics.rmse_tight)]
+        line = [row.run.name, percent(metrics.match_rate, interval=True), number(metrics.rmse)]
+        line += [percent(metrics.match_valid), number(metrics.rmse_valid)]
+        line += [percent(metrics.match_tight), number(metrics.rmse_tight)]
         if several:
             k = row.run.k
-            line += [f"{_percent(metrics.match_at[k])} (k={k})", _number(metrics.rmse_at[k])]
-        line += [_percent(metrics.metre), _number(metrics.crmse)]
-        line += [_percent(metrics.symmetry_kept), _percent(metrics.composition_exact)]
-        line += [str(row.run.network_calls), _number(row.seconds_per_structure, 3)]
+            line += [f"{percent(metrics.match_at[k])} (k={k})", number(metrics.rmse_at[k])]
+        line += [percent(metrics.metre), number(metrics.crmse)]
+        line += [percent(metrics.symmetry_kept), percent(metrics.composition_exact)]
+        line += [str(row.run.network_calls), number(row.seconds_per_structure, 3)]
         lines.append(line)
-    return _table(header, lines)
+    return table(header, lines)
+
+
+_FIRST = "References matched by any of the first n candidates (%), and RMSE of the best of these."
+
+
+def _first_table(rows: Sequence[EvaluationRow]) -> str:
+    ranks = sorted({n for row in rows for n in row.metrics.match_at})
+    lines = []
+    for row in rows:
+        at, rmse = row.metrics.match_at, row.metrics.rmse_at
+        cells = [f"{percent(at.get(n), interval=True)}, {number(rmse.get(n))}" for n in ranks]
+        lines.append([row.run.name, *cells])
+    return table(["", *(f"@{n}" for n in ranks)], lines)
 
 
 def _strata_table(rows: Sequence[EvaluationRow]) -> str:
@@ -449,14 +440,14 @@ def _strata_table(rows: Sequence[EvaluationRow]) -> str:
         [f"{kind}: {label}", *(_stratum_cell(strata.get((kind, label))) for strata in by_row)]
         for kind, label in keys
     ]
-    return _table(["", *(row.run.name for row in rows)], lines)
+    return table(["", *(row.run.name for row in rows)], lines)
 
 
 def _stratum_cell(stratum: Stratum | None) -> str:
     if stratum is None or not stratum.match_rate.total:
         return "-"
     rate = stratum.match_rate
-    return f"{_percent(rate, interval=True)}, {_number(stratum.rmse)}, n={rate.total}"
+    return f"{percent(rate, interval=True)}, {number(stratum.rmse)}, n={rate.total}"
 
 
 def _paired_table(rows: Sequence[EvaluationRow]) -> str:
@@ -469,7 +460,7 @@ def _paired_table(rows: Sequence[EvaluationRow]) -> str:
         for first, second, test in _paired_tests(rows)
     ]
     header = ["", "only the first", "only the second", "both", "neither", "p"]
-    return _table(header, lines) if lines else ""
+    return table(header, lines) if lines else ""
 
 
 def _run_table(rows: Sequence[EvaluationRow]) -> str:
@@ -481,6 +472,7 @@ def _run_table(rows: Sequence[EvaluationRow]) -> str:
         ("relaxed", lambda row: "yes" if row.run.relaxed else "no"),
         ("training set", lambda row: row.run.training_set),
         ("training rows", lambda row: row.run.training_size),
+        ("symmetries ranked by", lambda row: row.run.symmetry_model),
         ("checkpoint", lambda row: row.run.checkpoint),
         ("sampler", lambda row: row.run.sampler),
         ("network calls", lambda row: row.run.network_calls),
@@ -488,15 +480,11 @@ def _run_table(rows: Sequence[EvaluationRow]) -> str:
         ("wall time (s)", lambda row: f"{row.run.wall_time:.1f}"),
         ("device", lambda row: row.run.device),
         ("peak memory (MiB)", lambda row: row.run.peak_memory and f"{row.run.peak_memory:.0f}"),
-        ("more symmetry than asked (%)", lambda row: _percent(row.metrics.symmetry_higher)),
+        ("more symmetry than asked (%)", lambda row: percent(row.metrics.symmetry_higher)),
         ("not comparable", lambda row: row.metrics.failures),
     )
-    lines = [[name, *(_text(get(row)) for row in rows)] for name, get in fields]
-    return _table(["", *(row.run.name for row in rows)], lines)
-
-
-def _text(value: object) -> str:
-    return "-" if value is None else str(value)
+    lines = [[name, *(text(get(row)) for row in rows)] for name, get in fields]
+    return table(["", *(row.run.name for row in rows)], lines)
 
 
 def _plot_strata(axes: Axes, rows: Sequence[EvaluationRow]) -> None:
@@ -511,8 +499,8 @@ def _plot_strata(axes: Axes, rows: Sequence[EvaluationRow]) -> None:
             places[[i for i, _ in shown]] + offsets[index],
             100 * values,
             yerr=100 * np.abs(bounds.T - values),
-            fmt=_MARKERS[index % len(_MARKERS)],
-            color=_COLOURS[index % len(_COLOURS)],
+            fmt=MARKERS[index % len(MARKERS)],
+            color=COLOURS[index % len(COLOURS)],
             capsize=3,
             label=row.run.name,
         )
@@ -534,7 +522,7 @@ def _plot_distances(axes: Axes, rows: Sequence[EvaluationRow]) -> None:
             [0, *distances, edge],
             [*shares, shares[-1]],
             where="post",
-            color=_COLOURS[index % len(_COLOURS)],
+            color=COLOURS[index % len(COLOURS)],
             label=row.run.name,
         )
     axes.set_xscale("symlog", linthresh=1e-3)

@@ -8,7 +8,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
+import numpy as np
 from pymatgen.core import Structure
 from rich.progress import Progress, track
 
@@ -16,12 +18,14 @@ from common.backend import Generator, SampleRequest
 from common.crystal.structure import Crystal
 from common.data.store import Record
 from common.evaluate.controls import NearestTemplate, fit_standardizer, random_draw
-from common.evaluate.match import MatchItem, match_many, pool_by_composition
+from common.evaluate.match import CandidateMatch, MatchItem, match_many, pool_by_composition
 from common.evaluate.report import EvaluationRow, Outcome, RunInfo
 from common.evaluate.strata import TrainingIndex
 from common.evaluate.symmetry import SymmetryLabel, composition_is_exact, symmetry_kept
 from common.machine import cpu_count, start_worker
 from common.selection import choose_sample
+
+PropertyKind = Literal["true", "shuffled", "null"]
 
 #: Crystals per process below which none is started.
 _CHUNK = 16
@@ -104,7 +108,7 @@ class Evaluation:
         seed: int,
         steps: int,
         device: str,
-        given: Sequence[str],
+        told: "Told",
     ) -> EvaluationRow:
         """The row of a model that is told the true symmetry.
 
@@ -118,34 +122,34 @@ class Evaluation:
             seed: of the noise.
             steps: network calls per sample.
             device: in words.
-            given: names of the properties that the model is told.
+            told: the properties that the model is told.
         """
         requests = [
             SampleRequest(
                 record.crystal.space_group,
                 tuple((site.atomic_number, site.letter) for site in record.crystal.sites),
-                {p: v for p in given if (v := record.properties[p]) is not None},
+                properties,
                 key=record.material_id,
                 sample=sample,
             )
-            for record in self.references
+            for record, properties in zip(self.references, told.values, strict=True)
             for sample in range(k)
         ]
         start = time.perf_counter()
-        crystals = _with_progress(generator, requests, seed, steps)
+        crystals = sample_all(generator, requests, seed, steps)
         groups = [crystals[i : i + k] for i in range(0, len(crystals), k)]
         ranked = [_ranked(group) for group in groups]
-        run = self._info(
+        run = self.info(
             name,
             k,
-            ", ".join(["true symmetry", *given]),
+            told.describe("true symmetry"),
             checkpoint=checkpoint,
             sampler=f"{steps} calls",
             calls=steps,
             seed=seed,
             wall_time=time.perf_counter() - start,
             device=device,
-            peak_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            peak_memory=peak_memory(),
         )
         return self._row(run, ranked)
 
@@ -163,10 +167,10 @@ class Evaluation:
         # Where training has no such prototype, the draw stands in.
         filled = [a if a is not None else b for a, b in zip(nearest, drawn, strict=True)]
         template_time = time.perf_counter() - start
-        random_info = self._info(
+        random_info = self.info(
             "random draw", 1, "true symmetry", sampler="uniform", seed=seed, wall_time=random_time
         )
-        template_info = self._info(
+        template_info = self.info(
             "nearest template", 1, "true symmetry", sampler="substitution", wall_time=template_time
         )
         return [
@@ -174,7 +178,7 @@ class Evaluation:
             self._row(template_info, [[crystal] for crystal in filled]),
         ]
 
-    def _info(
+    def info(
         self,
         name: str,
         k: int,
@@ -187,7 +191,9 @@ class Evaluation:
         seed: int | None = None,
         device: str = "cpu",
         peak_memory: float | None = None,
+        symmetry_model: str | None = None,
     ) -> RunInfo:
+        """How a row on these references was made; see ``RunInfo``."""
         return RunInfo(
             name=name,
             split=self.split,
@@ -203,6 +209,7 @@ class Evaluation:
             wall_time=wall_time,
             device=device,
             peak_memory=peak_memory,
+            symmetry_model=symmetry_model,
         )
 
     def _row(self, run: RunInfo, candidates: Sequence[Sequence[Crystal]]) -> EvaluationRow:
@@ -210,29 +217,101 @@ class Evaluation:
         flat = [crystal for group in candidates for crystal in group]
         emitted = iter(read_back_many(flat, self.workers))
         groups = [[next(emitted) for _ in group] for group in candidates]
+        rows = zip(self.references, groups, self.match(groups), strict=True)
+        return EvaluationRow(
+            run,
+            tuple(
+                self.outcome(record, group, found[: len(group)], found[len(group) :])
+                for record, group, found in rows
+            ),
+        )
+
+    def match(self, groups: Sequence[Sequence[Emitted]]) -> list[tuple[CandidateMatch, ...]]:
+        """Compares candidates with their references.
+
+        Args:
+            groups: candidates of every reference.
+
+        Returns:
+            for every reference its own, and behind them those of the other references of its
+            composition, in their order (METRe).
+        """
         items = [
             MatchItem(tuple(one.structure for one in group), _structure(record))
             for record, group in zip(self.references, groups, strict=True)
         ]
-        # Own candidates first, then those made for other references of the composition (METRe).
-        matches = match_many(pool_by_composition(items), self.workers)
-        return EvaluationRow(
-            run,
-            tuple(
-                Outcome(
-                    material_id=record.material_id,
-                    formula=record.reduced_formula,
-                    num_free_coords=record.crystal.num_free_coords,
-                    candidates=found[: len(group)],
-                    pooled=found[len(group) :],
-                    symmetry=tuple(one.symmetry for one in group),
-                    composition_exact=tuple(one.composition_exact for one in group),
-                    seen_composition=self._index.has_composition(record.crystal),
-                    seen_prototype=self._index.has_prototype(record.crystal),
-                )
-                for record, group, found in zip(self.references, groups, matches, strict=True)
-            ),
+        return match_many(pool_by_composition(items), self.workers)
+
+    def outcome(
+        self,
+        record: Record,
+        emitted: Sequence[Emitted],
+        matches: Sequence[CandidateMatch],
+        pooled: Sequence[CandidateMatch],
+    ) -> Outcome:
+        """What came of a reference: of its own candidates, and of its composition's others."""
+        return Outcome(
+            material_id=record.material_id,
+            formula=record.reduced_formula,
+            num_free_coords=record.crystal.num_free_coords,
+            candidates=tuple(matches),
+            pooled=tuple(pooled),
+            symmetry=tuple(one.symmetry for one in emitted),
+            composition_exact=tuple(one.composition_exact for one in emitted),
+            seen_composition=self._index.has_composition(record.crystal),
+            seen_prototype=self._index.has_prototype(record.crystal),
         )
+
+
+@dataclass(frozen=True)
+class Told:
+    """What is told of the references' properties.
+
+    Attributes:
+        values: of every reference.
+        kind: ``true``, ``shuffled`` (another reference's) or ``null`` (nothing).
+        names: of the properties.
+    """
+
+    values: tuple[dict[str, float], ...]
+    kind: PropertyKind
+    names: tuple[str, ...]
+
+    @classmethod
+    def of(
+        cls, records: Sequence[Record], names: Sequence[str], kind: PropertyKind, seed: int
+    ) -> "Told":
+        """The properties of records.
+
+        Args:
+            records: in an order that the shuffling depends on.
+            names: of the properties.
+            kind: see above. Shuffled values are dealt among the rows that have one, none of which
+                keeps its own.
+            seed: of the shuffling.
+        """
+        values: list[dict[str, float]] = [{} for _ in records]
+        for name in names if kind != "null" else ():
+            rows = [i for i, record in enumerate(records) if record.properties[name] is not None]
+            if kind == "shuffled":
+                rows = np.random.default_rng(seed).permutation(rows).tolist()
+            sources = rows[1:] + rows[:1] if kind == "shuffled" else rows
+            for row, source in zip(rows, sources, strict=True):
+                value = records[source].properties[name]
+                assert value is not None
+                values[row][name] = value
+        return cls(tuple(values), kind, tuple(names))
+
+    def describe(self, beside: str) -> str:
+        """In words, behind what else is told."""
+        prefix = "shuffled " if self.kind == "shuffled" else ""
+        names = () if self.kind == "null" else self.names
+        return ", ".join([beside, *(prefix + name for name in names)])
+
+
+def peak_memory() -> float:
+    """Of this process, MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def _structure(record: Record) -> Structure:
@@ -247,9 +326,10 @@ def _ranked(samples: Sequence[Crystal]) -> list[Crystal]:
     return [samples[first], *samples[:first], *samples[first + 1 :]]
 
 
-def _with_progress(
+def sample_all(
     generator: Generator, requests: Sequence[SampleRequest], seed: int, steps: int
 ) -> list[Crystal]:
+    """Samples with a progress bar."""
     with Progress() as progress:
         task = progress.add_task("Sampling", total=len(requests))
         advance: Callable[[int], None] = partial(progress.advance, task)

@@ -105,16 +105,41 @@ def rates(outcomes: Sequence[Outcome], new: Sequence[bool]) -> dict[str, Any]:
     return result
 
 
+@dataclass(frozen=True)
+class Reliability:
+    """First candidates of about one probability.
+
+    Attributes:
+        rows: how many.
+        sure: mean of their probabilities.
+        right: how many of them are the truth.
+    """
+
+    rows: int
+    sure: float
+    right: int
+
+
+def reliability(outcomes: Sequence[Outcome]) -> list[Reliability]:
+    """First candidates in bins of a tenth of their probability; bins without any are left out."""
+    sure = np.array([outcome.first for outcome in outcomes])
+    right = np.array([outcome.assignment == 0 for outcome in outcomes])
+    bins = (sure * _BINS).astype(int).clip(max=_BINS - 1)
+    return [
+        Reliability(
+            int((bins == b).sum()), float(sure[bins == b].mean()), int(right[bins == b].sum())
+        )
+        for b in np.unique(bins)
+    ]
+
+
 def calibration_error(outcomes: Sequence[Outcome]) -> float:
     """Expected calibration error of the first candidate's probability, in bins of a tenth.
 
     The mean over rows of the distance between how sure and how often right its bin is.
     """
-    sure = np.array([outcome.first for outcome in outcomes])
-    right = np.array([outcome.assignment == 0 for outcome in outcomes])
-    bins = (sure * _BINS).astype(int).clip(max=_BINS - 1)
-    totals = [abs((sure - right)[bins == b].sum()) for b in range(_BINS)]
-    return float(sum(totals) / len(outcomes))
+    distances = (abs(one.rows * one.sure - one.right) for one in reliability(outcomes))
+    return float(sum(distances) / len(outcomes))
 
 
 def evaluate_prior(

@@ -54,7 +54,10 @@ def as_trained(
 
 
 def search_request(
-    tokenizer: SymmetryTokenizer, question: Question, max_atoms: int = MAX_PRIMITIVE_ATOMS
+    tokenizer: SymmetryTokenizer,
+    question: Question,
+    max_atoms: int = MAX_PRIMITIVE_ATOMS,
+    grammar: AnswerGrammar | None = None,
 ) -> SearchRequest:
     """A question in tokens, with the grammar of all its legal answers.
 
@@ -62,10 +65,13 @@ def search_request(
         tokenizer: of the model.
         question: the composition, with or without a target property.
         max_atoms: in the primitive cell.
+        grammar: of fewer answers, in place of all with so many atoms.
     """
-    formula = Formula(tuple(sorted(question.formula)))
-    grammar = TokenGrammar(AnswerGrammar(formula, max_atoms=max_atoms), tokenizer)
-    return SearchRequest(tuple(tokenizer.question_ids(question)), grammar)
+    if grammar is None:
+        formula = Formula(tuple(sorted(question.formula)))
+        grammar = AnswerGrammar(formula, max_atoms=max_atoms)
+    allowed = TokenGrammar(grammar, tokenizer)
+    return SearchRequest(tuple(tokenizer.question_ids(question)), allowed)
 
 
 def rank_questions(
@@ -75,6 +81,7 @@ def rank_questions(
     top: int = 20,
     temperature: float = 1.0,
     max_atoms: int = MAX_PRIMITIVE_ATOMS,
+    grammars: Sequence[AnswerGrammar] | None = None,
     known: bool = False,
     progress: Progress | None = None,
 ) -> list[Ranking]:
@@ -85,13 +92,16 @@ def rank_questions(
         questions: compositions, with or without a target property.
         top, temperature: as in ``rank_answers``.
         max_atoms: in the primitive cell.
+        grammars: of the answers to each question, where not all legal ones will do.
         known: as in ``as_trained``.
         progress: called with the questions that are answered, and all.
     """
     rankings: list[Ranking] = []
-    for begin in range(0, len(questions), _CHUNK):
-        chunk = as_trained(model, questions[begin : begin + _CHUNK], known)
-        requests = [search_request(model.tokenizer, question, max_atoms) for question in chunk]
+    allowed: Sequence[AnswerGrammar | None] = grammars or [None] * len(questions)
+    rows = list(zip(as_trained(model, questions, known), allowed, strict=True))
+    for begin in range(0, len(rows), _CHUNK):
+        chunk = rows[begin : begin + _CHUNK]
+        requests = [search_request(model.tokenizer, q, max_atoms, g) for q, g in chunk]
         rankings += rank_answers(requests, model, top=top, temperature=temperature)
         if progress is not None:
             progress(len(rankings), len(questions))

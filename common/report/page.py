@@ -311,10 +311,14 @@ def _omitted(number: int) -> str:
 
 
 def _provenance(results: Mapping[str, Any]) -> str:
-    networks = "; ".join(f"{c['name']} ({c['hash']})" for c in results["checkpoints"])
+    networks, rankers = (
+        "; ".join(f"{c['name']} ({c['hash']})" for c in results[key])
+        for key in ("checkpoints", "symmetry_models")
+    )
     pairs = [
         ("Program", results["created_by"]),
         ("Network", networks),
+        ("Symmetries ranked by", rankers),
         ("Symmetry prior", results["prior"]["hash"]),
         ("Request", results["requests_sha256"][:12]),
     ]

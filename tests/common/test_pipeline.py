@@ -13,8 +13,9 @@ from pymatgen.analysis.structure_matcher import StructureMatcher
 from pymatgen.core import Composition, Structure
 from rich.console import Console
 
-from common import runs
-from common.checkpoint import save_checkpoint
+from common import ranking, runs
+from common.checkpoint import load_checkpoint, save_checkpoint
+from common.cli import run
 from common.commands.generate import _show_table
 from common.config import RunConfig
 from common.crystal.structure import Crystal, Site
@@ -245,6 +246,54 @@ def test_many_requests(checkpoint: Path, tmp_path: Path, monkeypatch) -> None:
     assert contents(second.folder) == contents(whole.folder)
     other = generate_many(queries[:1], tmp_path / "whole", settings, checkpoint=checkpoint)
     assert other.folder == tmp_path / "whole-3"
+
+
+def test_language_model_ranks(
+    checkpoint: Path, textbook_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is named everywhere, and its answers are the same bytes alone and in company."""
+    queries = [make_query("NaCl", 5.0), make_query("SrTiO3"), make_query("KBr", 2.0)]
+    settings = Settings(3, 1)
+
+    def made(number: int, asked: list, model: Path | str) -> dict:
+        out = tmp_path / str(number)
+        generate_many(asked, out, settings, checkpoint=checkpoint, symmetry_model=model)
+        return json.loads((out / "results.json").read_text())
+
+    together, again = made(1, queries, textbook_model), made(2, queries, textbook_model)
+    assert together == again
+    (identity,) = together["symmetry_models"]
+    assert identity == {"name": "run", "hash": load_checkpoint(textbook_model).hash}
+    assert identity["hash"] in (tmp_path / "1" / "report.html").read_text()
+    alone, prior = made(3, queries[:1], textbook_model), made(4, queries[:1], "prior")
+    (crystals,) = ([dict(row) for row in entry["crystals"]] for entry in alone["results"])
+    company = together["results"][0]["crystals"]
+    for row, other in zip(crystals, company, strict=True):
+        assert row | {"file": Path(other["file"]).name} == other | {"file": row["file"]}
+    assert {row["symmetry_source"] for row in company} == {"language model"}
+    assert prior["symmetry_models"][0]["name"] == "template prior"
+    assert [r["sites"] for r in prior["results"][0]["crystals"]] != [r["sites"] for r in company]
+    command = ["generate", "--formula", "NaCl", "--top", "1", "--num-samples", "1"]
+    command += ["--checkpoint", str(checkpoint), "--symmetry-model", str(textbook_model)]
+    assert run([*command, "--out", str(tmp_path / "5")]) == 0
+    assert f"symmetries ranked by run ({identity['hash']})" in capsys.readouterr().out
+
+
+def test_missing_language_packages_are_one_line(
+    checkpoint: Path, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def load(*_: object) -> None:
+        raise ModuleNotFoundError(name="peft")
+
+    monkeypatch.setattr(ranking, "load_language_model", load)
+    command = ["generate", "--formula", "NaCl", "--top", "1", "--num-samples", "1"]
+    command += ["--checkpoint", str(checkpoint), "--symmetry-model", "some/model"]
+    assert run([*command, "--out", str(tmp_path / "out")]) == 0
+    output = capsys.readouterr().out
+    assert output.count("'peft' is not installed") == 1
+    assert "symmetries ranked by template prior" in output
+    with pytest.warns(UserWarning, match="'peft' is not installed"):
+        make(checkpoint, top=1, num_samples=1, symmetry_model="some/model")
 
 
 def test_foreign_folder_is_left_alone(checkpoint: Path, tmp_path: Path) -> None:

@@ -56,6 +56,7 @@ def results(name: str = "") -> dict:
     return {
         "settings": {"num_samples": 8, "seed": 0, "steps": None},
         "checkpoints": [{"name": "small", "hash": "0123456789ab"}],
+        "symmetry_models": [{"name": "glm", "hash": "fedcba987654"}],
         "prior": {"hash": "abc"},
         "created_by": "uni-mdm 0",
         "requests_sha256": "f" * 64,

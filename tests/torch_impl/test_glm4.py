@@ -24,6 +24,7 @@ from common.language.prompt import Question
 from common.language.search import SearchRequest, rank_answers
 from common.language.tokenizer import compact_tokenizer
 from common.training import Shard
+from tests.language import language_run
 from tests.training import textbook_records
 from torch_impl.backend import train_language
 from torch_impl.glm4 import LanguageModel, answer_loss, build, load_language_model
@@ -31,24 +32,6 @@ from torch_impl.train_glm4 import Trainer
 
 TOKENIZER = compact_tokenizer()
 FORMULAS = ({11: 1, 17: 1}, {38: 1, 22: 1, 8: 3}, {6: 1})
-
-
-def tiny(parquet: Path | str = "unused", **settings: object) -> LanguageRunConfig:
-    """Six steps of one block."""
-    base: dict[str, object] = {
-        "data": str(parquet),
-        "validation": str(parquet),
-        "steps": 6,
-        "token_budget": 400,
-        "warmup": 2,
-        "validation_every": 3,
-        "checkpoint_every": 3,
-        "log_every": 1,
-        "learning_rate": 1e-2,
-    }
-    model = {"layers": 1, "width": 32, "heads": 4, "groups": 2, "feed_forward": 48}
-    data = {"name": "tiny", "kind": "language", "model": model, "train": base | settings}
-    return LanguageRunConfig.model_validate(data)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +50,7 @@ def parquet(records: list[Record], tmp_path_factory: pytest.TempPathFactory) -> 
 def trained(parquet: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished run."""
     out = tmp_path_factory.mktemp("run")
-    train_language(tiny(parquet), out, device="cpu")
+    train_language(language_run(parquet), out, device="cpu")
     return out
 
 
@@ -75,7 +58,7 @@ def trained(parquet: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def model() -> LanguageModel:
     """Two blocks with weights so large that attention matters."""
     torch.manual_seed(3)
-    config = tiny().model.model_copy(update={"layers": 2})
+    config = language_run().model.model_copy(update={"layers": 2})
     network = build(config.to_huggingface(TOKENIZER))
     with torch.no_grad():
         for parameter in network.parameters():
@@ -92,7 +75,7 @@ def prompts() -> list[list[int]]:
 
 def test_loss_is_that_of_transformers(model: LanguageModel, records: list[Record]) -> None:
     """The batch, padded and with the head on answers alone, against one example at a time."""
-    trainer = Trainer(tiny(), records, records)
+    trainer = Trainer(language_run(), records, records)
     data = next(trainer.batches())
     found = answer_loss(model.model, *map(torch.from_numpy, (data.tokens, data.targets)))
     wanted = 0.0
@@ -111,7 +94,7 @@ def test_gradients_of_shares_add_up(records: list[Record]) -> None:
     for shards in ([Shard()], [Shard(0, 2), Shard(1, 2)]):
         sums: list[torch.Tensor] = []
         for shard in shards:
-            trainer = Trainer(tiny(), records, records, shard=shard)
+            trainer = Trainer(language_run(), records, records, shard=shard)
             data = next(trainer.batches())
             (trainer.loss(data) / data.answer_tokens).backward()
             own = [p.grad.clone() for p in trainer.parameters if p.grad is not None]
@@ -181,7 +164,7 @@ def test_greedy_text(model: LanguageModel) -> None:
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_loss_falls(records: list[Record], precision: str) -> None:
-    trainer = Trainer(tiny(steps=30, ema=0.5, precision=precision), records, records)
+    trainer = Trainer(language_run(steps=30, ema=0.5, precision=precision), records, records)
     before = trainer.validate()["loss"]
     for data in islice(trainer.batches(), 30):
         trainer.train_step(data)
@@ -189,7 +172,7 @@ def test_loss_falls(records: list[Record], precision: str) -> None:
 
 
 def test_goes_on_to_the_byte(parquet: Path, trained: Path, tmp_path: Path) -> None:
-    config = tiny(parquet)
+    config = language_run(parquet)
     trainer = Trainer(config, read_records(parquet), read_records(parquet))
     trainer.resume(trained / "step_00000003")
     for data in islice(trainer.batches(), 3):
@@ -221,7 +204,7 @@ def adapter(parquet: Path, trained: Path, tmp_path_factory: pytest.TempPathFacto
 
 
 def adapted(parquet: Path, base: Path) -> LanguageRunConfig:
-    config = tiny(parquet, init_from=str(base / "final"), questions=["band_gap"])
+    config = language_run(parquet, init_from=str(base / "final"), questions=["band_gap"])
     return LanguageRunConfig.model_validate(config.model_dump() | {"lora": {"rank": 4}})
 
 
@@ -263,7 +246,7 @@ def test_adapter_of_another_base(trained: Path, adapter: Path) -> None:
 
 def test_adapter_without_base() -> None:
     with pytest.raises(ValueError, match=r"train\.init_from"):
-        LanguageRunConfig.model_validate(tiny().model_dump() | {"lora": {}})
+        LanguageRunConfig.model_validate(language_run().model_dump() | {"lora": {}})
 
 
 # Folders

@@ -11,7 +11,7 @@ from common.crystal.structure import Crystal, Site
 from common.data.store import Record
 from common.evaluate.controls import NearestTemplate, fit_standardizer, random_draw, roles_of
 from common.evaluate.match import rms_distance
-from common.evaluate.run import Evaluation, read_back
+from common.evaluate.run import Evaluation, Told, read_back
 from common.evaluate.symmetry import SymmetryLabel
 
 
@@ -110,8 +110,9 @@ def test_evaluation_of_the_shipped_checkpoint_and_its_controls() -> None:
         seed=0,
         steps=20,
         device="cpu",
-        given=("formation_energy",),
+        told=Told.of(references, ("formation_energy",), "true", 0),
     )
+    assert row.run.given == "true symmetry, formation_energy"
     # Both are common prototypes in its training data: a trained network makes them.
     assert row.metrics.match_rate.value == 1.0
     assert row.metrics.composition_exact is not None

@@ -9,6 +9,7 @@ import pytest
 from pymatgen.analysis.structure_matcher import StructureMatcher
 from pymatgen.core import Lattice, Structure
 
+from common.evaluate import match
 from common.evaluate.match import (
     STANDARD,
     TIGHT,
@@ -245,6 +246,25 @@ def _items() -> list[MatchItem]:
         MatchItem((None, _absurd()["noise"]), rock_salt()),
         MatchItem((), textbook("rutile TiO2")),
     ]
+
+
+def test_cells_of_other_sizes_are_not_reduced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three atoms of TiO2 cannot be the six of rutile; twice as many can."""
+    reduced: list[int] = []
+    original = match.reduced_cell
+
+    def counting(structure: Structure, primitive: bool = True) -> match.Cell:
+        reduced.append(len(structure))
+        return original(structure, primitive)
+
+    monkeypatch.setattr(match, "reduced_cell", counting)
+    rutile = textbook("rutile TiO2")
+    doubled = rutile * (1, 1, 2)
+    three = Structure(Lattice.cubic(4.0), ["Ti", "O", "O"], [[0, 0, 0], [0.5] * 3, [0.5, 0.5, 0]])
+    assert rms_distance(three, rutile) is None
+    assert reduced == [6], "the reference alone"
+    assert rms_distance(doubled, rutile) == pytest.approx(0, abs=1e-4)
+    assert reduced == [6, 6, 12]
 
 
 def test_results_do_not_depend_on_the_number_of_workers() -> None:

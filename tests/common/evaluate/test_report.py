@@ -274,6 +274,11 @@ def test_markdown_tables() -> None:
     ]
     assert cells(text, "model against random \\| draw") == ["3", "1", "0", "1", "0.62"]
     assert cells(text, "checkpoint") == ["0123abcd", "-"]
+    assert cells(text.split("## Among")[1], "model") == [
+        "60.00 (23.1 to 88.2), 0.1400",
+        "80.00 (37.6 to 96.4), 0.1925",
+    ]
+    assert "## Among" not in to_markdown([control()])
     assert cells(text, "not comparable") == ["1", "0"]
     tables = [block for block in text.split("\n\n") if block.startswith("|")]
     for table in tables:

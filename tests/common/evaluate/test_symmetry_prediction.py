@@ -3,16 +3,17 @@
 import pytest
 
 from common.data.store import Record
-from common.evaluate.symmetry_controls import TemplateControls
+from common.evaluate.symmetry_controls import TemplateControls, rank_new
 from common.evaluate.symmetry_prediction import (
     Outcome,
     calibration_error,
     legal_answers,
     outcome_of,
     rates,
+    reliability,
 )
 from common.language.prompt import Symmetry, write_answer
-from common.prior import SymmetryCandidate
+from common.prior import SymmetryCandidate, TemplatePrior
 from tests.crystals import TEXTBOOK
 from tests.training import textbook_records
 
@@ -75,6 +76,8 @@ def test_calibration_error() -> None:
     unsure = [Outcome(0, None, 0.35, True)] * 4
     assert calibration_error(unsure) == pytest.approx(0.35)
     assert calibration_error(sure + unsure) == pytest.approx(0.275)
+    bins = [(one.rows, one.sure, one.right) for one in reliability(sure + unsure)]
+    assert bins == [(4, pytest.approx(0.35), 0), (4, pytest.approx(0.95), 3)]
 
 
 def test_legal_answers() -> None:
@@ -130,3 +133,40 @@ def test_controls_are_legal(controls: TemplateControls) -> None:
 def test_nothing_alike(controls: TemplateControls) -> None:
     assert controls.majority({11: 7, 17: 12}) == []
     assert controls.nearest({11: 7, 17: 12}) == []
+
+
+def test_known_polymorphs_come_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What training has of TiO2; the others keep their order and their odds."""
+    prior = TemplatePrior.load()
+    counts = RECORDS["rutile TiO2"].crystal.formula_counts
+    rows = prior.reference.rows_of_formula(counts)
+    known = {Symmetry.of_crystal(prior.reference.crystal(row)) for row in rows}
+    assert len(known) > 2
+    plain = prior.rank(counts, top=20 + len(known))
+    ranked = [Symmetry.of(c.space_group, c.sites) for c in plain]
+    assert ranked[0] in known
+    found = rank_new(prior, counts)
+    symmetries = [Symmetry.of(c.space_group, c.sites) for c in found]
+    rest = [c for c, symmetry in zip(plain, ranked, strict=True) if symmetry not in known]
+    assert [c.sites for c in found] == [c.sites for c in rest]
+    assert found[0].probability > rest[0].probability
+    ratio = found[0].probability / found[1].probability
+    assert ratio == pytest.approx(rest[0].probability / rest[1].probability)
+    assert known.isdisjoint(symmetries)
+    # Where there are no more than that, they are the last.
+    monkeypatch.setattr(prior, "rank", lambda *_, **__: plain[:8])
+    few = rank_new(prior, counts)
+    assert len(few) == 8
+    tail = [c for c in few if c.probability == 0]
+    assert few[-len(tail) :] == tail
+    assert [c.sites for c in tail] == [
+        c.sites for c, symmetry in zip(plain[:8], ranked, strict=False) if symmetry in known
+    ]
+    assert sum(c.probability for c in few) <= 1
+
+
+def test_unknown_compositions_are_ranked_as_ever() -> None:
+    prior = TemplatePrior.load()
+    counts = {55: 1, 118: 1}
+    assert prior.reference.rows_of_formula(counts) == []
+    assert rank_new(prior, counts) == prior.rank(counts)

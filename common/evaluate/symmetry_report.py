@@ -1,0 +1,376 @@
+"""Rows of symmetry prediction set side by side: JSON, Markdown tables, a plot."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from common.evaluate.statistics import PairedTest, Rate, mcnemar
+from common.evaluate.symmetry_prediction import (
+    CUTOFFS,
+    Outcome,
+    Reliability,
+    calibration_error,
+    reliability,
+)
+from common.evaluate.tables import COLOURS, MARKERS, number, percent, png, table, text
+from common.files import write_together
+
+FORMAT = "uni-mdm symmetry evaluation 1"
+#: Rows in a bin of the reliability diagram below which it says nothing.
+_FEWEST = 5
+
+Place = Literal["group", "assignment"]
+
+
+@dataclass(frozen=True)
+class SymmetryRun:
+    """How a row was made.
+
+    Attributes:
+        name: of the method, unique in a report.
+        split: which references.
+        target: the property that was told, or ``none``.
+        training_set, training_size: what it learned from, and the number of rows.
+        model: hash of what was learned; None where that is the rows themselves.
+        seed: that it was trained with; None where there is none, for ranking has no randomness.
+        seconds: to rank all rows.
+    """
+
+    name: str
+    split: str
+    target: str
+    training_set: str
+    training_size: int
+    model: str | None
+    seed: int | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What answers are worth as text.
+
+    Attributes:
+        kind: how they were made.
+        legal: share that is an answer, and a legal one of the composition.
+        exact: share that is the true text.
+        rouge: F1 in %, by library and name; see ``common.evaluate.language``.
+    """
+
+    kind: str
+    legal: float
+    exact: float
+    rouge: dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True)
+class SymmetryRow:
+    """One method on one set of references; the figures follow from the outcomes.
+
+    Attributes:
+        run: how it was made.
+        ids: of the references.
+        outcomes: where the truth stands in each ranking.
+        new: whether training has no row of the reference's reduced formula.
+        answers: as text.
+        figures: what there is besides.
+    """
+
+    run: SymmetryRun
+    ids: tuple[str, ...]
+    outcomes: tuple[Outcome, ...]
+    new: tuple[bool, ...]
+    answers: Answers
+    figures: dict[str, float] = field(default_factory=dict)
+
+    def rate(self, place: Place, cutoff: int, new: bool | None = None) -> Rate:
+        """How often the truth is among the first so many.
+
+        Args:
+            place: of the space group or of group and sites.
+            cutoff: that number.
+            new: only rows of new formulas, or only of known ones.
+        """
+        rows = zip(self.outcomes, self.new, strict=True)
+        found = [getattr(o, place) for o, is_new in rows if new in (None, is_new)]
+        return Rate.of(p is not None and p < cutoff for p in found)
+
+    @cached_property
+    def legal(self) -> Rate:
+        """Rankings all of whose candidates are legal."""
+        return Rate.of(outcome.legal for outcome in self.outcomes)
+
+    @cached_property
+    def calibration_error(self) -> float:
+        """See ``symmetry_prediction.calibration_error``."""
+        return calibration_error(self.outcomes)
+
+    @cached_property
+    def reliability(self) -> list[Reliability]:
+        """See ``symmetry_prediction.reliability``."""
+        return reliability(self.outcomes)
+
+    @property
+    def first_right(self) -> list[bool]:
+        """Whether the first candidate of each ranking is the truth."""
+        return [outcome.assignment == 0 for outcome in self.outcomes]
+
+
+def paired_test(first: SymmetryRow, second: SymmetryRow) -> PairedTest:
+    """McNemar's exact test on exact first candidates.
+
+    Raises:
+        ValueError: if the rows are not about the same references in the same order.
+    """
+    if first.ids != second.ids:
+        raise ValueError(f"{first.run.name!r} and {second.run.name!r} have other references")
+    return mcnemar(first.first_right, second.first_right)
+
+
+def write_symmetry_report(
+    rows: Sequence[SymmetryRow], folder: Path, name: str = "symmetry"
+) -> dict[str, Path]:
+    """Write ``<name>.json``, ``<name>.md`` and ``<name>.png``, all three or none.
+
+    Args:
+        rows: the method in question first; the others are tested against it.
+        folder: made if missing.
+
+    Returns:
+        The paths by suffix. Raises UserError if a file cannot be written.
+    """
+    paths = {suffix: Path(folder) / f"{name}.{suffix}" for suffix in ("json", "md", "png")}
+    write_together(
+        {
+            paths["json"]: to_json(rows),
+            paths["png"]: to_png(rows),
+            paths["md"]: to_markdown(rows, plot=paths["png"].name),
+        }
+    )
+    return paths
+
+
+def to_json(rows: Sequence[SymmetryRow]) -> str:
+    """The rows with their figures and every outcome."""
+    data = {
+        "format": FORMAT,
+        "rows": [
+            {
+                "run": asdict(row.run),
+                "rows": len(row.outcomes),
+                "new_formulas": sum(row.new),
+                "space_group": _rates(row, "group"),
+                "assignment": _rates(row, "assignment"),
+                "legal": _plain(row.legal),
+                "calibration_error": row.calibration_error,
+                "reliability": [asdict(one) for one in row.reliability],
+                "answers": asdict(row.answers),
+                "figures": row.figures,
+                "outcomes": [
+                    {"material_id": name, "new_formula": new, **asdict(outcome)}
+                    for name, new, outcome in zip(row.ids, row.new, row.outcomes, strict=True)
+                ],
+            }
+            for row in rows
+        ],
+        "paired_tests": [
+            {"first": rows[0].run.name, "second": row.run.name, **asdict(paired_test(rows[0], row))}
+            for row in rows[1:]
+        ],
+    }
+    return json.dumps(data, indent=1, allow_nan=False) + "\n"
+
+
+def _rates(row: SymmetryRow, place: Place) -> dict[str, Any]:
+    kinds: dict[str, bool | None] = {"all": None, "new_formula": True, "known_formula": False}
+    return {
+        name: {str(k): _plain(row.rate(place, k, new)) for k in CUTOFFS}
+        for name, new in kinds.items()
+    }
+
+
+def _plain(rate: Rate) -> dict[str, Any]:
+    low, high = rate.interval
+    share = None if rate.value is None else 100 * rate.value
+    return {
+        "hits": rate.hits,
+        "total": rate.total,
+        "percent": share,
+        "interval_percent": [100 * low, 100 * high],
+    }
+
+
+_LEGEND = (
+    "Share of rows (%) whose space group, and whose group with all Wyckoff sites (assignment, up "
+    "to relabelling by the group's normaliser), is among the first 1, 5 and 20 of a ranking, with "
+    "Wilson 95 % intervals. Legal: rankings all of whose symmetries add up to the composition. "
+    "Calibration error: of the first candidate's probability, in bins of a tenth. p: McNemar's "
+    "exact test of right first assignments against the first row."
+)
+
+
+def to_markdown(rows: Sequence[SymmetryRow], plot: str | None = None) -> str:
+    """Results by kind of formula, answers as text, and how each row was made, as tables."""
+    first = rows[0]
+    counts = Rate(sum(first.new), len(first.new))
+    parts = ["# Symmetry prediction", _LEGEND, _results_table(rows)]
+    parts += [f"## Formulas that training has not ({counts.hits} of {counts.total} rows)"]
+    parts += [_kind_table(rows, True)]
+    parts += ["## Other polymorphs of known formulas", _kind_table(rows, False)]
+    if plot:
+        parts.append(f"![Reliability, and share of exact assignments]({plot})")
+    parts += ["## Answers as text", _ANSWERS, _answers_table(rows)]
+    parts += ["## How the rows were made", _run_table(rows)]
+    return "\n\n".join(parts) + "\n"
+
+
+_ANSWERS = (
+    "Legal and exact: share of answers (%) that are legal, and that are the true text. ROUGE: F1 "
+    "in %, by rouge-score and by rouge-chinese as MindFormers computes it. It rewards text, not "
+    "crystallography: compare with what a majority template gets."
+)
+
+
+def _results_table(rows: Sequence[SymmetryRow]) -> str:
+    header = ["", *_cutoff_names(), "legal", "calibration error", "p"]
+    lines = []
+    for row in rows:
+        p = "-" if row is rows[0] else f"{paired_test(rows[0], row).p_value:.2g}"
+        lines.append(
+            [row.run.name, *_cutoffs(row), percent(row.legal), number(row.calibration_error), p]
+        )
+    return table(header, lines)
+
+
+def _kind_table(rows: Sequence[SymmetryRow], new: bool) -> str:
+    return table(["", *_cutoff_names()], [[row.run.name, *_cutoffs(row, new)] for row in rows])
+
+
+def _cutoff_names() -> list[str]:
+    return [f"{name} @{k}" for name in ("group", "assignment") for k in CUTOFFS]
+
+
+def _cutoffs(row: SymmetryRow, new: bool | None = None) -> list[str]:
+    places: tuple[Place, ...] = ("group", "assignment")
+    return [percent(row.rate(p, k, new), interval=k == 1) for p in places for k in CUTOFFS]
+
+
+def _answers_table(rows: Sequence[SymmetryRow]) -> str:
+    names = [(lib, name) for lib, own in rows[0].answers.rouge.items() for name in own]
+    header = ["", "made", "legal", "exact", *(f"{lib} {name}" for lib, name in names)]
+    return table(
+        header,
+        [
+            [
+                row.run.name,
+                row.answers.kind,
+                number(100 * row.answers.legal, 2),
+                number(100 * row.answers.exact, 2),
+                *(number(row.answers.rouge[lib][name], 2) for lib, name in names),
+            ]
+            for row in rows
+        ],
+    )
+
+
+def _run_table(rows: Sequence[SymmetryRow]) -> str:
+    fields: list[tuple[str, Callable[[SymmetryRow], object]]] = [
+        ("split", lambda row: row.run.split),
+        ("rows", lambda row: len(row.outcomes)),
+        ("property told", lambda row: row.run.target),
+        ("training set", lambda row: row.run.training_set),
+        ("training rows", lambda row: row.run.training_size),
+        ("model", lambda row: row.run.model),
+        ("seed", lambda row: row.run.seed),
+        ("ranking (s)", lambda row: f"{row.run.seconds:.1f}"),
+    ]
+    lines = [[name, *(text(get(row)) for row in rows)] for name, get in fields]
+    for name in dict.fromkeys(name for row in rows for name in row.figures):
+        lines.append([name.replace("_", " "), *(_figure(row.figures, name) for row in rows)])
+    return table(["", *(row.run.name for row in rows)], lines)
+
+
+def _figure(figures: Mapping[str, float], name: str) -> str:
+    return f"{figures[name]:.5g}" if name in figures else "-"
+
+
+def to_png(rows: Sequence[SymmetryRow]) -> bytes:
+    """How sure and how often right the first candidates are, and exact assignments by cutoff."""
+    figure = Figure(figsize=(12, 5), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2, width_ratios=(1, 1.3))
+    _plot_reliability(left, rows)
+    _plot_cutoffs(right, rows)
+    figure.legend(
+        *right.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False
+    )
+    return png(figure)
+
+
+def _plot_reliability(axes: Axes, rows: Sequence[SymmetryRow]) -> None:
+    axes.plot([0, 100], [0, 100], color="0.6", linewidth=1, linestyle="--")
+    for index, row in enumerate(rows):
+        bins = [one for one in row.reliability if one.rows >= _FEWEST]
+        rates = [Rate(one.right, one.rows) for one in bins]
+        shares = np.array([100 * one.right / one.rows for one in bins])
+        bounds = np.array([rate.interval for rate in rates]).reshape(-1, 2)
+        axes.errorbar(
+            [100 * one.sure for one in bins],
+            shares,
+            yerr=np.abs(100 * bounds.T - shares),
+            fmt=_marker(index),
+            linestyle="-",
+            linewidth=1,
+            markersize=5,
+            color=_colour(index),
+            capsize=2,
+        )
+    axes.set_xlim(-2, 102)
+    axes.set_ylim(-2, 102)
+    axes.set_xlabel("probability of the first candidate (%)")
+    axes.set_ylabel("first candidate right (%), 95 % intervals")
+    axes.grid(alpha=0.3)
+
+
+def _plot_cutoffs(axes: Axes, rows: Sequence[SymmetryRow]) -> None:
+    """Bars of all rows; a mark where rows of new formulas alone stand."""
+    width = 0.8 / max(len(rows), 1)
+    for index, row in enumerate(rows):
+        places = np.arange(len(CUTOFFS)) + (index - (len(rows) - 1) / 2) * width
+        rates = [row.rate("assignment", k) for k in CUTOFFS]
+        shares = np.array([100 * (rate.value or 0.0) for rate in rates])
+        bounds = np.array([rate.interval for rate in rates])
+        axes.bar(
+            places,
+            shares,
+            0.9 * width,
+            yerr=np.abs(100 * bounds.T - shares),
+            color=_colour(index),
+            alpha=0.75,
+            capsize=2,
+            label=row.run.name,
+        )
+        new = [row.rate("assignment", k, new=True).value for k in CUTOFFS]
+        marked = [(x, 100 * y) for x, y in zip(places, new, strict=True) if y is not None]
+        for x, y in marked:
+            axes.scatter(x, y, marker="_", s=90, color="black", zorder=3)
+    axes.set_xticks(np.arange(len(CUTOFFS)), [f"first {k}" for k in CUTOFFS])
+    axes.set_ylim(0, 100)
+    axes.set_ylabel("exact assignment (%); line: new formulas alone")
+    axes.grid(axis="y", alpha=0.3)
+
+
+def _colour(index: int) -> str:
+    return COLOURS[index % len(COLOURS)]
+
+
+def _marker(index: int) -> str:
+    return MARKERS[index % len(MARKERS)]

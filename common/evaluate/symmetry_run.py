@@ -1,0 +1,182 @@
+"""Measures what ranks symmetries: a language model, and the controls that it must beat."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress, track
+
+from common.checkpoint import LATEST, MANIFEST, load_checkpoint
+from common.data.store import Record
+from common.evaluate.language import rouge
+from common.evaluate.symmetry_controls import TemplateControls, rank_new
+from common.evaluate.symmetry_prediction import CUTOFFS, legal_answers, outcome_of
+from common.evaluate.symmetry_report import Answers, SymmetryRow, SymmetryRun
+from common.language.calibration import answer_nats, fit_temperature, true_choices
+from common.language.model import LanguageModel, rank_questions, write_answers
+from common.language.prompt import Question, Symmetry, write_answer
+from common.prior import SymmetryCandidate, TemplatePrior
+
+#: Symmetries that are asked for.
+TOP = max(CUTOFFS)
+
+_Rank = Callable[[Mapping[int, int], Mapping[str, float]], Sequence[SymmetryCandidate]]
+
+
+def properties_of(record: Record, target: str) -> dict[str, float]:
+    """The property that a question names; none if the row has none, or ``target`` is ``none``."""
+    value = None if target == "none" else record.properties[target]
+    return {} if value is None else {target: value}
+
+
+def training_of(folder: Path) -> dict[str, Any]:
+    """Settings under which a language model was trained; empty where its folder does not say."""
+    if not any((folder / name).is_file() for name in (LATEST, MANIFEST)):
+        return {}
+    settings = load_checkpoint(folder).config.get("train")
+    return settings if isinstance(settings, dict) else {}
+
+
+class SymmetryEvaluation:
+    """Rows whose symmetry is asked for, and what is true of them.
+
+    Args:
+        references: the rows.
+        split: their name.
+        target: ``band_gap``, ``formation_energy`` or ``none``: what questions name.
+        training: rows that the controls learn from.
+        training_name: their name.
+        prior: the template prior.
+        console: where progress is shown.
+    """
+
+    def __init__(
+        self,
+        references: Sequence[Record],
+        split: str,
+        target: str,
+        training: Sequence[Record],
+        training_name: str,
+        prior: TemplatePrior,
+        console: Console | None = None,
+    ) -> None:
+        self._references = list(references)
+        self._crystals = [record.crystal for record in references]
+        self._properties = [properties_of(record, target) for record in references]
+        self._symmetries = [Symmetry.of_crystal(crystal) for crystal in self._crystals]
+        self._texts = [write_answer(symmetry) for symmetry in self._symmetries]
+        self._split, self._target = split, target
+        self._training = list(training)
+        self._training_name = training_name
+        self._prior = prior
+        formulas = {record.reduced_formula for record in training}
+        self._new = tuple(record.reduced_formula not in formulas for record in references)
+        self._console = console or Console(stderr=True)
+
+    def model(self, model: LanguageModel, name: str, seed: int | None) -> SymmetryRow:
+        """The row of a language model, with what its unconstrained answers are worth.
+
+        Args:
+            model: asked about every row.
+            name: of the row.
+            seed: that it was trained with, if known.
+        """
+        questions = [
+            Question.ask(crystal.formula_counts, properties)
+            for crystal, properties in zip(self._crystals, self._properties, strict=True)
+        ]
+        start = time.perf_counter()
+        with Progress(console=self._console, transient=True) as bars:
+            show = partial(_progress, bars)
+            rankings = rank_questions(model, questions, top=TOP, progress=show(f"{name}: ranking"))
+            seconds = time.perf_counter() - start
+            choices = true_choices(
+                model, questions, self._symmetries, progress=show(f"{name}: true answers")
+            )
+            answers = write_answers(model, questions, progress=show(f"{name}: answers"))
+        return self._row(
+            name,
+            [ranking.candidates for ranking in rankings],
+            seconds,
+            self._answers(answers, "without constraint"),
+            model=model.name,
+            seed=seed,
+            training=(self._training_name, len(self._training)),
+            figures={
+                "sequences_scored": sum(ranking.scored for ranking in rankings),
+                "nats_of_truth": answer_nats(choices),
+                "best_temperature": fit_temperature(choices),
+            },
+        )
+
+    def controls(self) -> list[SymmetryRow]:
+        """The prior with and without known polymorphs, and templates by count and likeness."""
+        learned = track(self._training, "Training templates", console=self._console, transient=True)
+        templates = TemplateControls(learned)
+        source = self._prior.metadata
+        fitted = str(source["source"].get("name", "unknown")), int(source["rows"])
+        counted = self._training_name, len(self._training)
+        prior = partial(self._prior.rank, top=TOP)
+        new = partial(rank_new, self._prior, top=TOP)
+        return [
+            self._control("template prior", prior, fitted, self._prior.hash),
+            self._control(
+                "template prior, known polymorphs excluded", new, fitted, self._prior.hash
+            ),
+            self._control("majority template", lambda c, _: templates.majority(c, TOP), counted),
+            self._control("nearest composition", lambda c, _: templates.nearest(c, TOP), counted),
+        ]
+
+    def _control(
+        self, name: str, rank: _Rank, training: tuple[str, int], model: str | None = None
+    ) -> SymmetryRow:
+        start = time.perf_counter()
+        rows = list(zip(self._crystals, self._properties, strict=True))
+        shown = track(rows, name, console=self._console, transient=True)
+        rankings = [rank(crystal.formula_counts, properties) for crystal, properties in shown]
+        seconds = time.perf_counter() - start
+        firsts = [_first_answer(ranking) for ranking in rankings]
+        answers = self._answers(firsts, "first of the ranking")
+        return self._row(name, rankings, seconds, answers, model=model, training=training)
+
+    def _answers(self, texts: Sequence[str], kind: str) -> Answers:
+        return Answers(
+            kind,
+            legal_answers(texts, self._crystals),
+            sum(map(str.__eq__, texts, self._texts)) / len(texts),
+            rouge(texts, self._texts),
+        )
+
+    def _row(
+        self,
+        name: str,
+        rankings: Sequence[Sequence[SymmetryCandidate]],
+        seconds: float,
+        answers: Answers,
+        *,
+        training: tuple[str, int],
+        model: str | None = None,
+        seed: int | None = None,
+        figures: Mapping[str, float] | None = None,
+    ) -> SymmetryRow:
+        run = SymmetryRun(name, self._split, self._target, *training, model, seed, seconds)
+        outcomes = map(outcome_of, self._crystals, rankings)
+        ids = tuple(record.material_id for record in self._references)
+        return SymmetryRow(run, ids, tuple(outcomes), self._new, answers, dict(figures or {}))
+
+
+def _first_answer(ranking: Sequence[SymmetryCandidate]) -> str:
+    """What a ranking would answer; nothing if it is empty."""
+    return write_answer(Symmetry.of(ranking[0].space_group, ranking[0].sites)) if ranking else ""
+
+
+def _progress(bars: Progress, description: str) -> Callable[[int, int], None]:
+    task = bars.add_task(description, total=None)
+
+    def report(done: int, total: int) -> None:
+        bars.update(task, completed=done, total=total)
+
+    return report

@@ -1,0 +1,49 @@
+"""How reports write numbers, tables and plots."""
+
+import io
+from collections.abc import Iterable, Sequence
+
+from matplotlib.figure import Figure
+
+from common.evaluate.statistics import Rate
+
+#: Of the rows of a report, in their order; told apart by the colour-blind too.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+MARKERS = "osD^vPX"
+
+
+def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A Markdown table, first column left, the others right."""
+    marks = ["---", *["---:"] * (len(header) - 1)]
+    cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in line] for line in lines]
+    names = [name.replace("|", "\\|") for name in header]
+    return "\n".join("| " + " | ".join(line) + " |" for line in (names, marks, *cells))
+
+
+def percent(rate: Rate | None, interval: bool = False) -> str:
+    """A rate in %, and its 95 % interval; a dash of no trials."""
+    if rate is None or rate.value is None:
+        return "-"
+    # Rounding must not turn 99.97 % into "all".
+    shown = "100" if rate.hits == rate.total else f"{min(100 * rate.value, 99.99):.2f}"
+    if not interval:
+        return shown
+    low, high = rate.interval
+    return f"{shown} ({100 * low:.1f} to {100 * high:.1f})"
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """A number, or a dash."""
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def text(value: object) -> str:
+    """Anything, or a dash for None."""
+    return "-" if value is None else str(value)
+
+
+def png(figure: Figure) -> bytes:
+    """A figure as a file; the same figure gives the same bytes."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()

@@ -1,0 +1,305 @@
+"""What ranks the symmetries of a composition: a language model if there is one, and the prior.
+
+The language model answers under a grammar of what the user left open. What it cannot answer, such
+as cells larger than it was made for, and what is wanted beyond its answers, comes from the template
+prior. Symmetries have the letters that the prior gives them, whoever ranked them, so that the same
+symmetry gets the same noise.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from common.backend import load_language_model
+from common.checkpoint import ADAPTER, LATEST, MANIFEST, load_checkpoint, shipped
+from common.composition import check_sites
+from common.crystal.wyckoff import Sites, wyckoff_summary
+from common.errors import UserError
+
+if TYPE_CHECKING:
+    from common.language.model import LanguageModel
+    from common.language.search import Progress
+    from common.pipeline import Query
+    from common.prior import SymmetryCandidate, TemplatePrior
+
+#: In place of a folder: no language model.
+PRIOR = "prior"
+PRIOR_NAME = "template prior"
+#: Shipped folders by what they were trained to be asked about; the last one is asked about all.
+SHIPPED_MODELS = {"band_gap": "glm4_tiny_bg", "formation_energy": "glm4_tiny_fm"}
+SHIPPED_BASE = "glm4_tiny"
+#: So many are always searched for, lest what is found depend on how many are shown.
+_SEARCHED = 20
+#: This project's packages: a module of theirs that is absent is no package to be installed.
+_OWN = ("common", "torch_impl", "ms_impl", "ckpt_convert")
+
+
+@dataclass(frozen=True)
+class Ranker:
+    """What ranks symmetries.
+
+    Attributes:
+        prior: ranks by itself, or after the language model.
+        model: the language model, if there is one.
+        name: of its folder.
+        folder: where it is.
+        note: why the model that was asked for is not used, in one line; empty if it is.
+    """
+
+    prior: "TemplatePrior"
+    model: "LanguageModel | None" = None
+    name: str = PRIOR_NAME
+    folder: Path | None = None
+    note: str = ""
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """Name and hash of what ranks first."""
+        return {"name": self.name, "hash": self.model.name if self.model else self.prior.hash}
+
+    def rank(
+        self,
+        rows: Sequence[tuple[Mapping[int, int], Mapping[str, float]]],
+        top: int,
+        progress: "Progress | None" = None,
+    ) -> list[list["SymmetryCandidate"]]:
+        """Rankings of many compositions, nothing else fixed.
+
+        The language model is given many at once, so that the last digits of a probability may
+        depend on the others; see ``rank_symmetries`` for one query.
+
+        Args:
+            rows: counts by atomic number, and at most one property, of each.
+            top: symmetries of each.
+            progress: called with the compositions that are done, and all.
+        """
+        first = self._asked(rows, top, progress)
+        rankings = []
+        for (counts, properties), found in zip(rows, first, strict=True):
+            if len(found) < top:
+                others = self.prior.rank(counts, properties, top=top + len(found))
+                found = followed(found, others, top)
+            rankings.append(found)
+            if progress is not None and self.model is None:
+                progress(len(rankings), len(rows))
+        return rankings
+
+    def _asked(
+        self,
+        rows: Sequence[tuple[Mapping[int, int], Mapping[str, float]]],
+        top: int,
+        progress: "Progress | None",
+    ) -> list[list["SymmetryCandidate"]]:
+        """The language model's rankings; empty ones without it."""
+        if self.model is None:
+            return [[] for _ in rows]
+        from common.language.model import rank_questions
+        from common.language.prompt import Question
+
+        questions = [Question.ask(counts, properties) for counts, properties in rows]
+        found = rank_questions(self.model, questions, top=max(top, _SEARCHED), progress=progress)
+        return [
+            self.prior.labelled(counts, ranking.candidates[:top])
+            for (counts, _), ranking in zip(rows, found, strict=True)
+        ]
+
+
+def load_ranker(
+    properties: Sequence[str],
+    symmetry_model: str | Path | None = None,
+    prior: "TemplatePrior | str | Path | None" = None,
+    backend: str = "auto",
+) -> Ranker:
+    """What ranks symmetries for a property (or none).
+
+    Args:
+        properties: names, at most one.
+        symmetry_model: a folder, ``prior``, or None for the shipped model, if there is one.
+        prior: or its path; the shipped one without it.
+        backend: as in ``common.backend.load_backend``.
+
+    Raises:
+        UserError: if a file is missing or damaged.
+    """
+    if prior is None or isinstance(prior, str | Path):
+        prior = load_prior(None if prior is None else Path(prior))
+    folder = _folder(next(iter(properties), None), symmetry_model)
+    if folder is None:
+        return Ranker(prior)
+    try:
+        model = load_language_model(folder, backend, _shipped_base(folder))
+        return Ranker(prior, model, _name(folder), folder)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").split(".")[0]
+        if not package or package in _OWN:
+            raise
+        note = (
+            f"language model {folder} is not used, the template prior ranks: package '{package}' "
+            "is not installed; pip install 'uni-mdm[language,language-torch]'"
+        )
+        return Ranker(prior, note=note if symmetry_model is not None else "")
+
+
+@lru_cache(maxsize=2)
+def load_prior(path: Path | None = None) -> "TemplatePrior":
+    """The template prior of a path, or the shipped one; kept for the next call."""
+    from common.prior import SHIPPED, TemplatePrior
+
+    return TemplatePrior.load(path or SHIPPED)
+
+
+def _folder(wanted: str | None, given: str | Path | None) -> Path | None:
+    """The folder of a language model; None for the prior."""
+    if given is not None:
+        return None if str(given) == PRIOR else Path(given)
+    known = shipped()
+    names = (SHIPPED_MODELS.get(wanted or ""), SHIPPED_BASE)
+    return next((known[name] for name in names if name in known), None)
+
+
+def _name(folder: Path) -> str:
+    """A run's name rather than that of its last folder."""
+    path = folder.resolve()
+    return path.parent.name if path.name == "final" else path.name
+
+
+def _shipped_base(folder: Path) -> Path | None:
+    """The shipped weights that an adapter was trained on; None if they are not shipped."""
+    if not any((folder / name).is_file() for name in (LATEST, MANIFEST)):
+        return None
+    saved = load_checkpoint(folder)
+    if saved.manifest["format"] != ADAPTER.format:
+        return None
+    try:
+        text = (saved.path / "adapter_config.json").read_text(encoding="utf-8")
+        revision = json.loads(text).get("revision")
+    except (OSError, ValueError, AttributeError):
+        return None  # whoever loads it says what is wrong
+    base = shipped().get(SHIPPED_BASE)
+    return base if base is not None and load_checkpoint(base).hash == revision else None
+
+
+def rank_symmetries(query: "Query", ranker: Ranker, top: int) -> list["SymmetryCandidate"]:
+    """The likeliest symmetries of a query, whose probabilities depend on nothing beside it.
+
+    Raises:
+        UserError: if nothing legal fits what the query fixes.
+    """
+    from common.prior import SymmetryCandidate
+    from common.templates import ordered_sites
+
+    if query.sites is not None and query.space_group is not None:
+        table = wyckoff_summary(query.space_group).letters
+        units = check_sites(query.sites, table, query.space_group, query.formula)
+        sites = ordered_sites(_plain_sites(query) or (), query.space_group)
+        return [SymmetryCandidate(query.space_group, sites, units, 1.0, "given")]
+    candidates = _language_candidates(query, ranker)[:top]
+    if len(candidates) < top:
+        others = _prior_candidates(query, ranker.prior, top + len(candidates))
+        candidates = followed(candidates, others, top)
+    if not candidates:
+        raise UserError(_nothing_legal(query))
+    return candidates
+
+
+def followed(
+    first: Sequence["SymmetryCandidate"], others: Sequence["SymmetryCandidate"], top: int
+) -> list["SymmetryCandidate"]:
+    """A ranking, and behind it what another one has besides.
+
+    What the first leaves of probability is shared in the others' proportions, nobody getting more
+    than the last of the first.
+    """
+    known = {_key(candidate) for candidate in first}
+    new = [candidate for candidate in others if _key(candidate) not in known]
+    if not first or not new:
+        return [*first, *new][:top]
+    left = max(0.0, 1.0 - sum(candidate.probability for candidate in first))
+    share = left / sum(candidate.probability for candidate in new)
+    limit = first[-1].probability
+    behind = [replace(c, probability=min(limit, share * c.probability)) for c in new]
+    return [*first, *behind][:top]
+
+
+def _key(candidate: "SymmetryCandidate") -> tuple[int, Sites]:
+    """The same for all descriptions of a symmetry."""
+    number = candidate.space_group
+    return number, wyckoff_summary(number).canonical(candidate.sites)
+
+
+def _language_candidates(query: "Query", ranker: Ranker) -> list["SymmetryCandidate"]:
+    """What the language model answers, given what is fixed; nothing where it cannot."""
+    if ranker.model is None:
+        return []
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+
+    from common.language.grammar import AnswerGrammar
+    from common.language.model import rank_questions
+    from common.language.prompt import Question
+    from common.templates import ordered_sites
+
+    question = Question.ask(query.formula.counts, query.properties)
+    try:
+        grammar = AnswerGrammar(
+            query.formula, space_group=query.space_group, z=query.z, sites=query.sites
+        )
+    except UserError:  # the cell is too large for it, or nothing is legal, as the prior will find
+        return []
+    # Alone and in one thread: other rows or threads would change the last digits.
+    with threadpool_limits(1):
+        (ranking,) = rank_questions(ranker.model, [question], top=_SEARCHED, grammars=[grammar])
+    given = _plain_sites(query)
+    if given is not None:
+        return [replace(c, sites=ordered_sites(given, c.space_group)) for c in ranking.candidates]
+    return ranker.prior.labelled(query.formula.counts, ranking.candidates)
+
+
+def _prior_candidates(
+    query: "Query", prior: "TemplatePrior", top: int
+) -> list["SymmetryCandidate"]:
+    candidates = prior.rank(
+        query.formula.counts,
+        query.properties,
+        space_group=query.space_group,
+        z=query.z,
+        units=query.formula.units if query.formula.units > 1 else None,
+        sites=_plain_sites(query),
+        top=230 if query.sites else top,
+    )
+    return candidates if query.sites is None else _with_multiplicities(query, candidates)[:top]
+
+
+def _with_multiplicities(
+    query: "Query", candidates: Sequence["SymmetryCandidate"]
+) -> list["SymmetryCandidate"]:
+    """Candidates in whose groups the user's letters have the user's multiplicities."""
+    kept = []
+    for candidate in candidates:
+        table = wyckoff_summary(candidate.space_group).letters
+        assert query.sites is not None
+        if all(s.multiplicity in (None, table[s.letter][0]) for s in query.sites):
+            kept.append(candidate)
+    total = sum(candidate.probability for candidate in kept)
+    return [replace(c, probability=c.probability / total) for c in kept]
+
+
+def _plain_sites(query: "Query") -> Sites | None:
+    if query.sites is None:
+        return None
+    return tuple((s.atomic_number, s.letter) for s in query.sites)
+
+
+def _nothing_legal(query: "Query") -> str:
+    """One line that says what cannot be done."""
+    fixed = [f"space group {query.space_group}"] if query.space_group else []
+    fixed += [f"z = {query.z}"] if query.z else []
+    fixed += [f"sites {' '.join(map(str, query.sites))}"] if query.sites else []
+    if query.formula.units > 1:
+        fixed += [f"{query.formula.units} formula units per cell"]
+    return (
+        f"{query.formula.text} cannot be placed with {', '.join(fixed) or 'these sites'}: "
+        "no Wyckoff positions add up to it; leave something free"
+    )

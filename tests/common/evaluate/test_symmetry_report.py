@@ -1,0 +1,122 @@
+"""Figures of symmetry rankings worked out by hand, and the files of a report."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import matplotlib.image
+import pytest
+
+from common.errors import UserError
+from common.evaluate.statistics import Rate
+from common.evaluate.symmetry_prediction import Outcome
+from common.evaluate.symmetry_report import (
+    Answers,
+    SymmetryRow,
+    SymmetryRun,
+    paired_test,
+    to_markdown,
+    to_png,
+    write_symmetry_report,
+)
+
+ROUGE = {"rouge_score": {"rouge-1": 61.25, "rouge-l": 50.0}}
+IDS = ("m-1", "m-2", "m-3", "m-4")
+#: Place of the group, of the assignment; the first two rows are of formulas that training has.
+PLACES = ((0, 0), (0, 4), (7, 19), (None, None))
+
+
+def row(name: str = "model", places: tuple = PLACES, **changes: object) -> SymmetryRow:
+    run = SymmetryRun(name, "val", "band_gap", "train", 25505, "0123abcd", 3, 12.34)
+    outcomes = tuple(Outcome(group, site, 0.75, group is not None) for group, site in places)
+    answers = Answers("without constraint", 0.5, 0.25, ROUGE)
+    made = SymmetryRow(run, IDS, outcomes, (False, False, True, True), answers)
+    return replace(made, **changes)
+
+
+def test_rates_by_hand() -> None:
+    made = row()
+    assert [made.rate("group", k) for k in (1, 5, 20)] == [Rate(2, 4), Rate(2, 4), Rate(3, 4)]
+    assert [made.rate("assignment", k) for k in (1, 5, 20)] == [Rate(1, 4), Rate(2, 4), Rate(3, 4)]
+    assert made.rate("assignment", 20, new=True) == Rate(1, 2)
+    assert made.rate("assignment", 1, new=False) == Rate(1, 2)
+    assert made.legal == Rate(3, 4)
+    assert made.calibration_error == pytest.approx(0.5)
+    assert [(one.rows, one.sure, one.right) for one in made.reliability] == [(4, 0.75, 1)]
+
+
+def test_paired_test_counts_first_assignments() -> None:
+    other = row("other", ((0, 1), (0, 0), (0, 0), (0, 0)))
+    found = paired_test(row(), other)
+    assert (found.first_only, found.second_only, found.both, found.neither) == (1, 3, 0, 0)
+    with pytest.raises(ValueError, match="other references"):
+        paired_test(row(), row(ids=IDS[::-1]))
+
+
+def cells(text: str, start: str) -> list[str]:
+    """Of the first line of a table that begins so."""
+    line = next(line for line in text.splitlines() if line.startswith(f"| {start} |"))
+    return [cell.strip() for cell in line.strip("|").split("|")][1:]
+
+
+def test_markdown() -> None:
+    other = row("prior", ((0, 1), (0, 0), (0, 0), (0, 0)), figures={"nats_of_truth": 4.81234})
+    text = to_markdown([row(), other], plot="symmetry.png")
+    assert cells(text, "model") == [
+        *("50.00 (15.0 to 85.0)", "50.00", "75.00"),
+        *("25.00 (4.6 to 69.9)", "50.00", "75.00"),
+        *("75.00", "0.5000", "-"),
+    ]
+    assert cells(text, "prior")[-1] == "0.62"
+    new, known, answers = (text.split(f"## {part}")[1] for part in ("Formulas", "Other", "Answers"))
+    assert "2 of 4 rows" in new
+    assert cells(new, "model")[3:] == ["0.00 (0.0 to 65.8)", "0.00", "50.00"]
+    assert cells(known, "model")[3:] == ["50.00 (9.5 to 90.5)", "100", "100"]
+    assert cells(answers, "model") == ["without constraint", "50.00", "25.00", "61.25", "50.00"]
+    for name, value in (
+        ("split", "val"),
+        ("rows", "4"),
+        ("property told", "band_gap"),
+        ("training set", "train"),
+        ("training rows", "25505"),
+        ("model", "0123abcd"),
+        ("seed", "3"),
+        ("ranking (s)", "12.3"),
+    ):
+        assert cells(text.split("## How")[1], name) == [value, value]
+    assert cells(text, "nats of truth") == ["-", "4.8123"]
+    for block in text.split("\n\n"):
+        assert len({line.count("|") for line in block.splitlines()}) == 1
+
+
+def test_files(tmp_path: Path) -> None:
+    paths = write_symmetry_report([row(), row("other")], tmp_path / "new")
+    names = sorted(path.name for path in (tmp_path / "new").iterdir())
+    assert names == ["symmetry.json", "symmetry.md", "symmetry.png"]
+    data = json.loads(paths["json"].read_text())
+    first = data["rows"][0]
+    assert first["assignment"]["all"]["5"]["percent"] == 50
+    assert first["assignment"]["new_formula"]["20"]["hits"] == 1
+    assert first["outcomes"][3] == {
+        "material_id": "m-4",
+        "new_formula": True,
+        "group": None,
+        "assignment": None,
+        "first": 0.75,
+        "legal": False,
+    }
+    assert data["paired_tests"][0]["p_value"] == 1
+    assert matplotlib.image.imread(paths["png"]).shape[0] > 300
+    before = {suffix: path.read_bytes() for suffix, path in paths.items()}
+    write_symmetry_report([row(), row("other")], tmp_path / "new")
+    assert {suffix: path.read_bytes() for suffix, path in paths.items()} == before
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match="cannot write"):
+        write_symmetry_report([row()], tmp_path / "file")
+
+
+def test_plots_of_extreme_rows() -> None:
+    nothing = row(places=((None, None),) * 4, new=(True,) * 4)
+    everything = row("all", ((0, 0),) * 4, new=(False,) * 4)
+    for rows in ([nothing], [everything], [nothing, everything]):
+        assert to_png(rows).startswith(b"\x89PNG")

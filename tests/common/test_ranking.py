@@ -1,0 +1,233 @@
+"""Who ranks a query's symmetries, under what is fixed, and what follows where it says little."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from common import ranking
+from common.crystal.wyckoff import wyckoff_summary
+from common.errors import UserError
+from common.language.config import LanguageRunConfig
+from common.pipeline import make_query
+from common.prior import SymmetryCandidate, TemplatePrior
+from common.ranking import PRIOR, PRIOR_NAME, Ranker, followed, load_ranker, rank_symmetries
+from tests.language import language_run
+
+LANGUAGE = "language model"
+
+
+@pytest.fixture(scope="module")
+def ranker(textbook_model: Path) -> Ranker:
+    return load_ranker([], textbook_model)
+
+
+def key(candidate: SymmetryCandidate) -> tuple:
+    number = candidate.space_group
+    return number, wyckoff_summary(number).canonical(candidate.sites)
+
+
+def check(found: list[SymmetryCandidate], count: int) -> None:
+    """So many different symmetries in the order of their probabilities, which are of one whole."""
+    probabilities = [candidate.probability for candidate in found]
+    assert len({key(candidate) for candidate in found}) == len(found) == count
+    assert probabilities == sorted(probabilities, reverse=True)
+    assert sum(probabilities) <= 1 + 1e-9
+
+
+# Ranking
+
+
+def test_language_model_ranks(ranker: Ranker) -> None:
+    found = rank_symmetries(make_query("NaCl"), ranker, 5)
+    check(found, 5)
+    assert {candidate.source for candidate in found} == {LANGUAGE}
+    assert found[0].space_group == 225, "a textbook crystal that it was shown"
+    prior = rank_symmetries(make_query("NaCl"), Ranker(ranker.prior), 5)
+    assert [key(c) for c in prior] != [key(c) for c in found]
+
+
+def test_number_shown_changes_nothing(ranker: Ranker) -> None:
+    query = make_query("SrTiO3", 1.8)
+    assert rank_symmetries(query, ranker, 1) == rank_symmetries(query, ranker, 20)[:1]
+
+
+def test_many_at_once_are_ranked_alike(ranker: Ranker) -> None:
+    queries = [make_query("NaCl", 5.0), make_query("SrTiO3"), make_query("KBr")]
+    together = ranker.rank([(q.formula.counts, q.properties) for q in queries], 5)
+    for query, found in zip(queries, together, strict=True):
+        alone = rank_symmetries(query, ranker, 5)
+        assert [key(c) for c in alone] == [key(c) for c in found]
+        for a, b in zip(alone, found, strict=True):
+            assert a.probability == pytest.approx(b.probability, rel=1e-3)
+
+
+def test_property_is_told(ranker: Ranker) -> None:
+    first, second = (rank_symmetries(make_query("NaCl", x), ranker, 5) for x in (0.0, 6.0))
+    assert first != second
+
+
+def test_space_group_is_a_condition(ranker: Ranker) -> None:
+    """What remains is divided among fewer, in the same proportions."""
+    everything = {key(c): c for c in rank_symmetries(make_query("SrTiO3"), ranker, 20)}
+    found = rank_symmetries(make_query("SrTiO3", space_group=221), ranker, 3)
+    check(found, 3)
+    assert {c.space_group for c in found} == {221}
+    assert {c.source for c in found} == {LANGUAGE}
+    ratios = [c.probability / everything[key(c)].probability for c in found if key(c) in everything]
+    assert len(ratios) >= 2
+    assert min(ratios) > 1
+    assert max(ratios) == pytest.approx(min(ratios), rel=0.05)
+
+
+def test_units_are_a_condition(ranker: Ranker) -> None:
+    found = rank_symmetries(make_query("SrTiO3", z=4), ranker, 5)
+    assert {(c.z, c.source) for c in found} == {(4, LANGUAGE)}
+    for candidate in rank_symmetries(make_query("Sr2Ti2O6"), ranker, 5):
+        assert candidate.z in (2, 2 * wyckoff_summary(candidate.space_group).centering)
+
+
+@pytest.mark.parametrize("sites", ["Sr:b Ti:a O:d", "Sr:1b Ti:1a O:3d"])
+def test_sites_are_a_condition(ranker: Ranker, sites: str) -> None:
+    """Their letters stay, although other letters say the same."""
+    found = rank_symmetries(make_query("SrTiO3", sites=sites), ranker, 100)
+    groups = [candidate.space_group for candidate in found]
+    assert 221 in groups
+    assert len(set(groups)) == len(groups)
+    assert found[0].source == LANGUAGE
+    for candidate in found:
+        assert set(candidate.sites) == {(38, "b"), (22, "a"), (8, "d")}
+    if "1b" in sites:
+        table = [wyckoff_summary(group).letters for group in groups]
+        assert {(t["b"][0], t["a"][0], t["d"][0]) for t in table} == {(1, 1, 3)}
+
+
+def test_letters_are_those_of_the_prior(ranker: Ranker) -> None:
+    """So that the noise of a symmetry does not depend on who ranks."""
+    known = {
+        key(c): c.sites
+        for c in rank_symmetries(make_query("SrTiO3"), Ranker(ranker.prior), 100)
+        if c.source == "template"
+    }
+    found = rank_symmetries(make_query("SrTiO3"), ranker, 20)
+    shared = [c for c in found if key(c) in known]
+    assert len(shared) >= 3
+    assert all(c.sites == known[key(c)] for c in shared)
+
+
+def test_prior_follows(ranker: Ranker) -> None:
+    found = rank_symmetries(make_query("NaCl"), ranker, 30)
+    check(found, 30)
+    sources = [candidate.source for candidate in found]
+    assert sources[:20] == [LANGUAGE] * 20
+    assert LANGUAGE not in sources[20:]
+
+
+def test_prior_answers_what_the_model_cannot() -> None:
+    """200 atoms in the primitive cell are more than its answers may have."""
+    query = make_query("SrTiO3", space_group=1, z=40)
+
+    class Refusing:
+        name = "refusing"
+
+    prior = TemplatePrior.load()
+    (found,) = rank_symmetries(query, Ranker(prior, Refusing()), 1)  # type: ignore[arg-type]
+    assert found.source != LANGUAGE
+
+
+def test_nothing_legal(ranker: Ranker) -> None:
+    with pytest.raises(UserError, match="cannot be placed"):
+        rank_symmetries(make_query("NaCl", space_group=227, z=3), ranker, 5)
+
+
+def candidate(group: int, letters: str, probability: float) -> SymmetryCandidate:
+    sites = ((11, letters[0]), (17, letters[1]))
+    return SymmetryCandidate(group, sites, 4, probability, "template")
+
+
+def test_what_is_left_is_shared() -> None:
+    """Half is left; Cl on 4a and Na on 4b is the first's rock salt."""
+    first = [candidate(225, "ab", 0.4), candidate(216, "ac", 0.1)]
+    others = [candidate(225, "ba", 0.5), candidate(221, "ab", 0.3), candidate(194, "ac", 0.1)]
+    found = followed(first, others, 4)
+    assert [c.space_group for c in found] == [225, 216, 221, 194]
+    assert [c.probability for c in found] == pytest.approx([0.4, 0.1, 0.1, 0.1]), "not above 0.1"
+    found = followed([candidate(225, "ab", 0.6)], others, 3)
+    assert [c.probability for c in found] == pytest.approx([0.6, 0.3, 0.1])
+    assert followed([], others, 2) == others[:2]
+    assert followed(first, [], 1) == first[:1]
+
+
+# Choice of the model
+
+
+def test_identity(ranker: Ranker) -> None:
+    assert ranker.identity == {"name": "run", "hash": ranker.model.name}
+    prior = load_ranker([], PRIOR)
+    assert prior.identity == {"name": PRIOR_NAME, "hash": prior.prior.hash}
+
+
+def test_shipped_model_for_the_property(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Path] = []
+
+    def load(folder: Path, backend: str, base: Path | None) -> object:
+        asked.append(folder)
+        raise ModuleNotFoundError(name="transformers.models")
+
+    monkeypatch.setattr(ranking, "load_language_model", load)
+    folders = {n: Path("absent") / n for n in ("glm4_tiny", "glm4_tiny_bg", "crystal_dit_small_bg")}
+    monkeypatch.setattr(ranking, "shipped", lambda: folders)
+    for properties in (["band_gap"], ["formation_energy"], []):
+        assert load_ranker(properties).model is None
+    assert [path.name for path in asked] == ["glm4_tiny_bg", "glm4_tiny", "glm4_tiny"]
+    monkeypatch.setattr(ranking, "shipped", lambda: {"crystal_dit_small_bg": Path("x")})
+    assert load_ranker(["band_gap"]).identity["name"] == PRIOR_NAME
+    assert len(asked) == 3
+
+
+def test_missing_packages(textbook_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line where the model was asked for; nothing where it was only there; no hidden bugs."""
+
+    def load(folder: Path, backend: str, base: Path | None) -> object:
+        raise ModuleNotFoundError(name=missing)
+
+    missing = "transformers.models"
+    monkeypatch.setattr(ranking, "load_language_model", load)
+    asked = load_ranker([], textbook_model)
+    assert asked.model is None
+    assert "'transformers' is not installed" in asked.note
+    assert "\n" not in asked.note
+    monkeypatch.setattr(ranking, "shipped", lambda: {"glm4_tiny": textbook_model})
+    assert load_ranker([]).note == ""
+    missing = "common.absent"
+    with pytest.raises(ModuleNotFoundError):
+        load_ranker([])
+
+
+def test_absent_and_foreign_folders(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="absent"):
+        load_ranker([], tmp_path / "absent")
+    (tmp_path / "notes").mkdir()
+    with pytest.raises(UserError, match="notes"):
+        load_ranker([], tmp_path / "notes")
+
+
+def test_adapter_finds_its_base_among_the_shipped(
+    textbook_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever it was trained."""
+    from torch_impl.backend import train_language
+
+    base = tmp_path / "base"
+    shutil.copytree(textbook_model, base)
+    parquet = textbook_model.parents[1] / "textbook.parquet"
+    config = language_run(parquet, init_from=str(base), questions=["band_gap"])
+    config = LanguageRunConfig.model_validate(config.model_dump() | {"lora": {"rank": 2}})
+    train_language(config, tmp_path / "adapter", device="cpu")
+    base.rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="base"):
+        load_ranker(["band_gap"], tmp_path / "adapter")
+    monkeypatch.setattr(ranking, "shipped", lambda: {"glm4_tiny": tmp_path / "elsewhere"})
+    found = load_ranker(["band_gap"], tmp_path / "adapter")
+    assert found.model is not None
+    assert found.name == "adapter"

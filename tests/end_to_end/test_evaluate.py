@@ -1,0 +1,96 @@
+"""`uni-mdm evaluate --given composition`, with networks at birth."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from common.cli import run
+from common.data.label import label_structure
+from common.data.store import Record, write_records
+from tests.crystals import textbook
+
+CRYSTALS = ("rock salt NaCl", "CsCl", "perovskite SrTiO3")
+MODEL = {"layers": 1, "width": 16, "edge_width": 16, "heads": 2, "properties": ["band_gap"]}
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Of three textbook crystals, with a network that has seen them twice."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    rows = str(folder / "rows.parquet")
+    records = [
+        Record(name, label_structure(textbook(name)), properties={"band_gap": 1.0 + index})
+        for index, name in enumerate(CRYSTALS)
+    ]
+    write_records(records, Path(rows))
+    train = {"steps": 2, "batch_size": 4, "warmup": 1, "data": rows, "validation": rows}
+    config = {"name": "tiny", "model": MODEL, "diffusion": {"steps": 2}, "train": train}
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(config))
+    out = folder / "run"
+    assert run(["train", str(folder / "tiny.yaml"), "--out", str(out), "--threads", "1"]) == 0
+    options = ["--data", rows, "--checkpoint", str(out / "final"), "--workers", "1"]
+    return ["evaluate", *options]
+
+
+def report(command: list[str], out: Path, *arguments: str) -> dict:
+    assert run([*command, "--out", str(out), *arguments]) == 0
+    return json.loads((out / "evaluation.json").read_text())
+
+
+def test_given_composition(command: list[str], tmp_path: Path) -> None:
+    options = ["--given", "composition", "--top", "3", "--symmetry-model", "prior"]
+    rows = report(command, tmp_path / "a", *options)["rows"]
+    assert [row["run"]["name"] for row in rows] == [
+        "template prior",
+        "template prior, known polymorphs excluded",
+        "nearest composition",
+    ]
+    for row in rows:
+        assert (row["run"]["k"], row["num_structures"]) == (3, 3)
+        assert row["run"]["given"] == "composition, band_gap"
+        assert list(row["metrics"]["match_at"]) == ["1", "2", "3"]
+        assert 3 <= row["metrics"]["composition_exact"]["total"] <= 9
+    assert "## Among the first candidates" in (tmp_path / "a" / "evaluation.md").read_text()
+    again = report(command, tmp_path / "b", *options)["rows"]
+    assert [row["outcomes"] for row in again] == [row["outcomes"] for row in rows]
+    null = report(command, tmp_path / "c", *options, "--property", "null", "--no-controls")["rows"]
+    assert [row["run"]["given"] for row in null] == ["composition"]
+
+
+def test_properties_with_true_symmetry(command: list[str], tmp_path: Path) -> None:
+    for kind, given in (
+        ("true", "true symmetry, band_gap"),
+        ("shuffled", "true symmetry, shuffled band_gap"),
+        ("null", "true symmetry"),
+    ):
+        rows = report(command, tmp_path / kind, "--no-controls", "--property", kind)["rows"]
+        assert rows[0]["run"]["given"] == given
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["--top", "3"], "--top goes with --given composition"),
+        (["--symmetry-model", "prior"], "--symmetry-model goes with"),
+        (["--given", "composition", "--num-samples", "2"], "--num-samples goes with"),
+        (["--given", "composition", "--symmetry-model", "absent"], "absent"),
+        (["--property", "some"], "shuffled"),
+    ],
+)
+def test_mistakes(
+    command: list[str],
+    arguments: list[str],
+    part: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    assert run([*command, *arguments]) == 2
+    error = capsys.readouterr().err
+    assert part in error
+    assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
