@@ -91,6 +91,32 @@ def test_published_setting_is_the_one_that_is_trained() -> None:
     assert load_config(folder / "diffcsp_pp.yaml").model == DIFFCSP_PP
 
 
+@pytest.mark.parametrize(
+    ("stem", "millions"),
+    [
+        ("crystal_dit_small_fm", 2.1),
+        ("diffcsp_pp_small", 2.0),
+        ("crystal_dit_paper_fm", 11.9),
+        ("crystal_dit_paper_bg", 11.9),
+        ("diffcsp_pp", 13.0),
+    ],
+)
+def test_parameters_are_as_many_as_the_files_say(stem: str, millions: float) -> None:
+    path = Path(__file__).resolve().parents[2] / "configs" / f"{stem}.yaml"
+    assert f"{millions} million" in path.read_text()
+    with torch.device("meta"):
+        model = CrystalDiT(load_config(path).model)
+    assert round(sum(p.numel() for p in model.parameters()) * 1e-6, 1) == millions
+
+
+def test_narrow_diffcsp_pp_differs_in_width_alone() -> None:
+    folder = Path(__file__).resolve().parents[2] / "configs"
+    narrow, published = (load_config(folder / f"diffcsp_pp{x}.yaml") for x in ("_small", ""))
+    assert narrow.diffusion == published.diffusion
+    width = {"width": DIFFCSP_PP.width, "edge_width": DIFFCSP_PP.edge_width}
+    assert narrow.model.model_copy(update=width) == DIFFCSP_PP
+
+
 def test_operations_of_the_published_sampler() -> None:
     """On conventional cells of 8 and 6 atoms, without the padding that this repository adds."""
     calls = [network_flops(DIFFCSP_PP, atoms, atoms) for atoms in (8, 6)]
