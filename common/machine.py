@@ -1,8 +1,14 @@
 """What this machine has."""
 
+import multiprocessing
 import os
 import signal
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import TypeVar
+
+Result = TypeVar("Result")
 
 
 def cpu_count() -> int:
@@ -43,6 +49,16 @@ def let_threads_sleep() -> None:
     """
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
         os.environ["OMP_WAIT_POLICY"] = "passive"
+
+
+def apart(function: Callable[..., Result], *arguments: object) -> Result:
+    """What a function returns in a process of its own.
+
+    Frameworks in one process disturb each other's threads, and keep the memory that they have had.
+    """
+    fresh = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=fresh) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def start_worker() -> None:

@@ -187,6 +187,15 @@ class TrainingRun(ABC, Generic[Data]):
 
     # Steps
 
+    def timed_batches(self) -> Iterator[Data]:
+        """``batches``, whose preparation counts as training time."""
+        batches = self.batches()
+        while True:
+            start = time.perf_counter()
+            data = next(batches)
+            self.seconds += time.perf_counter() - start
+            yield data
+
     def train_step(self, data: Data) -> dict[str, float]:
         """One optimiser step; returns what to log."""
         start = time.perf_counter()
@@ -463,7 +472,7 @@ def run_training(trainer: TrainingRun[Any], out: Path, resume: bool) -> None:
 
 
 def _follow(trainer: TrainingRun[Any]) -> None:
-    batches = trainer.batches()
+    batches = trainer.timed_batches()
     while trainer.step < trainer.config.train.steps:
         trainer.train_step(next(batches))
         if _due(trainer, trainer.config.train.validation_every):
@@ -473,7 +482,7 @@ def _follow(trainer: TrainingRun[Any]) -> None:
 def _lead(trainer: TrainingRun[Any], out: Path, log: "TrainingLog", progress: Progress) -> None:
     settings = trainer.config.train
     task = progress.add_task("training", total=settings.steps, completed=trainer.step, loss="")
-    batches = trainer.batches()
+    batches = trainer.timed_batches()
     window: list[dict[str, float]] = []
     while trainer.step < settings.steps:
         window.append(trainer.train_step(next(batches)))
