@@ -10,6 +10,7 @@ from common.checkpoint import load_checkpoint, shipped
 from common.config import parse_config
 from common.data.locations import DATASETS, dataset
 from common.data.store import Record
+from common.diffusion.score import own_calls
 from common.errors import UserError
 from common.files import output_folder
 
@@ -59,9 +60,7 @@ def command(
         references = _references(data, limit, workers)
         training = dataset(config.train.data, workers)
         evaluation = Evaluation(references, _split_name(data), training, config.train.data, workers)
-        calls = steps or config.diffusion.steps
-        if config.diffusion.kind == "score":
-            calls = steps or 2 * config.diffusion.timesteps
+        calls = steps or own_calls(config.diffusion)
         rows = [
             evaluation.model(
                 generator,

@@ -25,11 +25,29 @@ from common.evaluate.match import STANDARD, CandidateMatch
 from common.evaluate.statistics import PairedTest, Rate, mcnemar, mean
 from common.evaluate.strata import FREEDOM, freedom_class
 from common.evaluate.symmetry import SymmetryLabel
+from common.evaluate.tables import number, percent, table, text
 from common.files import write_together
 
 FORMAT = "uni-mdm evaluation 1"
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 _MARKERS = "osD^vPX"
+
+
+@dataclass(frozen=True)
+class TrainingCost:
+    """What it took to train a method.
+
+    Attributes:
+        seconds: of optimiser steps, the preparation of batches included, validation not.
+        steps: of the optimiser.
+        flops: floating-point operations of all steps; see ``common.speed.network_flops``.
+        parameters: of the network.
+    """
+
+    seconds: float
+    steps: int
+    flops: float
+    parameters: int
 
 
 @dataclass(frozen=True)
@@ -50,6 +68,8 @@ class RunInfo:
         wall_time: seconds to make all candidates.
         device: in words.
         peak_memory: MiB; None if not measured.
+        training: what it cost; None if not known.
+        flops: floating-point operations per candidate; None if not known.
     """
 
     name: str
@@ -66,6 +86,8 @@ class RunInfo:
     wall_time: float
     device: str
     peak_memory: float | None = None
+    training: TrainingCost | None = None
+    flops: float | None = None
 
 
 @dataclass(frozen=True)
@@ -182,6 +204,10 @@ class EvaluationRow:
         return tuple(_strata(self.outcomes))
 
 
+#: Two rows and the test of the first against the second.
+NamedTest = tuple[EvaluationRow, EvaluationRow, PairedTest]
+
+
 def paired_test(first: EvaluationRow, second: EvaluationRow) -> PairedTest:
     """McNemar's exact test on the match (top candidate) of two rows.
 
@@ -247,22 +273,27 @@ def to_json(rows: Sequence[EvaluationRow]) -> str:
     data = {
         "format": FORMAT,
         "rows": [
-            {
-                "run": asdict(row.run),
-                "num_structures": row.num_structures,
-                "seconds_per_structure": row.seconds_per_structure,
-                "metrics": _plain(row.metrics),
-                "strata": [_plain(one) for one in row.strata],
-                "outcomes": [asdict(one) for one in row.outcomes],
-            }
-            for row in rows
+            summary(row) | {"outcomes": [asdict(one) for one in row.outcomes]} for row in rows
         ],
-        "paired_tests": [
-            {"first": a.run.name, "second": b.run.name, **asdict(test)}
-            for a, b, test in _paired_tests(rows)
-        ],
+        "paired_tests": named_tests(_paired_tests(rows)),
     }
     return json.dumps(data, indent=1, allow_nan=False) + "\n"
+
+
+def summary(row: EvaluationRow) -> dict[str, Any]:
+    """A row as JSON types, without its outcomes."""
+    return {
+        "run": asdict(row.run),
+        "num_structures": row.num_structures,
+        "seconds_per_structure": row.seconds_per_structure,
+        "metrics": _plain(row.metrics),
+        "strata": [_plain(one) for one in row.strata],
+    }
+
+
+def named_tests(tests: Iterable[NamedTest]) -> list[dict[str, Any]]:
+    """Paired tests as JSON types."""
+    return [{"first": a.run.name, "second": b.run.name, **asdict(test)} for a, b, test in tests]
 
 
 def to_markdown(rows: Sequence[EvaluationRow], plot: str | None = None) -> str:
@@ -272,7 +303,7 @@ def to_markdown(rows: Sequence[EvaluationRow], plot: str | None = None) -> str:
     parts.append(_strata_table(rows))
     if plot:
         parts.append(f"![Match rate by free coordinates, and distances of the matches]({plot})")
-    if tests := _paired_table(rows):
+    if tests := paired_table(_paired_tests(rows)):
         parts += [
             "## Paired tests",
             "McNemar's exact test on the match of the first candidate.",
@@ -368,9 +399,7 @@ def _stratum(kind: str, label: str, members: Sequence[Outcome]) -> Stratum:
     return Stratum(kind, label, _found(values), _mean_found(values))
 
 
-def _paired_tests(
-    rows: Sequence[EvaluationRow],
-) -> list[tuple[EvaluationRow, EvaluationRow, PairedTest]]:
+def _paired_tests(rows: Sequence[EvaluationRow]) -> list[NamedTest]:
     """The first row against every other one about the same references."""
     ids = [{one.material_id for one in row.outcomes} for row in rows]
     return [
@@ -397,29 +426,6 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """A Markdown table, first column left, the others right."""
-    marks = ["---", *["---:"] * (len(header) - 1)]
-    cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in line] for line in lines]
-    names = [name.replace("|", "\\|") for name in header]
-    return "\n".join("| " + " | ".join(line) + " |" for line in (names, marks, *cells))
-
-
-def _percent(rate: Rate | None, interval: bool = False) -> str:
-    if rate is None or rate.value is None:
-        return "-"
-    # Rounding must not turn 99.97 % into "all".
-    text = "100" if rate.hits == rate.total else f"{min(100 * rate.value, 99.99):.2f}"
-    if not interval:
-        return text
-    low, high = rate.interval
-    return f"{text} ({100 * low:.1f} to {100 * high:.1f})"
-
-
-def _number(value: float | None, digits: int = 4) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
-
-
 def _results_table(rows: Sequence[EvaluationRow]) -> str:
     several = any(row.run.k > 1 for row in rows)
     header = ["", "match", "RMSE", "valid", "RMSE valid", "tight", "RMSE tight"]
@@ -429,47 +435,52 @@ def _results_table(rows: Sequence[EvaluationRow]) -> str:
     lines = []
     for row in rows:
         metrics = row.metrics
-        line = [row.run.name, _percent(metrics.match_rate, interval=True), _number(metrics.rmse)]
-        line += [_percent(metrics.match_valid), _number(metrics.rmse_valid)]
-        line += [_percent(metrics.match_tight), _number(metrics.rmse_tight)]
+        line = [row.run.name, percent(metrics.match_rate, interval=True), number(metrics.rmse)]
+        line += [percent(metrics.match_valid), number(metrics.rmse_valid)]
+        line += [percent(metrics.match_tight), number(metrics.rmse_tight)]
         if several:
             k = row.run.k
-            line += [f"{_percent(metrics.match_at[k])} (k={k})", _number(metrics.rmse_at[k])]
-        line += [_percent(metrics.metre), _number(metrics.crmse)]
-        line += [_percent(metrics.symmetry_kept), _percent(metrics.composition_exact)]
-        line += [str(row.run.network_calls), _number(row.seconds_per_structure, 3)]
+            line += [f"{percent(metrics.match_at[k])} (k={k})", number(metrics.rmse_at[k])]
+        line += [percent(metrics.metre), number(metrics.crmse)]
+        line += [percent(metrics.symmetry_kept), percent(metrics.composition_exact)]
+        line += [str(row.run.network_calls), number(row.seconds_per_structure, 3)]
         lines.append(line)
-    return _table(header, lines)
+    return table(header, lines)
 
 
 def _strata_table(rows: Sequence[EvaluationRow]) -> str:
+    return table(["", *(row.run.name for row in rows)], strata_lines(rows))
+
+
+def strata_lines(rows: Sequence[EvaluationRow]) -> list[list[str]]:
+    """Lines of a table with a column for each row: match rate, RMSE and number of every class."""
     by_row = [{(one.kind, one.label): one for one in row.strata} for row in rows]
     keys = list(dict.fromkeys(key for strata in by_row for key in strata))
-    lines = [
+    return [
         [f"{kind}: {label}", *(_stratum_cell(strata.get((kind, label))) for strata in by_row)]
         for kind, label in keys
     ]
-    return _table(["", *(row.run.name for row in rows)], lines)
 
 
 def _stratum_cell(stratum: Stratum | None) -> str:
     if stratum is None or not stratum.match_rate.total:
         return "-"
     rate = stratum.match_rate
-    return f"{_percent(rate, interval=True)}, {_number(stratum.rmse)}, n={rate.total}"
+    return f"{percent(rate, interval=True)}, {number(stratum.rmse)}, n={rate.total}"
 
 
-def _paired_table(rows: Sequence[EvaluationRow]) -> str:
+def paired_table(tests: Iterable[NamedTest]) -> str:
+    """Paired tests as a Markdown table; empty without any."""
     lines = [
         [
             f"{first.run.name} against {second.run.name}",
             *(str(n) for n in (test.first_only, test.second_only, test.both, test.neither)),
             f"{test.p_value:.2g}",
         ]
-        for first, second, test in _paired_tests(rows)
+        for first, second, test in tests
     ]
     header = ["", "only the first", "only the second", "both", "neither", "p"]
-    return _table(header, lines) if lines else ""
+    return table(header, lines) if lines else ""
 
 
 def _run_table(rows: Sequence[EvaluationRow]) -> str:
@@ -488,15 +499,11 @@ def _run_table(rows: Sequence[EvaluationRow]) -> str:
         ("wall time (s)", lambda row: f"{row.run.wall_time:.1f}"),
         ("device", lambda row: row.run.device),
         ("peak memory (MiB)", lambda row: row.run.peak_memory and f"{row.run.peak_memory:.0f}"),
-        ("more symmetry than asked (%)", lambda row: _percent(row.metrics.symmetry_higher)),
+        ("more symmetry than asked (%)", lambda row: percent(row.metrics.symmetry_higher)),
         ("not comparable", lambda row: row.metrics.failures),
     )
-    lines = [[name, *(_text(get(row)) for row in rows)] for name, get in fields]
-    return _table(["", *(row.run.name for row in rows)], lines)
-
-
-def _text(value: object) -> str:
-    return "-" if value is None else str(value)
+    lines = [[name, *(text(get(row)) for row in rows)] for name, get in fields]
+    return table(["", *(row.run.name for row in rows)], lines)
 
 
 def _plot_strata(axes: Axes, rows: Sequence[EvaluationRow]) -> None:
