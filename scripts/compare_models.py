@@ -66,7 +66,8 @@ def command(
         )
         wanted = calls_by_name(calls or [], {run.name for run in runs})
         with output_folder(out, "give another --out"):
-            plan = make_plan(out, runs, minutes, machine, timed_steps)
+            with console.status(f"Timing {timed_steps} steps of each"):
+                plan = make_plan(out, runs, minutes, machine, timed_steps)
             found = compare(out, plan, seeds, rows, wanted, console, workers)
         console.print(Markdown(to_markdown(plan, found)))
         console.print(f"Table: {write_comparison(results or out, plan, found, name)}")
