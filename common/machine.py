@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -57,8 +58,19 @@ def apart(function: Callable[..., Result], *arguments: object) -> Result:
     Frameworks in one process disturb each other's threads, and keep the memory that they have had.
     """
     fresh = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=fresh) as pool:
+    with ProcessPoolExecutor(1, mp_context=fresh, initializer=leave_with_parent) as pool:
         return pool.submit(function, *arguments).result()
+
+
+def leave_with_parent() -> None:
+    """From now on this process ends when the one that started it has ended, in whatever way."""
+
+    def follow() -> None:
+        if parent := multiprocessing.parent_process():
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def start_worker() -> None:
@@ -67,3 +79,4 @@ def start_worker() -> None:
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threadpool_limits(1)
+    leave_with_parent()
