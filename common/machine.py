@@ -1,8 +1,15 @@
 """What this machine has."""
 
+import multiprocessing
 import os
 import signal
+import threading
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import TypeVar
+
+Result = TypeVar("Result")
 
 
 def cpu_count() -> int:
@@ -45,9 +52,31 @@ def let_threads_sleep() -> None:
         os.environ["OMP_WAIT_POLICY"] = "passive"
 
 
+def apart(function: Callable[..., Result], *arguments: object) -> Result:
+    """What a function returns in a process of its own.
+
+    Frameworks in one process disturb each other's threads, and keep the memory that they have had.
+    """
+    fresh = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=fresh, initializer=leave_with_parent) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def leave_with_parent() -> None:
+    """From now on this process ends when the one that started it has ended, in whatever way."""
+
+    def follow() -> None:
+        if parent := multiprocessing.parent_process():
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
 def start_worker() -> None:
     """First call of a worker process: one thread each, and Ctrl-C is the parent's business."""
     from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threadpool_limits(1)
+    leave_with_parent()

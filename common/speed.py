@@ -1,12 +1,11 @@
 """What `uni-mdm bench` measures, whatever the framework."""
 
-import multiprocessing
 import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from common.data.label import label_structure
 from common.data.loader import BatchPlan
 from common.data.store import Record
 from common.diffusion.score import score_process
+from common.machine import apart
 from common.sampling import BaseGenerator
 from common.size_cost import SizeCost
 from common.training import BaseTrainer
@@ -110,6 +110,21 @@ class NetworkSpeed:
         return asdict(self) | {name: getattr(self, name) for name in derived}
 
 
+@dataclass(frozen=True)
+class StepCost:
+    """What a training step costs, on average over an epoch.
+
+    Attributes:
+        seconds: per step, data preparation included.
+        flops: floating-point operations per step; see ``network_flops``.
+        epoch: steps of an epoch.
+    """
+
+    seconds: float
+    flops: float
+    epoch: int
+
+
 def network_speed(
     trainer: BaseTrainer,
     generator: BaseGenerator,
@@ -184,8 +199,19 @@ def diffcsp_pp_flops(records: Sequence[Record]) -> float:
 
     Its implementation pads nothing: the crystals' own numbers of atoms count.
     """
-    sizes = [view_sizes(record.crystal, DIFFCSP_PP.cell) for record in records]
-    return DIFFCSP_PP_CALLS * statistics.fmean(network_flops(DIFFCSP_PP, *size) for size in sizes)
+    return sampling_flops(DIFFCSP_PP, DIFFCSP_PP_CALLS, records)
+
+
+def sampling_flops(config: ModelConfig, calls: int, records: Sequence[Record]) -> float:
+    """Operations of all network calls for one of the crystals, on average, nothing padded.
+
+    Args:
+        config: of the network.
+        calls: per sample.
+        records: the crystals, of which the sizes count.
+    """
+    sizes = [view_sizes(record.crystal, config.cell) for record in records]
+    return calls * statistics.fmean(network_flops(config, *size) for size in sizes)
 
 
 def most_common(records: list[Record], cell: View, count: int) -> list[Record]:
@@ -213,7 +239,7 @@ def measure_apart(
         calls: network calls per sample.
         threads: CPU threads.
     """
-    speed: NetworkSpeed = _apart(backend, "benchmark", config, records, calls, threads)
+    speed: NetworkSpeed = apart(_measure, backend, "benchmark", (config, records, calls, threads))
     return speed
 
 
@@ -221,33 +247,80 @@ def measure_sizes_apart(
     backend: str, config: RunConfig, records: list[Record], calls: int, threads: int
 ) -> list[SizeCost]:
     """``common.size_cost.measure_sizes`` likewise; arguments as in ``measure_apart``."""
-    costs: list[SizeCost] = _apart(backend, "benchmark_sizes", config, records, calls, threads)
+    costs: list[SizeCost] = apart(
+        _measure, backend, "benchmark_sizes", (config, records, calls, threads)
+    )
     return costs
 
 
-def _apart(backend: str, function: str, *arguments: Any) -> Any:
-    fresh = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=fresh) as pool:
-        return pool.submit(_measure, backend, function, arguments).result()
+def measure_steps_apart(
+    backend: str, configs: list[RunConfig], steps: int, threads: int, device: str
+) -> list[StepCost]:
+    """``step_costs`` of runs on the same rows, likewise.
+
+    Args:
+        backend: as in ``common.backend.load_backend``.
+        configs: the runs.
+        steps: of each that are timed.
+        threads: CPU threads.
+        device: as in ``common.backend.load_backend``.
+    """
+    costs: list[StepCost] = apart(
+        _measure, backend, "benchmark_steps", (configs, steps, threads, device)
+    )
+    return costs
 
 
 def _measure(backend: str, function: str, arguments: tuple[Any, ...]) -> Any:
     return getattr(load_backend(backend), function)(*arguments)
 
 
+def step_costs(trainers: Sequence[BaseTrainer], steps: int) -> list[StepCost]:
+    """What a training step costs each of several runs, on average over an epoch.
+
+    They take their steps in turn, so that whatever else the machine does slows all of them alike.
+    The same batches come twice and are timed the second time, when every shape is compiled. A step
+    is taken to last as long as its operations are many, which corrects for the batches' sizes.
+
+    Args:
+        trainers: of one framework.
+        steps: of each that are timed.
+    """
+    plans = [list(islice(one.data.batches(one.config.train.seed, 0), steps)) for one in trainers]
+    seconds = [0.0] * len(trainers)
+    for timed in (False, True):
+        for step in range(steps):
+            for index, trainer in enumerate(trainers):
+                seconds[index] += timed * _step_seconds(trainer, plans[index][step])
+    costs = []
+    for trainer, own, spent in zip(trainers, plans, seconds, strict=True):
+        epoch = trainer.data.epoch(trainer.config.train.seed, 0)
+        flops = training_flops(trainer, epoch) / len(epoch)
+        costs.append(StepCost(spent * flops / training_flops(trainer, own), flops, len(epoch)))
+    return costs
+
+
+def training_flops(trainer: BaseTrainer, plans: Sequence[BatchPlan]) -> float:
+    """Operations of training steps on some batches, padding included."""
+    shapes = [group.batch.shape for group in trainer.data.buckets]
+    flops = [network_flops(trainer.config.model, *shape) for shape in shapes]
+    return PASSES_OF_STEP * sum(len(plan.rows) * flops[plan.bucket] for plan in plans)
+
+
 def _training_seconds(trainer: BaseTrainer, index: int) -> float:
     """Seconds per structure of a bucket."""
     group = trainer.data.buckets[index]
     plan = BatchPlan(index, np.arange(group.batch_size) % group.batch.size)
+    _step_seconds(trainer, plan)
+    seconds = sum(_step_seconds(trainer, plan) for _ in range(TIMED_STEPS))
+    return seconds / (TIMED_STEPS * group.batch_size)
 
-    def step() -> None:
-        trainer.train_step(trainer.prepare(trainer.data, plan, "train", trainer.step))
 
-    step()
+def _step_seconds(trainer: BaseTrainer, plan: BatchPlan) -> float:
+    """Seconds of a training step on a batch, its preparation included."""
     start = time.perf_counter()
-    for _ in range(TIMED_STEPS):
-        step()
-    return (time.perf_counter() - start) / (TIMED_STEPS * group.batch_size)
+    trainer.train_step(trainer.prepare(trainer.data, plan, "train", trainer.step))
+    return time.perf_counter() - start
 
 
 def _sampling_seconds(generator: BaseGenerator, records: list[Record], calls: int) -> float:

@@ -187,6 +187,15 @@ class TrainingRun(ABC, Generic[Data]):
 
     # Steps
 
+    def timed_batches(self) -> Iterator[Data]:
+        """``batches``, whose preparation counts as training time."""
+        batches = self.batches()
+        while True:
+            start = time.perf_counter()
+            data = next(batches)
+            self.seconds += time.perf_counter() - start
+            yield data
+
     def train_step(self, data: Data) -> dict[str, float]:
         """One optimiser step; returns what to log."""
         start = time.perf_counter()
@@ -206,7 +215,7 @@ class TrainingRun(ABC, Generic[Data]):
         Args:
             follow: called after every step with what it gave.
         """
-        batches = self.batches()
+        batches = self.timed_batches()
         while self.step < self.config.train.steps:
             follow(self.train_step(next(batches)))
 

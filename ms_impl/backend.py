@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from common.language.config import LanguageRunConfig
-from ms_impl.bench import benchmark, benchmark_sizes
+from ms_impl.bench import benchmark, benchmark_sizes, benchmark_steps
 from ms_impl.distributed import problems
 from ms_impl.generator import Generator, devices, load
 from ms_impl.train_dit import train
@@ -21,6 +21,7 @@ __all__ = [
     "Generator",
     "benchmark",
     "benchmark_sizes",
+    "benchmark_steps",
     "devices",
     "load",
     "problems",

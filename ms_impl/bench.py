@@ -5,9 +5,17 @@ from mindspore import ops
 
 from common.config import RunConfig
 from common.data.batch import FINE
+from common.data.locations import dataset
 from common.data.store import Record
 from common.size_cost import SizeCost, measure_sizes
-from common.speed import PEAK_WIDTH, NetworkSpeed, network_speed, product_speed
+from common.speed import (
+    PEAK_WIDTH,
+    NetworkSpeed,
+    StepCost,
+    network_speed,
+    product_speed,
+    step_costs,
+)
 from ms_impl.crystal_dit import CrystalDiT
 from ms_impl.generator import Generator
 from ms_impl.train_dit import Trainer
@@ -33,6 +41,21 @@ def benchmark_sizes(
     """Cost of sampling against size; see ``common.size_cost``. Arguments as in ``benchmark``."""
     _, generator = _untrained(config, records)
     return measure_sizes(generator, calls)
+
+
+def benchmark_steps(
+    configs: list[RunConfig], steps: int, threads: int, device: str = "auto"
+) -> list[StepCost]:
+    """Cost of training steps of several runs on the same rows; see ``common.speed.step_costs``.
+
+    Args:
+        configs: the runs; the first one names the rows.
+        steps: of each that are timed.
+        threads: CPU threads, which are left to MindSpore.
+        device: ``auto``, ``cpu`` or ``ascend``.
+    """
+    records = dataset(configs[0].train.data)
+    return step_costs([Trainer(one, records, records[:1], device) for one in configs], steps)
 
 
 def _untrained(config: RunConfig, records: list[Record]) -> tuple[Trainer, Generator]:

@@ -8,9 +8,7 @@ Each framework runs in a process of its own, on the CPU.
 """
 
 import json
-import multiprocessing
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import copytree
@@ -34,7 +32,7 @@ from common.data.store import Record
 from common.evaluate.match import MatchItem, match_many
 from common.evaluate.run import read_back_many
 from common.files import write_atomic
-from common.machine import cpu_count
+from common.machine import apart, cpu_count
 
 BACKENDS = ("torch", "mindspore")
 #: Rows whose crystals are compared number by number; the match rate is that of all rows.
@@ -115,13 +113,6 @@ def path(
         generator.sample([request], seed)
         paths.append(np.stack(seen))
     return paths
-
-
-def apart(function: Any, *arguments: Any) -> Any:
-    """What a function returns in a process of its own."""
-    fresh = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=fresh) as pool:
-        return pool.submit(function, *arguments).result()
 
 
 def parting_steps(

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.language.config import LanguageRunConfig
-from torch_impl.bench import benchmark, benchmark_sizes
+from torch_impl.bench import benchmark, benchmark_sizes, benchmark_steps
 from torch_impl.distributed import problems
 from torch_impl.generator import Generator, devices, load
 from torch_impl.train_dit import train
@@ -33,6 +33,7 @@ __all__ = [
     "Generator",
     "benchmark",
     "benchmark_sizes",
+    "benchmark_steps",
     "devices",
     "load",
     "load_language_model",

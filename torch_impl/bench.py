@@ -3,11 +3,19 @@
 import torch
 
 from common.config import RunConfig
+from common.data.locations import dataset
 from common.data.store import Record
 from common.size_cost import SizeCost, measure_sizes
-from common.speed import PEAK_WIDTH, NetworkSpeed, network_speed, product_speed
+from common.speed import (
+    PEAK_WIDTH,
+    NetworkSpeed,
+    StepCost,
+    network_speed,
+    product_speed,
+    step_costs,
+)
 from torch_impl.crystal_dit import CrystalDiT
-from torch_impl.generator import Generator
+from torch_impl.generator import Generator, devices
 from torch_impl.train_dit import Trainer
 
 
@@ -31,6 +39,23 @@ def benchmark_sizes(
     """Cost of sampling against size; see ``common.size_cost``. Arguments as in ``benchmark``."""
     _, generator = _untrained(config, records, threads)
     return measure_sizes(generator, calls)
+
+
+def benchmark_steps(
+    configs: list[RunConfig], steps: int, threads: int, device: str = "auto"
+) -> list[StepCost]:
+    """Cost of training steps of several runs on the same rows; see ``common.speed.step_costs``.
+
+    Args:
+        configs: the runs; the first one names the rows.
+        steps: of each that are timed.
+        threads: CPU threads.
+        device: ``auto``, ``cpu`` or ``cuda``.
+    """
+    torch.set_num_threads(threads)
+    device = devices()[0] if device == "auto" else device
+    records = dataset(configs[0].train.data)
+    return step_costs([Trainer(one, records, records[:1], device) for one in configs], steps)
 
 
 def _untrained(config: RunConfig, records: list[Record], threads: int) -> tuple[Trainer, Generator]:

@@ -71,6 +71,11 @@ class ScoreProcess:
         )
 
 
+def own_calls(config: DiffusionConfig) -> int:
+    """Network calls per sample that a run's sampler is said to make: two per level of a score."""
+    return config.steps if config.kind == "flow" else 2 * config.timesteps
+
+
 def score_process(config: DiffusionConfig, calls: int | None = None) -> ScoreProcess | None:
     """The noise levels of score matching, or None for flow matching.
 

@@ -31,6 +31,23 @@ FORMAT = "uni-mdm evaluation 1"
 
 
 @dataclass(frozen=True)
+class TrainingCost:
+    """What it took to train a method.
+
+    Attributes:
+        seconds: of optimiser steps, the preparation of batches included, validation not.
+        steps: of the optimiser.
+        flops: floating-point operations of all steps; see ``common.speed.network_flops``.
+        parameters: of the network.
+    """
+
+    seconds: float
+    steps: int
+    flops: float
+    parameters: int
+
+
+@dataclass(frozen=True)
 class RunInfo:
     """How a row was made.
 
@@ -49,6 +66,8 @@ class RunInfo:
         device: in words.
         peak_memory: MiB; None if not measured.
         symmetry_model: name and hash of what ranked symmetries; None where they were given.
+        training: what it cost; None if not known.
+        flops: floating-point operations per candidate; None if not known.
     """
 
     name: str
@@ -66,6 +85,8 @@ class RunInfo:
     device: str
     peak_memory: float | None = None
     symmetry_model: str | None = None
+    training: TrainingCost | None = None
+    flops: float | None = None
 
 
 @dataclass(frozen=True)
@@ -182,6 +203,10 @@ class EvaluationRow:
         return tuple(_strata(self.outcomes))
 
 
+#: Two rows and the test of the first against the second.
+NamedTest = tuple[EvaluationRow, EvaluationRow, PairedTest]
+
+
 def paired_test(first: EvaluationRow, second: EvaluationRow) -> PairedTest:
     """McNemar's exact test on the match (top candidate) of two rows.
 
@@ -247,22 +272,27 @@ def to_json(rows: Sequence[EvaluationRow]) -> str:
     data = {
         "format": FORMAT,
         "rows": [
-            {
-                "run": asdict(row.run),
-                "num_structures": row.num_structures,
-                "seconds_per_structure": row.seconds_per_structure,
-                "metrics": _plain(row.metrics),
-                "strata": [_plain(one) for one in row.strata],
-                "outcomes": [asdict(one) for one in row.outcomes],
-            }
-            for row in rows
+            summary(row) | {"outcomes": [asdict(one) for one in row.outcomes]} for row in rows
         ],
-        "paired_tests": [
-            {"first": a.run.name, "second": b.run.name, **asdict(test)}
-            for a, b, test in _paired_tests(rows)
-        ],
+        "paired_tests": named_tests(_paired_tests(rows)),
     }
     return json.dumps(data, indent=1, allow_nan=False) + "\n"
+
+
+def summary(row: EvaluationRow) -> dict[str, Any]:
+    """A row as JSON types, without its outcomes."""
+    return {
+        "run": asdict(row.run),
+        "num_structures": row.num_structures,
+        "seconds_per_structure": row.seconds_per_structure,
+        "metrics": _plain(row.metrics),
+        "strata": [_plain(one) for one in row.strata],
+    }
+
+
+def named_tests(tests: Iterable[NamedTest]) -> list[dict[str, Any]]:
+    """Paired tests as JSON types."""
+    return [{"first": a.run.name, "second": b.run.name, **asdict(test)} for a, b, test in tests]
 
 
 def to_markdown(rows: Sequence[EvaluationRow], plot: str | None = None) -> str:
@@ -275,7 +305,7 @@ def to_markdown(rows: Sequence[EvaluationRow], plot: str | None = None) -> str:
     parts.append(_strata_table(rows))
     if plot:
         parts.append(f"![Match rate by free coordinates, and distances of the matches]({plot})")
-    if tests := _paired_table(rows):
+    if tests := paired_table(_paired_tests(rows)):
         parts += [
             "## Paired tests",
             "McNemar's exact test on the match of the first candidate.",
@@ -369,9 +399,7 @@ def _stratum(kind: str, label: str, members: Sequence[Outcome]) -> Stratum:
     return Stratum(kind, label, _found(values), _mean_found(values))
 
 
-def _paired_tests(
-    rows: Sequence[EvaluationRow],
-) -> list[tuple[EvaluationRow, EvaluationRow, PairedTest]]:
+def _paired_tests(rows: Sequence[EvaluationRow]) -> list[NamedTest]:
     """The first row against every other one about the same references."""
     ids = [{one.material_id for one in row.outcomes} for row in rows]
     return [
@@ -434,13 +462,17 @@ def _first_table(rows: Sequence[EvaluationRow]) -> str:
 
 
 def _strata_table(rows: Sequence[EvaluationRow]) -> str:
+    return table(["", *(row.run.name for row in rows)], strata_lines(rows))
+
+
+def strata_lines(rows: Sequence[EvaluationRow]) -> list[list[str]]:
+    """Lines of a table with a column for each row: match rate, RMSE and number of every class."""
     by_row = [{(one.kind, one.label): one for one in row.strata} for row in rows]
     keys = list(dict.fromkeys(key for strata in by_row for key in strata))
-    lines = [
+    return [
         [f"{kind}: {label}", *(_stratum_cell(strata.get((kind, label))) for strata in by_row)]
         for kind, label in keys
     ]
-    return table(["", *(row.run.name for row in rows)], lines)
 
 
 def _stratum_cell(stratum: Stratum | None) -> str:
@@ -450,14 +482,15 @@ def _stratum_cell(stratum: Stratum | None) -> str:
     return f"{percent(rate, interval=True)}, {number(stratum.rmse)}, n={rate.total}"
 
 
-def _paired_table(rows: Sequence[EvaluationRow]) -> str:
+def paired_table(tests: Iterable[NamedTest]) -> str:
+    """Paired tests as a Markdown table; empty without any."""
     lines = [
         [
             f"{first.run.name} against {second.run.name}",
             *(str(n) for n in (test.first_only, test.second_only, test.both, test.neither)),
             f"{test.p_value:.2g}",
         ]
-        for first, second, test in _paired_tests(rows)
+        for first, second, test in tests
     ]
     header = ["", "only the first", "only the second", "both", "neither", "p"]
     return table(header, lines) if lines else ""

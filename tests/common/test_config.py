@@ -30,9 +30,8 @@ def refused(path: Path, *overrides: str) -> str:
 
 
 def test_there_are_shipped_files() -> None:
-    assert {"crystal_dit_small_fm", "crystal_dit_small_bg", "diffcsp_pp"} <= {
-        path.stem for path in CONFIGS
-    }
+    networks = {f"crystal_dit_{size}_{of}" for size in ("small", "paper") for of in ("fm", "bg")}
+    assert networks | {"diffcsp_pp", "diffcsp_pp_small"} <= {path.stem for path in CONFIGS}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -49,7 +48,10 @@ def test_shipped_file(path: Path) -> None:
     [
         ("crystal_dit_small_fm", ("formation_energy",)),
         ("crystal_dit_small_bg", ("band_gap",)),
+        ("crystal_dit_paper_fm", ("formation_energy",)),
+        ("crystal_dit_paper_bg", ("band_gap",)),
         ("diffcsp_pp", ()),
+        ("diffcsp_pp_small", ()),
     ],
 )
 def test_shipped_file_takes_its_property(stem: str, properties: tuple[str, ...]) -> None:

@@ -1,12 +1,33 @@
-"""What a process says to the libraries that it loads."""
+"""What a process says to the libraries that it loads, and when it ends."""
 
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+#: A process, and one of its own that says who it is and then works for long.
+APART = """
+import os, sys, time
+from pathlib import Path
+
+from common.machine import apart
+
+
+def work(path):
+    path.with_suffix(".tmp").write_text(str(os.getpid()))
+    path.with_suffix(".tmp").rename(path)
+    time.sleep(600)
+
+
+if __name__ == "__main__":
+    apart(work, Path(sys.argv[1]))
+"""
 LOAD = "from common.backend import load_backend; load_backend('torch')"
 
 
@@ -26,3 +47,36 @@ def test_threads_wait_asleep_unless_the_user_has_chosen(
     assert finished.returncode == 0, finished.stderr
     report = dict(line.split(" = ") for line in finished.stderr.splitlines() if " = " in line)
     assert report["  GOMP_SPINCOUNT"] == f"'{rounds}'"
+
+
+def runs(process: int) -> bool:
+    try:
+        status = Path(f"/proc/{process}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return status.rpartition(")")[2].split()[0] != "Z"
+
+
+def wait_until(condition: Callable[[], bool]) -> bool:
+    """Whether it comes true within minutes."""
+    end = time.monotonic() + 300
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.1)
+    return condition()
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are seen in /proc")
+def test_a_killed_process_takes_its_own_along(tmp_path: Path) -> None:
+    script, said = tmp_path / "script.py", tmp_path / "process"
+    script.write_text(APART)
+    parent = subprocess.Popen(
+        [sys.executable, str(script), str(said)], env=os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    )
+    try:
+        assert wait_until(said.exists)
+        child = int(said.read_text())
+        assert runs(child)
+    finally:
+        parent.kill()
+        parent.wait()
+    assert wait_until(lambda: not runs(child))

@@ -1,7 +1,9 @@
 """What `uni-mdm bench` reports, on two crystals and a tiny network."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from common.backend import SampleRequest
 from common.config import DiffusionConfig, ModelConfig, RunConfig, TrainConfig, load_config
 from common.crystal.structure import Crystal, Site
 from common.data.batch import BatchItem, collate
+from common.data.loader import BatchPlan
 from common.data.store import Record
 from common.speed import (
     DIFFCSP_PP,
@@ -23,12 +26,16 @@ from common.speed import (
     network_calls,
     network_flops,
     product_speed,
+    step_costs,
+    training_flops,
 )
+from common.training import TrainingBatch
 from tests.networks import fitted, noise_of, random_items
 from torch_impl.bench import benchmark, benchmark_sizes, gemm_peak
 from torch_impl.crystal_dit import CrystalDiT
 from torch_impl.generator import Generator
 from torch_impl.tensors import TensorBatch
+from torch_impl.train_dit import Trainer
 
 RECORDS = [
     Record("salt", Crystal(225, (Site(11, "a"), Site(17, "b")), np.eye(3) * 5.64)),
@@ -91,6 +98,32 @@ def test_published_setting_is_the_one_that_is_trained() -> None:
     assert load_config(folder / "diffcsp_pp.yaml").model == DIFFCSP_PP
 
 
+@pytest.mark.parametrize(
+    ("stem", "millions"),
+    [
+        ("crystal_dit_small_fm", 2.1),
+        ("diffcsp_pp_small", 2.0),
+        ("crystal_dit_paper_fm", 11.9),
+        ("crystal_dit_paper_bg", 11.9),
+        ("diffcsp_pp", 13.0),
+    ],
+)
+def test_parameters_are_as_many_as_the_files_say(stem: str, millions: float) -> None:
+    path = Path(__file__).resolve().parents[2] / "configs" / f"{stem}.yaml"
+    assert f"{millions} million" in path.read_text()
+    with torch.device("meta"):
+        model = CrystalDiT(load_config(path).model)
+    assert round(sum(p.numel() for p in model.parameters()) * 1e-6, 1) == millions
+
+
+def test_narrow_diffcsp_pp_differs_in_width_alone() -> None:
+    folder = Path(__file__).resolve().parents[2] / "configs"
+    narrow, published = (load_config(folder / f"diffcsp_pp{x}.yaml") for x in ("_small", ""))
+    assert narrow.diffusion == published.diffusion
+    width = {"width": DIFFCSP_PP.width, "edge_width": DIFFCSP_PP.edge_width}
+    assert narrow.model.model_copy(update=width) == DIFFCSP_PP
+
+
 def test_operations_of_the_published_sampler() -> None:
     """On conventional cells of 8 and 6 atoms, without the padding that this repository adds."""
     calls = [network_flops(DIFFCSP_PP, atoms, atoms) for atoms in (8, 6)]
@@ -119,6 +152,59 @@ def test_shares_of_the_peak() -> None:
     written = figures.to_dict()
     assert (written["training_share"], written["sampling_share"]) == (0.25, 0.5)
     assert replace(figures, peak=240.0).sampling_share == 0.25
+
+
+class Clock:
+    """What ``time.perf_counter`` says; every step takes as long as its operations are many."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *trainers: Trainer) -> None:
+        self.now = 0.0
+        self.turns: list[int] = []
+        monkeypatch.setattr("time.perf_counter", lambda: self.now)
+        for index, trainer in enumerate(trainers):
+            step = partial(self._step, index, trainer)
+            monkeypatch.setattr(trainer, "train_step", step)
+            monkeypatch.setattr(trainer, "prepare", lambda data, plan, *_: plan)
+
+    def _step(self, index: int, trainer: Trainer, plan: BatchPlan) -> None:
+        first = index not in self.turns  # when shapes are compiled
+        self.turns.append(index)
+        self.now += 100 * first + (1 + index) * 1e-9 * training_flops(trainer, [plan])
+
+
+def test_costs_of_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An epoch's average, from a step that is not like the average; compilation is left out."""
+    records = RECORDS * 4
+    trainers = [Trainer(run(cell), records, records) for cell in ("asymmetric", "conventional")]
+    clock = Clock(monkeypatch, *trainers)
+    costs = step_costs(trainers, 1)
+    assert clock.turns == [0, 1, 0, 1]
+    for index, (trainer, cost) in enumerate(zip(trainers, costs, strict=True)):
+        flops = [training_flops(trainer, [plan]) for plan in trainer.data.epoch(0, 0)]
+        assert cost.epoch == len(flops) == 2
+        assert cost.flops == pytest.approx(np.mean(flops))
+        assert cost.seconds == pytest.approx((1 + index) * 1e-9 * np.mean(flops))
+    (step,) = [plan for plan in trainers[0].data.epoch(0, 0) if plan.bucket == 0][:1]
+    # Three passes of a batch of four crystals of 2 x 4 edges.
+    single = network_flops(trainers[0].config.model, 2, 4)
+    assert training_flops(trainers[0], [step]) == 3 * 4 * single
+
+
+def test_preparation_counts_as_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = Trainer(run("asymmetric"), RECORDS, RECORDS)
+    clock = [0.0]
+    true = trainer.prepare
+
+    def slow(*arguments: Any) -> TrainingBatch:
+        clock[0] += 5.0
+        return true(*arguments)
+
+    monkeypatch.setattr(trainer, "prepare", slow)
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+    batches = trainer.timed_batches()
+    for _ in range(2):
+        trainer.train_step(next(batches))
+    assert trainer.seconds == 10.0
 
 
 @pytest.mark.parametrize("kind", ["flow", "score"])

@@ -275,7 +275,7 @@ def test_it_is_told_what_it_was_trained_with(
 ) -> None:
     """Analogues in training are analogues in use; known polymorphs where one beside is wanted."""
     settings = {"analogues": 2, "steps": 2, "validation_every": 2, "token_budget": 900}
-    train_language(tiny(parquet, **settings), tmp_path, device="cpu")
+    train_language(language_run(parquet, **settings), tmp_path, device="cpu")
     told = load_language_model(tmp_path / "final")
     plain = load_language_model(trained / "final")
     seen: list[str] = []
