@@ -336,6 +336,36 @@ class TemplatePrior:
         candidates.sort(key=lambda c: (-c.probability, c.space_group, c.sites))
         return candidates[:top]
 
+    def rank_new(
+        self,
+        counts: Mapping[int, int],
+        properties: Mapping[str, float] | None = None,
+        *,
+        top: int = 20,
+    ) -> list[SymmetryCandidate]:
+        """``rank`` with what training has of the same composition moved to its end.
+
+        A crystal that training has not seen is another polymorph where training has its
+        composition, and ``rank`` then answers with the known one. Known symmetries get no
+        probability; theirs is divided among the others.
+        """
+        known = {
+            (crystal.space_group, _canonical_sites(crystal))
+            for crystal in map(self.reference.crystal, self.reference.rows_of_formula(counts))
+        }
+        ranked = self.rank(counts, properties, top=top + len(known))
+        keys = [(c.space_group, wyckoff_summary(c.space_group).canonical(c.sites)) for c in ranked]
+        mass = sum(c.probability for c, key in zip(ranked, keys, strict=True) if key in known)
+        new = [
+            replace(c, probability=c.probability / (1 - mass))
+            for c, key in zip(ranked, keys, strict=True)
+            if key not in known
+        ]
+        last = [
+            replace(c, probability=0.0) for c, key in zip(ranked, keys, strict=True) if key in known
+        ]
+        return [*new, *last][:top]
+
     def votes(self, counts: Mapping[int, int], top: int) -> list[Vote]:
         """How training structures of other compositions vote, the most votes first.
 
@@ -720,6 +750,12 @@ def _fits(
         and z in (None, formula_units)
         and (units is None or units in (formula_units, primitive))
     )
+
+
+def _canonical_sites(crystal: Crystal) -> Sites:
+    """A crystal's sites, the same for all descriptions of them."""
+    own = [(site.atomic_number, site.letter) for site in crystal.sites]
+    return wyckoff_summary(crystal.space_group).canonical(own)
 
 
 def _same(number: int, sites: Sites, wanted: Sites) -> bool:

@@ -1,8 +1,9 @@
 """What ranks the symmetries of a composition: a language model if there is one, and the prior.
 
-The language model answers under a grammar of what the user left open. What it cannot answer, such
-as cells larger than it was made for, and what is wanted beyond its answers, comes from the template
-prior. Symmetries have the letters that the prior gives them, whoever ranked them, so that the same
+The language model answers under a grammar of what the user left open. Its probabilities and the
+template prior's are averaged: their errors differ, and the average ranks better than either. What
+the model cannot answer, such as cells larger than it was made for, comes from the prior alone.
+Symmetries have the letters that the prior gives them, whoever ranked them, so that the same
 symmetry gets the same noise.
 """
 
@@ -33,6 +34,8 @@ SHIPPED_MODELS = {"band_gap": "glm4_tiny_bg", "formation_energy": "glm4_tiny_fm"
 SHIPPED_BASE = "glm4_tiny"
 #: So many are always searched for, lest what is found depend on how many are shown.
 _SEARCHED = 20
+#: The language model's part of the average.
+MODEL_SHARE = 0.5
 #: This project's packages: a module of theirs that is absent is no package to be installed.
 _OWN = ("common", "torch_impl", "ms_impl", "ckpt_convert")
 
@@ -42,11 +45,12 @@ class Ranker:
     """What ranks symmetries.
 
     Attributes:
-        prior: ranks by itself, or after the language model.
+        prior: ranks by itself, or with the language model.
         model: the language model, if there is one.
         name: of its folder.
         folder: where it is.
         note: why the model that was asked for is not used, in one line; empty if it is.
+        share: of the language model's probabilities in the average with the prior's.
     """
 
     prior: "TemplatePrior"
@@ -54,6 +58,7 @@ class Ranker:
     name: str = PRIOR_NAME
     folder: Path | None = None
     note: str = ""
+    share: float = MODEL_SHARE
 
     @property
     def identity(self) -> dict[str, str]:
@@ -65,6 +70,8 @@ class Ranker:
         rows: Sequence[tuple[Mapping[int, int], Mapping[str, float]]],
         top: int,
         progress: "Progress | None" = None,
+        *,
+        known: bool = False,
     ) -> list[list["SymmetryCandidate"]]:
         """Rankings of many compositions, nothing else fixed.
 
@@ -75,14 +82,15 @@ class Ranker:
             rows: counts by atomic number, and at most one property, of each.
             top: symmetries of each.
             progress: called with the compositions that are done, and all.
+            known: whether symmetries are wanted that no known polymorph has.
         """
-        first = self._asked(rows, top, progress)
+        searched = max(top, _SEARCHED)
+        first = self._asked(rows, searched, progress, known)
         rankings = []
         for (counts, properties), found in zip(rows, first, strict=True):
-            if len(found) < top:
-                others = self.prior.rank(counts, properties, top=top + len(found))
-                found = followed(found, others, top)
-            rankings.append(found)
+            rank = self.prior.rank_new if known else self.prior.rank
+            others = rank(counts, properties, top=searched)
+            rankings.append(pooled(found, others, self.share)[:top])
             if progress is not None and self.model is None:
                 progress(len(rankings), len(rows))
         return rankings
@@ -90,8 +98,9 @@ class Ranker:
     def _asked(
         self,
         rows: Sequence[tuple[Mapping[int, int], Mapping[str, float]]],
-        top: int,
+        searched: int,
         progress: "Progress | None",
+        known: bool,
     ) -> list[list["SymmetryCandidate"]]:
         """The language model's rankings; empty ones without it."""
         if self.model is None:
@@ -100,9 +109,9 @@ class Ranker:
         from common.language.prompt import Question
 
         questions = [Question.ask(counts, properties) for counts, properties in rows]
-        found = rank_questions(self.model, questions, top=max(top, _SEARCHED), progress=progress)
+        found = rank_questions(self.model, questions, top=searched, known=known, progress=progress)
         return [
-            self.prior.labelled(counts, ranking.candidates[:top])
+            self.prior.labelled(counts, ranking.candidates)
             for (counts, _), ranking in zip(rows, found, strict=True)
         ]
 
@@ -196,32 +205,37 @@ def rank_symmetries(query: "Query", ranker: Ranker, top: int) -> list["SymmetryC
         units = check_sites(query.sites, table, query.space_group, query.formula)
         sites = ordered_sites(_plain_sites(query) or (), query.space_group)
         return [SymmetryCandidate(query.space_group, sites, units, 1.0, "given")]
-    candidates = _language_candidates(query, ranker)[:top]
-    if len(candidates) < top:
-        others = _prior_candidates(query, ranker.prior, top + len(candidates))
-        candidates = followed(candidates, others, top)
+    others = _prior_candidates(query, ranker.prior, max(top, _SEARCHED))
+    candidates = pooled(_language_candidates(query, ranker), others, ranker.share)
     if not candidates:
         raise UserError(_nothing_legal(query))
-    return candidates
+    return candidates[:top]
 
 
-def followed(
-    first: Sequence["SymmetryCandidate"], others: Sequence["SymmetryCandidate"], top: int
+def pooled(
+    first: Sequence["SymmetryCandidate"], others: Sequence["SymmetryCandidate"], share: float
 ) -> list["SymmetryCandidate"]:
-    """A ranking, and behind it what another one has besides.
+    """Two rankings as one, with the weighted mean of their probabilities (linear opinion pool).
 
-    What the first leaves of probability is shared in the others' proportions, nobody getting more
-    than the last of the first.
+    What one of them does not list has no probability there. An empty one has no say.
+
+    Args:
+        first, others: symmetries, each once.
+        share: weight of the first, 0 to 1.
     """
-    known = {_key(candidate) for candidate in first}
-    new = [candidate for candidate in others if _key(candidate) not in known]
-    if not first or not new:
-        return [*first, *new][:top]
-    left = max(0.0, 1.0 - sum(candidate.probability for candidate in first))
-    share = left / sum(candidate.probability for candidate in new)
-    limit = first[-1].probability
-    behind = [replace(c, probability=min(limit, share * c.probability)) for c in new]
-    return [*first, *behind][:top]
+    if not first or not others:
+        return [*first, *others]
+    found: dict[tuple[int, Sites], SymmetryCandidate] = {}
+    for candidates, weight in ((first, share), (others, 1 - share)):
+        for c in candidates:
+            before = found.get(_key(c))
+            mass = weight * c.probability
+            found[_key(c)] = (
+                replace(c, probability=mass)
+                if before is None
+                else replace(before, probability=before.probability + mass)
+            )
+    return sorted(found.values(), key=lambda c: (-c.probability, c.space_group, c.sites))
 
 
 def _key(candidate: "SymmetryCandidate") -> tuple[int, Sites]:

@@ -103,7 +103,7 @@ def crystals(
             told = Told.of(references, generator.properties[:1], property_kind, seed)
             network = Network(generator, config.name, saved.hash, calls, seed)
             asked = CompositionEvaluation(evaluation, told, top or DEFAULT_TOP)
-            methods = [asked.ask(ranker)]
+            methods = [asked.ask(ranker, known=ranker.model is not None)]
             if controls:
                 methods += asked.controls(training, ranker)
             rows = asked.rows(methods, network)
@@ -187,7 +187,7 @@ def symmetry(
         )
         rows = []
         if ranker.model is not None:
-            rows.append(evaluation.model(ranker.model, ranker.name, learned.get("seed")))
+            rows += evaluation.model(ranker.model, ranker.name, learned.get("seed"))
         if controls:
             rows += evaluation.controls()
         console = Console()

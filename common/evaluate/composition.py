@@ -19,7 +19,7 @@ from common.data.store import Record
 from common.evaluate.match import CandidateMatch
 from common.evaluate.report import EvaluationRow, Outcome
 from common.evaluate.run import Emitted, Evaluation, Told, peak_memory, read_back_many, sample_all
-from common.evaluate.symmetry_controls import TemplateControls, rank_new
+from common.evaluate.symmetry_controls import TemplateControls
 from common.prior import SymmetryCandidate
 from common.ranking import PRIOR_NAME, Ranker
 
@@ -86,8 +86,13 @@ class CompositionEvaluation:
         for index, record in enumerate(evaluation.references):
             self._members[record.reduced_formula].append(index)
 
-    def ask(self, ranker: Ranker) -> Method:
-        """The rankings of a language model, or of the prior."""
+    def ask(self, ranker: Ranker, known: bool) -> Method:
+        """The rankings of a language model and the prior, or of the prior alone.
+
+        Args:
+            ranker: what is asked.
+            known: whether symmetries are wanted that no known polymorph has.
+        """
         rows = list(zip(self._counts, self._told.values, strict=True))
         start = time.perf_counter()
         with Progress() as bars:
@@ -96,7 +101,7 @@ class CompositionEvaluation:
             def report(done: int, total: int) -> None:
                 bars.update(task, completed=done, total=total)
 
-            rankings = ranker.rank(rows, self._top, report)
+            rankings = ranker.rank(rows, self._top, report, known=known)
         seconds = time.perf_counter() - start
         identity = ranker.identity
         model = f"{identity['name']} ({identity['hash']})"
@@ -110,8 +115,8 @@ class CompositionEvaluation:
             ranker: whose prior is asked; left out by itself if it is what ranks there.
         """
         prior = ranker.prior
-        methods = [] if ranker.model is None else [self.ask(Ranker(prior))]
-        excluded = partial(rank_new, prior, top=self._top)
+        methods = [] if ranker.model is None else [self.ask(Ranker(prior), known=False)]
+        excluded = partial(prior.rank_new, top=self._top)
         name = f"{PRIOR_NAME}, known polymorphs excluded"
         methods.append(self._control(name, f"{PRIOR_NAME} ({prior.hash})", excluded))
         shown = track(training, "Training templates", transient=True)

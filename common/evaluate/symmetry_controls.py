@@ -2,14 +2,13 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 
 import numpy as np
 
 from common.data.store import Record
 from common.elements import element_table, formula_order, pair_differences
 from common.language.prompt import Symmetry
-from common.prior import SymmetryCandidate, TemplatePrior
+from common.prior import SymmetryCandidate
 from common.templates import Stoichiometry, reduce_counts, role_order, role_permutations
 
 #: Space group, formula units, and letters of the elements in the order of the formula.
@@ -79,33 +78,6 @@ class TemplateControls:
             SymmetryCandidate(s.space_group, s.sites, s.units, float(not rank), "template")
             for rank, s in enumerate(found)
         ]
-
-
-def rank_new(
-    prior: TemplatePrior,
-    counts: Mapping[int, int],
-    properties: Mapping[str, float] | None = None,
-    top: int = 20,
-) -> list[SymmetryCandidate]:
-    """The prior's ranking with what training has of the same composition moved to its end.
-
-    A reference that training has not seen is another polymorph where training has its composition,
-    and a plain prior then answers with the known one. Known symmetries get no probability; theirs
-    is divided among the others.
-    """
-    reference = prior.reference
-    rows = reference.rows_of_formula(counts)
-    known = {Symmetry.of_crystal(reference.crystal(row)) for row in rows}
-    ranked = prior.rank(counts, properties, top=top + len(known))
-    seen = [Symmetry.of(c.space_group, c.sites) in known for c in ranked]
-    mass = sum(c.probability for c, is_known in zip(ranked, seen, strict=True) if is_known)
-    rest = [
-        replace(c, probability=c.probability / (1 - mass))
-        for c, is_known in zip(ranked, seen, strict=True)
-        if not is_known
-    ]
-    last = [replace(c, probability=0.0) for c, own in zip(ranked, seen, strict=True) if own]
-    return [*rest, *last][:top]
 
 
 def _in_formula_order(counts: Mapping[int, int]) -> Stoichiometry:

@@ -12,13 +12,14 @@ from rich.progress import Progress, track
 from common.checkpoint import LATEST, MANIFEST, load_checkpoint
 from common.data.store import Record
 from common.evaluate.language import rouge
-from common.evaluate.symmetry_controls import TemplateControls, rank_new
+from common.evaluate.symmetry_controls import TemplateControls
 from common.evaluate.symmetry_prediction import CUTOFFS, legal_answers, outcome_of
 from common.evaluate.symmetry_report import Answers, SymmetryRow, SymmetryRun
 from common.language.calibration import answer_nats, fit_temperature, true_choices
 from common.language.model import LanguageModel, rank_questions, write_answers
 from common.language.prompt import Question, Symmetry, write_answer
 from common.prior import SymmetryCandidate, TemplatePrior
+from common.ranking import MODEL_SHARE, pooled
 
 #: Symmetries that are asked for.
 TOP = max(CUTOFFS)
@@ -76,8 +77,10 @@ class SymmetryEvaluation:
         self._new = tuple(record.reduced_formula not in formulas for record in references)
         self._console = console or Console(stderr=True)
 
-    def model(self, model: LanguageModel, name: str, seed: int | None) -> SymmetryRow:
-        """The row of a language model, with what its unconstrained answers are worth.
+    def model(self, model: LanguageModel, name: str, seed: int | None) -> list[SymmetryRow]:
+        """The rows of a language model, and of its average with the prior.
+
+        The model is told of known polymorphs if it was trained so, and asked for others.
 
         Args:
             model: asked about every row.
@@ -91,15 +94,22 @@ class SymmetryEvaluation:
         start = time.perf_counter()
         with Progress(console=self._console, transient=True) as bars:
             show = partial(_progress, bars)
-            rankings = rank_questions(model, questions, top=TOP, progress=show(f"{name}: ranking"))
+            rankings = rank_questions(
+                model, questions, top=TOP, known=True, progress=show(f"{name}: ranking")
+            )
             seconds = time.perf_counter() - start
             choices = true_choices(
-                model, questions, self._symmetries, progress=show(f"{name}: true answers")
+                model,
+                questions,
+                self._symmetries,
+                known=True,
+                progress=show(f"{name}: true answers"),
             )
-            answers = write_answers(model, questions, progress=show(f"{name}: answers"))
-        return self._row(
+            answers = write_answers(model, questions, known=True, progress=show(f"{name}: answers"))
+        found = [ranking.candidates for ranking in rankings]
+        row = self._row(
             name,
-            [ranking.candidates for ranking in rankings],
+            found,
             seconds,
             self._answers(answers, "without constraint"),
             model=model.name,
@@ -111,6 +121,29 @@ class SymmetryEvaluation:
                 "best_temperature": fit_temperature(choices),
             },
         )
+        return [row, self._averaged(row, found)]
+
+    def _averaged(
+        self, row: SymmetryRow, found: Sequence[Sequence[SymmetryCandidate]]
+    ) -> SymmetryRow:
+        """The row of a language model's rankings averaged with the prior's, as users get them."""
+        rows = zip(self._crystals, self._properties, found, strict=True)
+        start = time.perf_counter()
+        rankings = [
+            pooled(own, self._prior.rank_new(c.formula_counts, properties, top=TOP), MODEL_SHARE)
+            for c, properties, own in rows
+        ]
+        seconds = row.run.seconds + time.perf_counter() - start
+        firsts = [_first_answer(ranking) for ranking in rankings]
+        return self._row(
+            f"{row.run.name} and template prior",
+            [ranking[:TOP] for ranking in rankings],
+            seconds,
+            self._answers(firsts, "first of the ranking"),
+            model=f"{row.run.model}, {self._prior.hash}",
+            seed=row.run.seed,
+            training=(self._training_name, len(self._training)),
+        )
 
     def controls(self) -> list[SymmetryRow]:
         """The prior with and without known polymorphs, and templates by count and likeness."""
@@ -120,7 +153,7 @@ class SymmetryEvaluation:
         fitted = str(source["source"].get("name", "unknown")), int(source["rows"])
         counted = self._training_name, len(self._training)
         prior = partial(self._prior.rank, top=TOP)
-        new = partial(rank_new, self._prior, top=TOP)
+        new = partial(self._prior.rank_new, top=TOP)
         return [
             self._control("template prior", prior, fitted, self._prior.hash),
             self._control(

@@ -3,7 +3,7 @@
 import pytest
 
 from common.data.store import Record
-from common.evaluate.symmetry_controls import TemplateControls, rank_new
+from common.evaluate.symmetry_controls import TemplateControls
 from common.evaluate.symmetry_prediction import (
     Outcome,
     calibration_error,
@@ -145,7 +145,7 @@ def test_known_polymorphs_come_last(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = prior.rank(counts, top=20 + len(known))
     ranked = [Symmetry.of(c.space_group, c.sites) for c in plain]
     assert ranked[0] in known
-    found = rank_new(prior, counts)
+    found = prior.rank_new(counts)
     symmetries = [Symmetry.of(c.space_group, c.sites) for c in found]
     rest = [c for c, symmetry in zip(plain, ranked, strict=True) if symmetry not in known]
     assert [c.sites for c in found] == [c.sites for c in rest]
@@ -155,7 +155,7 @@ def test_known_polymorphs_come_last(monkeypatch: pytest.MonkeyPatch) -> None:
     assert known.isdisjoint(symmetries)
     # Where there are no more than that, they are the last.
     monkeypatch.setattr(prior, "rank", lambda *_, **__: plain[:8])
-    few = rank_new(prior, counts)
+    few = prior.rank_new(counts)
     assert len(few) == 8
     tail = [c for c in few if c.probability == 0]
     assert few[-len(tail) :] == tail
@@ -169,4 +169,4 @@ def test_unknown_compositions_are_ranked_as_ever() -> None:
     prior = TemplatePrior.load()
     counts = {55: 1, 118: 1}
     assert prior.reference.rows_of_formula(counts) == []
-    assert rank_new(prior, counts) == prior.rank(counts)
+    assert prior.rank_new(counts) == prior.rank(counts)

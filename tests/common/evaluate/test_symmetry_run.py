@@ -29,8 +29,8 @@ def test_model_and_controls(prior: TemplatePrior, textbook_model: Path) -> None:
     assert ranker.model is not None
     known = [record for record in RECORDS if record.reduced_formula != "NaCl"]
     measured = evaluation(prior, known, "band_gap")
-    model = measured.model(ranker.model, "tiny", 7)
-    rows = [model, *measured.controls()]
+    model, average = measured.model(ranker.model, "tiny", 7)
+    rows = [model, average, *measured.controls()]
     for row in rows:
         assert row.ids == tuple(record.material_id for record in RECORDS)
         assert row.legal.hits == len(RECORDS)
@@ -42,8 +42,9 @@ def test_model_and_controls(prior: TemplatePrior, textbook_model: Path) -> None:
     assert model.rate("assignment", 20).hits > len(RECORDS) // 2, "it was shown all of them"
     assert model.figures["nats_of_truth"] > 0
     assert 0 < model.answers.rouge["rouge_chinese"]["rouge-1"] <= 100
-    plain, new_only, majority, nearest = rows[1:]
+    plain, new_only, majority, nearest = rows[2:]
     assert [row.run.name for row in rows[1:]] == [
+        "tiny and template prior",
         "template prior",
         "template prior, known polymorphs excluded",
         "majority template",
@@ -96,12 +97,12 @@ def test_command(
         assert word in output
     assert "symmetry.md" in output
     report = json.loads((tmp_path / "out" / "symmetry.json").read_text())
-    assert [row["rows"] for row in report["rows"]] == [3] * 5
+    assert [row["rows"] for row in report["rows"]] == [3] * 6
     own = report["rows"][0]
     assert own["run"]["training_size"] == len(RECORDS)
     assert own["run"]["seed"] == 0
     assert own["new_formulas"] == 0
-    assert len(report["paired_tests"]) == 4
+    assert len(report["paired_tests"]) == 5
     assert (tmp_path / "out" / "symmetry.png").is_file()
 
 
