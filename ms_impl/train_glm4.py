@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from common.checkpoint import Checkpoint
 from common.data.store import Record
+from common.errors import UserError
 from common.language.config import LanguageRunConfig
 from common.language.examples import IGNORED, TokenBatch
 from common.language.mindformers import sections
@@ -82,6 +83,8 @@ class Trainer(LanguageTrainer):
         shard: Shard = Shard(),  # noqa: B008 - frozen
     ) -> None:
         super().__init__(config, train_records, validation_records, shard)
+        if config.train.precision == "float16":
+            raise UserError("train.precision float16: GLM-4 on MindSpore takes bfloat16 or float32")
         self.device = use_device(device)
         prepare_mindformers()
         self.settings = _trainer_settings(config, self.network_config, self.device, shard)

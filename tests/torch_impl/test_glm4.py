@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from common.checkpoint import latest, load_checkpoint
+from common.checkpoint import latest, load_checkpoint, save_checkpoint
 from common.composition import Formula
 from common.data.store import Record, read_records, write_records
 from common.errors import UserError
@@ -247,6 +247,102 @@ def test_adapter_of_another_base(trained: Path, adapter: Path) -> None:
 def test_adapter_without_base() -> None:
     with pytest.raises(ValueError, match=r"train\.init_from"):
         LanguageRunConfig.model_validate(language_run().model_dump() | {"lora": {}})
+
+
+def test_run_goes_on_with_its_own_base_alone(
+    parquet: Path, trained: Path, adapter: Path, tmp_path: Path
+) -> None:
+    rows = read_records(parquet)
+    config = adapted(parquet, trained)
+    other = tmp_path / "final"
+    shutil.copytree(trained / "step_00000003", other)
+    trainer = Trainer(adapted(parquet, tmp_path), rows, rows)
+    with pytest.raises(UserError, match=r"step_00000003 belongs to weights .*, but .*final holds"):
+        trainer.resume(adapter / "step_00000003")
+    Trainer(config, rows, rows).resume(adapter / "step_00000003")
+
+
+def test_base_with_other_tokens(parquet: Path, trained: Path, tmp_path: Path) -> None:
+    saved = load_checkpoint(trained / "final")
+    other = TOKENIZER.files()["tokenizer.json"].replace("Space group", "Group of space")
+    files = {"tokenizer.json": other.encode()}
+    save_checkpoint(tmp_path / "final", config=saved.config, model=saved.model, companions=files)
+    with pytest.raises(UserError, match="other tokens than this version's"):
+        Trainer(adapted(parquet, tmp_path), read_records(parquet), [])
+
+
+# Bases of transformers
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base of one block as transformers writes it, in bfloat16 and several files."""
+    folder = tmp_path_factory.mktemp("foreign") / "final"
+    torch.manual_seed(1)
+    network = build(tiny().model.to_huggingface(TOKENIZER)).to(torch.bfloat16)
+    network.save_pretrained(folder, max_shard_size="40KB")
+    TOKENIZER.save(folder)
+    return folder
+
+
+def narrow(parquet: Path, base: Path, **settings: object) -> LanguageRunConfig:
+    config = tiny(parquet, init_from=str(base), questions=["band_gap"], **settings)
+    lora = {"rank": 4, "base_precision": "bfloat16"}
+    return LanguageRunConfig.model_validate(config.model_dump() | {"lora": lora})
+
+
+def test_base_of_transformers(parquet: Path, foreign: Path, tmp_path: Path) -> None:
+    """Its weights stay in bfloat16, the additions are float32, and belong to it alone."""
+    rows = read_records(parquet)
+    trainer = Trainer(narrow(parquet, foreign), rows, rows)
+    kinds = {p.dtype for p in trainer.model.parameters() if not p.requires_grad}
+    assert kinds == {torch.bfloat16}
+    assert {p.dtype for p in trainer.parameters} == {torch.float32}
+    wanted = AutoModelForCausalLM.from_pretrained(foreign, dtype="auto")
+    name = "model.layers.0.mlp.down_proj.weight"
+    assert torch.equal(trainer.model.state_dict()[name], wanted.state_dict()[name])
+    train_language(narrow(parquet, foreign), tmp_path / "run", device="cpu")
+    loaded = load_language_model(tmp_path / "run" / "final")
+    assert loaded.tokenizer.head_size == TOKENIZER.head_size
+    other = tmp_path / "other"
+    build(tiny().model.to_huggingface(TOKENIZER)).save_pretrained(other)
+    TOKENIZER.save(other)
+    with pytest.raises(UserError, match="belongs to weights"):
+        load_language_model(tmp_path / "run" / "final", base=other)
+
+
+def test_wrong_bases(parquet: Path, foreign: Path, tmp_path: Path) -> None:
+    """One line each: no folder, another network, no tokenizer, one that is too large."""
+    rows = read_records(parquet)
+
+    def told(base: Path, **model: int) -> str:
+        config = narrow(parquet, base)
+        changed = config.model_copy(update={"model": config.model.model_copy(update=model)})
+        with pytest.raises(UserError) as caught:
+            Trainer(changed, rows, rows)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    assert "does not exist" in told(tmp_path / "absent")
+    assert "num_hidden_layers is 1, but model.layers 2" in told(foreign, layers=2)
+    copy = tmp_path / "copy"
+    shutil.copytree(foreign, copy)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"vocab_size": 64}))
+    assert "they do not belong together" in told(copy)
+    (copy / "tokenizer.json").write_text("{}")
+    assert "cannot read the tokenizer" in told(copy)
+    (copy / "tokenizer.json").unlink()
+    assert "no tokenizer in" in told(copy)
+
+
+def test_gradient_checkpointing_changes_nothing(parquet: Path, foreign: Path) -> None:
+    rows, found = read_records(parquet), []
+    for setting in (False, True):
+        trainer = Trainer(narrow(parquet, foreign, gradient_checkpointing=setting), rows, rows)
+        assert trainer.model.is_gradient_checkpointing == setting
+        found.append([trainer.train_step(b)["loss"] for b in islice(trainer.batches(), 4)])
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
 # Folders

@@ -1,0 +1,48 @@
+"""GLM-4's rate of learning in a graph, and what is refused; tests/parity trains with it."""
+
+import mindspore as ms
+import pytest
+
+from common.config import Optimisation
+from common.errors import UserError
+from common.language.config import LanguageRunConfig
+from common.training import TrainingRun
+from ms_impl import glm4
+from ms_impl.mindformers_parts import WarmUpCosineLR
+from ms_impl.train_glm4 import Trainer
+from tests.training import textbook_records
+
+
+@pytest.mark.parametrize("warmup", [0, 3, 12])
+def test_rate(warmup: int) -> None:
+    """Of every step and beyond the last one."""
+    settings = Optimisation(learning_rate=0.2, final_rate=0.1, warmup=warmup, steps=12)
+    run = type("Run", (), {"config": type("Config", (), {"train": settings})})()
+    rate = WarmUpCosineLR(0.2, 0.02, warmup, 12)
+    for step in range(14):
+        found = float(rate(ms.Tensor([step], ms.int32)).asnumpy().reshape(()))
+        assert found == pytest.approx(TrainingRun.learning_rate(run, step), rel=1e-5), step
+
+
+def trained(**settings: object) -> str:
+    """The one line that a user gets."""
+    model = {"layers": 1, "width": 32, "heads": 4, "groups": 2, "feed_forward": 48}
+    data = {"name": "tiny", "kind": "language", "model": model, "train": settings}
+    records = textbook_records()
+    with pytest.raises(UserError) as caught:
+        Trainer(LanguageRunConfig.model_validate(data), records, records)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_without_mindformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(glm4, "find_spec", lambda name: None)
+    assert "MindFormers is not installed" in trained()
+
+
+def test_precision() -> None:
+    assert "float16" in trained(precision="float16")
+
+
+def test_unknown_weights() -> None:
+    assert "does not exist" in trained(init_from="absent")
