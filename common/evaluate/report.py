@@ -70,6 +70,8 @@ class RunInfo:
         peak_memory: MiB; None if not measured.
         training: what it cost; None if not known.
         flops: floating-point operations per candidate; None if not known.
+        full_seconds: what ``wall_time`` would be if no call of the network had rows that only fill
+            it, as in a long run; None if not known.
     """
 
     name: str
@@ -88,6 +90,7 @@ class RunInfo:
     peak_memory: float | None = None
     training: TrainingCost | None = None
     flops: float | None = None
+    full_seconds: float | None = None
 
 
 @dataclass(frozen=True)
