@@ -57,7 +57,9 @@ _LEGEND = (
     "Valid: prediction and reference also pass the composition and distance filter. Tight: stol "
     "0.3, 5 degrees, ltol 0.2 instead of 0.5, 10 degrees, 0.3. RMSE: mean over matches, in units "
     "of (V/N)^(1/3); cRMSE: unmatched counted as 0.5. By kind of structure: match rate, RMSE, "
-    "number of references. Operations are those of products of matrices, training's with padding."
+    "number of references. A call of the network has always as many rows; full calls: without "
+    "those that only fill it, as in a long run. Operations are those of products of matrices, "
+    "training's with padding."
 )
 
 
@@ -65,7 +67,7 @@ def notes(plan: Plan, rows: Sequence[EvaluationRow]) -> Iterator[str]:
     """How the comparison was made, and where training took longer than it was given."""
     machine = plan.machine
     yield (
-        f"{plan.minutes:g} minutes of training each, backend {machine.backend}, device "
+        f"{plan.minutes:g} min of training each, backend {machine.backend}, device "
         f"{machine.device}, threads: {machine.threads}"
     )
     for config, cost in zip(plan.configs, plan.costs, strict=True):
@@ -82,7 +84,7 @@ def notes(plan: Plan, rows: Sequence[EvaluationRow]) -> Iterator[str]:
         if not 1 / DRIFT <= ratio <= DRIFT:
             yield (
                 f"{row.run.name} took {row.run.training.seconds / 60:.1f} minutes: the machine "
-                "was not as fast as when the steps were timed"
+                "was slower or faster than when the steps were timed"
             )
 
 
@@ -102,6 +104,7 @@ def _lines(rows: Sequence[EvaluationRow]) -> Iterator[list[str]]:
         ("symmetry kept", lambda row: percent(row.metrics.symmetry_kept)),
         ("network calls", lambda row: row.run.network_calls),
         ("s / crystal", lambda row: number(row.seconds_per_structure)),
+        ("s / crystal, full calls", lambda row: number(_full_seconds(row))),
         ("GFLOP / crystal", lambda row: _scaled(row.run.flops, 1e-9)),
         ("parameters", lambda row: _of_training(row, "parameters", 1.0, 0)),
         ("training (min)", lambda row: _of_training(row, "seconds", 1 / 60, 1)),
@@ -123,6 +126,12 @@ def _lines(rows: Sequence[EvaluationRow]) -> Iterator[list[str]]:
 def _of_training(row: EvaluationRow, name: str, scale: float, digits: int) -> str | None:
     cost = row.run.training
     return None if cost is None else f"{scale * getattr(cost, name):.{digits}f}"
+
+
+def _full_seconds(row: EvaluationRow) -> float | None:
+    """Per crystal."""
+    full = row.run.full_seconds
+    return None if full is None else full / row.num_structures
 
 
 def _scaled(value: float | None, scale: float) -> str | None:

@@ -167,6 +167,8 @@ class KeptSamples:
         self.device_name = generator.device_name
         self.seconds = 0.0
         """Of sampling, by whatever process."""
+        self.full_seconds = 0.0
+        """Of these, without the share of rows that only fill a call of the network."""
         self._generator = generator
         self._folder = folder
         self._checkpoint = checkpoint
@@ -183,9 +185,12 @@ class KeptSamples:
         for index, request in enumerate(requests):
             groups.setdefault(self._size(request), []).append(index)
         crystals: dict[int, Crystal] = {}
-        for _, rows in sorted(groups.items()):
-            part = [requests[row] for row in rows]
-            crystals.update(zip(rows, self._part(part, seed, steps), strict=True))
+        for size, rows in sorted(groups.items()):
+            seconds, made = self._part([requests[row] for row in rows], seed, steps)
+            crystals.update(zip(rows, made, strict=True))
+            in_call = self._generator.rows_per_call(size)
+            self.seconds += seconds
+            self.full_seconds += seconds * len(rows) / (-(-len(rows) // in_call) * in_call)
             if progress is not None:
                 progress(len(rows))
         return [crystals[index] for index in range(len(requests))]
@@ -194,7 +199,10 @@ class KeptSamples:
         crystal = symmetry_only(request.space_group, request.sites)
         return bucket(crystal, self._generator.config.model.cell, self._generator.sizes)
 
-    def _part(self, requests: list[SampleRequest], seed: int, steps: int | None) -> list[Crystal]:
+    def _part(
+        self, requests: list[SampleRequest], seed: int, steps: int | None
+    ) -> tuple[float, list[Crystal]]:
+        """Seconds and crystals of requests of one size."""
         asked = [self._checkpoint, seed, steps, [asdict(one) for one in requests]]
         name = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:24]
         path = self._folder / f"{name}.json"
@@ -205,8 +213,7 @@ class KeptSamples:
             found = {"seconds": seconds, "crystals": [crystal.to_dict() for crystal in made]}
             write_atomic(path, json.dumps(found) + "\n")
         found = json.loads(path.read_bytes())
-        self.seconds += found["seconds"]
-        return [Crystal.from_dict(crystal) for crystal in found["crystals"]]
+        return found["seconds"], [Crystal.from_dict(crystal) for crystal in found["crystals"]]
 
 
 def measure(
@@ -251,6 +258,7 @@ def measure(
     info = replace(
         row.run,
         wall_time=kept.seconds,
+        full_seconds=kept.full_seconds,
         peak_memory=None,  # of this process, which others have sampled in as well
         training=_training_cost(saved, run, flops),
         flops=spent,

@@ -68,6 +68,8 @@ class RunInfo:
         symmetry_model: name and hash of what ranked symmetries; None where they were given.
         training: what it cost; None if not known.
         flops: floating-point operations per candidate; None if not known.
+        full_seconds: what ``wall_time`` would be if no call of the network had rows that only fill
+            it, as in a long run; None if not known.
     """
 
     name: str
@@ -87,6 +89,7 @@ class RunInfo:
     symmetry_model: str | None = None
     training: TrainingCost | None = None
     flops: float | None = None
+    full_seconds: float | None = None
 
 
 @dataclass(frozen=True)
