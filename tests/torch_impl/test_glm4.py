@@ -279,14 +279,14 @@ def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base of one block as transformers writes it, in bfloat16 and several files."""
     folder = tmp_path_factory.mktemp("foreign") / "final"
     torch.manual_seed(1)
-    network = build(tiny().model.to_huggingface(TOKENIZER)).to(torch.bfloat16)
+    network = build(language_run().model.to_huggingface(TOKENIZER)).to(torch.bfloat16)
     network.save_pretrained(folder, max_shard_size="40KB")
     TOKENIZER.save(folder)
     return folder
 
 
 def narrow(parquet: Path, base: Path, **settings: object) -> LanguageRunConfig:
-    config = tiny(parquet, init_from=str(base), questions=["band_gap"], **settings)
+    config = language_run(parquet, init_from=str(base), questions=["band_gap"], **settings)
     lora = {"rank": 4, "base_precision": "bfloat16"}
     return LanguageRunConfig.model_validate(config.model_dump() | {"lora": lora})
 
@@ -305,7 +305,7 @@ def test_base_of_transformers(parquet: Path, foreign: Path, tmp_path: Path) -> N
     loaded = load_language_model(tmp_path / "run" / "final")
     assert loaded.tokenizer.head_size == TOKENIZER.head_size
     other = tmp_path / "other"
-    build(tiny().model.to_huggingface(TOKENIZER)).save_pretrained(other)
+    build(language_run().model.to_huggingface(TOKENIZER)).save_pretrained(other)
     TOKENIZER.save(other)
     with pytest.raises(UserError, match="belongs to weights"):
         load_language_model(tmp_path / "run" / "final", base=other)
