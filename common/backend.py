@@ -151,6 +151,10 @@ def load_generator(checkpoint: Path, backend: str = "auto", device: str = "auto"
     return generator
 
 
+class NoLanguageModels(UserError):
+    """None of the frameworks of this machine has language models."""
+
+
 def load_language_model(
     folder: Path, backend: str = "auto", base: Path | None = None
 ) -> "LanguageModel":
@@ -162,7 +166,8 @@ def load_language_model(
         base: what an adapter adds to, if not the one that it names.
 
     Raises:
-        UserError: if no framework here has language models, or this one cannot be read.
+        NoLanguageModels: if no framework here has any.
+        UserError: if this one cannot be read.
         ModuleNotFoundError: if a package that it needs is not installed.
     """
     first = [] if backend == "auto" else [backend]
@@ -171,4 +176,4 @@ def load_language_model(
         if hasattr(module, "load_language_model"):
             model: LanguageModel = module.load_language_model(folder, "cpu", base)
             return model
-    raise UserError("no framework with language models is installed: pip install 'uni-mdm[torch]'")
+    raise NoLanguageModels("no framework here has them; pip install 'uni-mdm[torch]'")

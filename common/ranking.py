@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.backend import load_language_model
+from common.backend import NoLanguageModels, load_language_model
 from common.checkpoint import ADAPTER, LATEST, MANIFEST, load_checkpoint, shipped
 from common.composition import check_sites
 from common.crystal.wyckoff import Sites, wyckoff_summary
@@ -135,21 +135,23 @@ def load_ranker(
     """
     if prior is None or isinstance(prior, str | Path):
         prior = load_prior(None if prior is None else Path(prior))
-    folder = _folder(next(iter(properties), None), symmetry_model)
+    folder = model_folder(next(iter(properties), None), symmetry_model)
     if folder is None:
         return Ranker(prior)
     try:
         model = load_language_model(folder, backend, _shipped_base(folder))
         return Ranker(prior, model, _name(folder), folder)
+    except NoLanguageModels as error:
+        reason = str(error)
     except ModuleNotFoundError as error:
         package = (error.name or "").split(".")[0]
         if not package or package in _OWN:
             raise
-        note = (
-            f"language model {folder} is not used, the template prior ranks: package '{package}' "
-            "is not installed; pip install 'uni-mdm[language,language-torch]'"
+        reason = (
+            f"package '{package}' is not installed; pip install 'uni-mdm[language,language-torch]'"
         )
-        return Ranker(prior, note=note if symmetry_model is not None else "")
+    note = f"language model {folder} is not used, the template prior ranks: {reason}"
+    return Ranker(prior, note=note if symmetry_model is not None else "")
 
 
 @lru_cache(maxsize=2)
@@ -160,8 +162,13 @@ def load_prior(path: Path | None = None) -> "TemplatePrior":
     return TemplatePrior.load(path or SHIPPED)
 
 
-def _folder(wanted: str | None, given: str | Path | None) -> Path | None:
-    """The folder of a language model; None for the prior."""
+def model_folder(wanted: str | None, given: str | Path | None = None) -> Path | None:
+    """The folder of the language model that ranks for a property, or none; None for the prior.
+
+    Args:
+        wanted: the property.
+        given: what a user has said, see ``load_ranker``.
+    """
     if given is not None:
         return None if str(given) == PRIOR else Path(given)
     known = shipped()

@@ -320,11 +320,14 @@ def to_markdown(rows: Sequence[EvaluationRow], plot: str | None = None) -> str:
 
 def to_png(rows: Sequence[EvaluationRow]) -> bytes:
     """Match rate by free coordinates (95 % intervals), and the distribution of the distances."""
-    figure = Figure(figsize=(11, 4.2), dpi=120, layout="constrained")
+    figure = Figure(figsize=(11, 4.8), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
     _plot_strata(left, rows)
     _plot_distances(right, rows)
+    # Below both: inside one it would hide points.
+    handles = left.get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=3, frameon=False)
     return png(figure)
 
 
@@ -545,7 +548,6 @@ def _plot_strata(axes: Axes, rows: Sequence[EvaluationRow]) -> None:
     axes.set_xlabel("free coordinates")
     axes.set_ylabel("match rate (%), 95 % intervals")
     axes.grid(axis="y", alpha=0.3)
-    axes.legend()
 
 
 def _plot_distances(axes: Axes, rows: Sequence[EvaluationRow]) -> None:
@@ -568,4 +570,3 @@ def _plot_distances(axes: Axes, rows: Sequence[EvaluationRow]) -> None:
     axes.set_xlabel("rms distance, units of (V/N)^(1/3)")
     axes.set_ylabel("references matched within it (%)")
     axes.grid(alpha=0.3)
-    axes.legend()
