@@ -7,7 +7,9 @@ import pytest
 import yaml
 
 from common.cli import run
+from common.config import load_config
 from common.data.store import write_records
+from common.speed import measure_steps_apart
 from tests.training import alike_records, tiny_run
 
 
@@ -46,6 +48,17 @@ def test_two_backends_on_the_same_shapes(
         assert f"{network['saving']:,.1f}" in saving
     total = networks["torch"]["diffcsp_pp_flops"] * 1e-9
     assert f"= {total:,.0f} GFLOP" in " ".join(shown.split())
+
+
+@pytest.mark.parametrize("backend", ["torch", "mindspore"])
+def test_costs_of_steps_by_a_backend(backend: str, arguments: list[str]) -> None:
+    """Two runs on the same rows, in a process of their own; the wider one computes more."""
+    narrow = load_config(Path(arguments[0]))
+    wide = load_config(Path(arguments[0]), ("model.width=32",))
+    costs = measure_steps_apart(backend, [narrow, wide], 1, 1, "cpu")
+    assert all(cost.seconds > 0 for cost in costs)
+    assert costs[0].flops < costs[1].flops
+    assert [cost.epoch for cost in costs] == [3, 3]  # twelve crystals, four in a batch
 
 
 def test_a_backend_against_itself(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
