@@ -61,6 +61,7 @@ COMPANIONS = frozenset(
 )
 #: Checkpoints that come with the project, a folder each.
 SHIPPED = Path(__file__).resolve().parent / "assets" / "checkpoints"
+SHIPPED_LANGUAGE = SHIPPED.parent / "language"
 
 _STEP = re.compile(r"step_(\d{8,})")
 #: Packages whose versions decide what a checkpoint does.
@@ -263,10 +264,19 @@ def load_checkpoint(folder: Path, optimizer: bool = False) -> Checkpoint:
 
 
 def shipped() -> dict[str, Path]:
-    """Name and folder of each checkpoint that comes with the project."""
-    if not SHIPPED.is_dir():
+    """Name and folder of each Crystal DiT that comes with the project."""
+    return _checkpoints_in(SHIPPED)
+
+
+def shipped_language() -> dict[str, Path]:
+    """Name and folder of each language model that comes with the project."""
+    return _checkpoints_in(SHIPPED_LANGUAGE)
+
+
+def _checkpoints_in(folder: Path) -> dict[str, Path]:
+    if not folder.is_dir():
         return {}
-    return {path.name: path for path in sorted(SHIPPED.iterdir()) if (path / MANIFEST).is_file()}
+    return {path.name: path for path in sorted(folder.iterdir()) if (path / MANIFEST).is_file()}
 
 
 def write_card(folder: Path, card: str) -> None:

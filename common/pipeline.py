@@ -374,9 +374,9 @@ def generate(
         backend: ``auto``, ``torch`` or ``mindspore``.
         checkpoint: folder; the shipped one for the property without it.
         prior: symmetry prior; the shipped one without it.
-        symmetry_model: folder of a language model that ranks symmetries, or ``prior``; the shipped
-            model for the property without it, or the prior where none is shipped. If packages that
-            the model needs are missing the prior ranks, with a warning if a folder was given.
+        symmetry_model: ``prior`` (as without it), or what ranks symmetries with it: ``glm4``, the
+            shipped language model, or a folder. If packages that it needs are missing the prior
+            ranks alone, with a warning.
         progress: told what is done.
 
     Raises:

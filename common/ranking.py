@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.backend import NoLanguageModels, load_language_model
-from common.checkpoint import ADAPTER, LATEST, MANIFEST, load_checkpoint, shipped
+from common.checkpoint import ADAPTER, LATEST, MANIFEST, load_checkpoint, shipped_language
 from common.composition import check_sites
 from common.crystal.wyckoff import Sites, wyckoff_summary
 from common.errors import UserError
@@ -26,8 +26,9 @@ if TYPE_CHECKING:
     from common.pipeline import Query
     from common.prior import SymmetryCandidate, TemplatePrior
 
-#: In place of a folder: no language model.
+#: In place of a folder: no language model, or the shipped one.
 PRIOR = "prior"
+LANGUAGE = "glm4"
 PRIOR_NAME = "template prior"
 #: Shipped folders by what they were trained to be asked about; the last one is asked about all.
 SHIPPED_MODELS = {"band_gap": "glm4_tiny_bg", "formation_energy": "glm4_tiny_fm"}
@@ -126,7 +127,7 @@ def load_ranker(
 
     Args:
         properties: names, at most one.
-        symmetry_model: a folder, ``prior``, or None for the shipped model, if there is one.
+        symmetry_model: a folder, ``glm4`` for the shipped model, ``prior`` or None for the prior.
         prior: or its path; the shipped one without it.
         backend: as in ``common.backend.load_backend``.
 
@@ -151,7 +152,7 @@ def load_ranker(
             f"package '{package}' is not installed; pip install 'uni-mdm[language,language-torch]'"
         )
     note = f"language model {folder} is not used, the template prior ranks: {reason}"
-    return Ranker(prior, note=note if symmetry_model is not None else "")
+    return Ranker(prior, note=note)
 
 
 @lru_cache(maxsize=2)
@@ -163,17 +164,24 @@ def load_prior(path: Path | None = None) -> "TemplatePrior":
 
 
 def model_folder(wanted: str | None, given: str | Path | None = None) -> Path | None:
-    """The folder of the language model that ranks for a property, or none; None for the prior.
+    """The folder of the language model that ranks for a property; None for the prior.
 
     Args:
         wanted: the property.
         given: what a user has said, see ``load_ranker``.
+
+    Raises:
+        UserError: if the shipped model is wanted, and there is none.
     """
-    if given is not None:
-        return None if str(given) == PRIOR else Path(given)
-    known = shipped()
-    names = (SHIPPED_MODELS.get(wanted or ""), SHIPPED_BASE)
-    return next((known[name] for name in names if name in known), None)
+    if given is None or str(given) == PRIOR:
+        return None
+    if str(given) != LANGUAGE:
+        return Path(given)
+    known = shipped_language()
+    for name in (SHIPPED_MODELS.get(wanted or ""), SHIPPED_BASE):
+        if name in known:
+            return known[name]
+    raise UserError("no language model is shipped: give the folder of one, or prior")
 
 
 def _name(folder: Path) -> str:
@@ -194,7 +202,7 @@ def _shipped_base(folder: Path) -> Path | None:
         revision = json.loads(text).get("revision")
     except (OSError, ValueError, AttributeError):
         return None  # whoever loads it says what is wrong
-    base = shipped().get(SHIPPED_BASE)
+    base = shipped_language().get(SHIPPED_BASE)
     return base if base is not None and load_checkpoint(base).hash == revision else None
 
 

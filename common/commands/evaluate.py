@@ -49,7 +49,7 @@ def crystals(
     symmetry_model: Annotated[
         str | None,
         typer.Option(
-            help="With --given composition: a language model's folder or 'prior'; the shipped one."
+            help="With --given composition: 'prior', 'glm4' with it, or a language model's folder."
         ),
     ] = None,
     top: Annotated[
@@ -144,9 +144,9 @@ def _check_options(
 @app.command()
 def symmetry(
     model: Annotated[
-        Path | None,
-        typer.Option(help="Language model's folder; the shipped one, or the controls alone."),
-    ] = None,
+        str,
+        typer.Option(help="Language model's folder; 'prior' for the controls alone."),
+    ] = "glm4",
     data: Annotated[str, typer.Option(help="train, val, or a CSV or Parquet file.")] = "val",
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first rows.")] = None,
     target: Annotated[
@@ -174,7 +174,7 @@ def symmetry(
     if ranker.note:
         raise UserError(ranker.note)
     if ranker.model is None and not controls:
-        raise UserError("no language model is shipped: give --model, or leave --no-controls out")
+        raise UserError("nothing to measure: give --model, or leave --no-controls out")
     name = ranker.name.replace(" ", "-")
     target_folder = out or Path("runs") / f"evaluate-symmetry-{name}-{_split_name(data)}"
     with output_folder(target_folder, "give another --out"):

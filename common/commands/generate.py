@@ -53,7 +53,7 @@ def command(
     symmetry_model: Annotated[
         str | None,
         typer.Option(
-            help="What ranks symmetries: a language model's folder, or 'prior'; the shipped model."
+            help="What ranks symmetries: 'prior', 'glm4' with it, or a language model's folder."
         ),
     ] = None,
 ) -> None:

@@ -10,11 +10,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from common.backend import available_backends, load_backend
-from common.checkpoint import load_checkpoint, shipped
+from common.checkpoint import load_checkpoint, shipped, shipped_language
 from common.data.locations import cache_dir, data_dir
 from common.errors import UserError
 from common.machine import cpu_count
-from common.ranking import PRIOR_NAME, model_folder
 
 
 def command() -> None:
@@ -22,7 +21,7 @@ def command() -> None:
     table = Table(show_header=False, box=None)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
-    parts = (_machine, _backends, _folders, _checkpoints, _rankers, _packages)
+    parts = (_machine, _backends, _folders, _checkpoints, _packages)
     for name, value in (pair for part in parts for pair in part()):
         table.add_row(name, value)
     Console().print(table)
@@ -59,7 +58,8 @@ def _folders() -> list[tuple[str, str]]:
 
 
 def _checkpoints() -> list[tuple[str, str]]:
-    return [(f"checkpoint {name}", _described(path)) for name, path in shipped().items()]
+    found = shipped() | shipped_language()
+    return [(f"checkpoint {name}", _described(path)) for name, path in found.items()]
 
 
 def _described(checkpoint: Path) -> str:
@@ -69,13 +69,6 @@ def _described(checkpoint: Path) -> str:
         return f"[red]{escape(str(error))}[/red]"
     parameters = sum(tensor.size for tensor in loaded.model.values())
     return f"{loaded.hash}, {parameters / 1e6:.1f} M parameters, {checkpoint}"
-
-
-def _rankers() -> list[tuple[str, str]]:
-    """What ranks symmetries for each property where nothing else is asked for."""
-    wanted = (("no property", None), ("band gap", "band_gap"), ("energy", "formation_energy"))
-    folders = [(f"symmetries, {label}", model_folder(name)) for label, name in wanted]
-    return [(label, folder.name if folder else PRIOR_NAME) for label, folder in folders]
 
 
 def _packages() -> list[tuple[str, str]]:

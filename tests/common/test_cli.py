@@ -72,9 +72,7 @@ def test_info_describes_this_machine() -> None:
     assert finished.returncode == 0, finished.stderr
     assert version("pymatgen") in finished.stdout
     assert "cpu" in finished.stdout.lower()
-    ranked = [line for line in finished.stdout.splitlines() if "symmetries, " in line]
-    assert len(ranked) == 3
-    assert all("template prior" in line or "glm4_tiny" in line for line in ranked)
+    assert "crystal_dit_small_fm" in finished.stdout
 
 
 @pytest.mark.parametrize(

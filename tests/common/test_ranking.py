@@ -197,18 +197,20 @@ def test_shipped_model_for_the_property(monkeypatch: pytest.MonkeyPatch) -> None
         raise ModuleNotFoundError(name="transformers.models")
 
     monkeypatch.setattr(ranking, "load_language_model", load)
-    folders = {n: Path("absent") / n for n in ("glm4_tiny", "glm4_tiny_bg", "crystal_dit_small_bg")}
-    monkeypatch.setattr(ranking, "shipped", lambda: folders)
+    folders = {n: Path("absent") / n for n in ("glm4_tiny", "glm4_tiny_bg", "other")}
+    monkeypatch.setattr(ranking, "shipped_language", lambda: folders)
     for properties in (["band_gap"], ["formation_energy"], []):
-        assert load_ranker(properties).model is None
+        assert load_ranker(properties, "glm4").model is None
     assert [path.name for path in asked] == ["glm4_tiny_bg", "glm4_tiny", "glm4_tiny"]
-    monkeypatch.setattr(ranking, "shipped", lambda: {"crystal_dit_small_bg": Path("x")})
     assert load_ranker(["band_gap"]).identity["name"] == PRIOR_NAME
+    monkeypatch.setattr(ranking, "shipped_language", lambda: {"other": Path("x")})
+    with pytest.raises(UserError, match="no language model is shipped"):
+        load_ranker(["band_gap"], "glm4")
     assert len(asked) == 3
 
 
 def test_missing_packages(textbook_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One line where the model was asked for; nothing where it was only there; no hidden bugs."""
+    """One line, and no hidden bugs."""
 
     def load(folder: Path, backend: str, base: Path | None) -> object:
         raise ModuleNotFoundError(name=missing)
@@ -219,11 +221,9 @@ def test_missing_packages(textbook_model: Path, monkeypatch: pytest.MonkeyPatch)
     assert asked.model is None
     assert "'transformers' is not installed" in asked.note
     assert "\n" not in asked.note
-    monkeypatch.setattr(ranking, "shipped", lambda: {"glm4_tiny": textbook_model})
-    assert load_ranker([]).note == ""
     missing = "common.absent"
     with pytest.raises(ModuleNotFoundError):
-        load_ranker([])
+        load_ranker([], textbook_model)
 
 
 def test_framework_without_language_models(
@@ -235,8 +235,6 @@ def test_framework_without_language_models(
     asked = load_ranker([], textbook_model)
     assert asked.model is None
     assert "no framework here" in asked.note
-    monkeypatch.setattr(ranking, "shipped", lambda: {"glm4_tiny": textbook_model})
-    assert load_ranker([]).identity["name"] == PRIOR_NAME
 
 
 def test_absent_and_foreign_folders(tmp_path: Path) -> None:
@@ -262,7 +260,7 @@ def test_adapter_finds_its_base_among_the_shipped(
     base.rename(tmp_path / "elsewhere")
     with pytest.raises(UserError, match="base"):
         load_ranker(["band_gap"], tmp_path / "adapter")
-    monkeypatch.setattr(ranking, "shipped", lambda: {"glm4_tiny": tmp_path / "elsewhere"})
+    monkeypatch.setattr(ranking, "shipped_language", lambda: {"glm4_tiny": tmp_path / "elsewhere"})
     found = load_ranker(["band_gap"], tmp_path / "adapter")
     assert found.model is not None
     assert found.name == "adapter"
