@@ -73,7 +73,11 @@ def build(config: dict[str, Any], length: int, **settings: Any) -> nn.Cell:
 
     own = network_settings(config, length) | settings
     own["use_flash_attention"] = ms.get_context("device_target") != "CPU"
-    model = ChatGLM2ForConditionalGeneration(ChatGLM2Config(**own))
+    network = ChatGLM2Config(**own)
+    # As MindFormers' Trainer does it: a network kept as a graph of its own, which several processes
+    # would have by default, cannot be compiled here.
+    network.disable_lazy_inline = True
+    model = ChatGLM2ForConditionalGeneration(config=network)
     model.transformer.freqs_mgr = Angles(model.transformer.freqs_mgr)
     make_computable(model)
     return model

@@ -58,24 +58,23 @@ def _answer_step() -> type:
         """MindFormers' training step for shares with different numbers of answers.
 
         The gradients of processes are averaged. The network's loss is the mean of its own tokens;
-        times its share of all tokens, and the number of processes, it makes that average the mean
-        of all.
+        what belongs to it is multiplied by its share of all tokens and the number of processes, so
+        that the average is that of the mean of all.
         """
 
         def grads_for_legacy(
             self, scaling_sens: Tensor, tokens: Tensor, targets: Tensor, share: Tensor
         ) -> tuple[Any, Any, Any]:
-            """Loss, scaled gradients, and what else they were multiplied by.
+            """The loss of its own, scaled gradients, and what else these were multiplied by.
 
             Args:
                 scaling_sens: of the loss.
                 tokens, targets: [B,T].
-                share: [1], what the loss is multiplied by.
+                share: [1], what gradients are multiplied by.
             """
             loss = self.network(tokens, targets)
-            weight = share.reshape(())
-            sens = ops.ones_like(loss) * scaling_sens.astype(loss.dtype) * weight
+            sens = ops.ones_like(loss) * scaling_sens.astype(loss.dtype) * share.reshape(())
             gradients = self.grad(self.network, self.weights)(tokens, targets, sens)
-            return loss * weight, gradients, self.grad_scale_factor
+            return loss, gradients, self.grad_scale_factor
 
     return AnswerStep

@@ -133,7 +133,7 @@ class Trainer(LanguageTrainer):
         loss, _, _, _, norm = (float(value.asnumpy().reshape(-1)[0]) for value in self.done)
         if math.isfinite(norm):
             self.average(Tensor(1 - decay, ms.float32))
-        nats = self.summed([loss])[0] / self.shard.count * data.answer_tokens
+        (nats,) = self.summed([loss * _counted(data)])
         return {
             "loss": nats / data.answer_tokens,
             "answer": nats / data.answers,
@@ -231,8 +231,7 @@ class _Batches:
     def __getitem__(self, index: int) -> tuple[NDArray[Any], ...]:
         data = next(self._batches)
         self.waiting.append(data)
-        counted = float((data.targets != IGNORED).sum())
-        share = counted * self._trainer.shard.count / data.answer_tokens
+        share = _counted(data) * self._trainer.shard.count / data.answer_tokens
         fixed = self._trainer.fixed(data)
         narrow = fixed.tokens.astype(np.int32), fixed.targets.astype(np.int32)
         return *narrow, np.array([share], np.float32)
@@ -307,6 +306,8 @@ def _trainer_settings(
     # Checkpoints are this project's, and rows of the validation set are read by it.
     own["callbacks"] = [c for c in own["callbacks"] if c["type"] != "CheckpointMonitor"]
     del own["eval_dataset"]
+    # By them the Trainer would pass inputs to the network, but one of them is the step's.
+    del own["train_dataset"]["input_columns"]
     with TemporaryDirectory() as folder:
         path = Path(folder, "run.yaml")  # only a file's settings are completed by MindFormers
         path.write_text(yaml.safe_dump(own))
@@ -333,6 +334,11 @@ def _optimizer(settings: Any, parameters: list[Parameter]) -> Any:
     return build_optim(
         settings.optimizer, default_args={"params": parameters, "learning_rate": rate}
     )
+
+
+def _counted(data: TokenBatch) -> float:
+    """Tokens of this process's answers."""
+    return float((data.targets != IGNORED).sum())
 
 
 def _tensors(data: TokenBatch) -> tuple[Tensor, Tensor]:

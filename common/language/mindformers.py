@@ -76,7 +76,6 @@ def sections(run: LanguageRunConfig, network: Mapping[str, Any]) -> dict[str, An
         "train_dataset": {
             "data_loader": {"type": "GeneratorDataset", "dataset_dir": train.data},
             "input_columns": ["input_ids", "labels", "share"],
-            "construct_args_key": ["input_ids", "labels"],
         },
         "train_dataset_task": {"type": "CausalLanguageModelDataset"},
         "eval_dataset": {
