@@ -279,16 +279,21 @@ def _checkpoints_in(folder: Path) -> dict[str, Path]:
     return {path.name: path for path in sorted(folder.iterdir()) if (path / MANIFEST).is_file()}
 
 
-def write_card(folder: Path, card: str) -> None:
+def write_card(folder: Path, card: str, layout: Layout = NATIVE) -> None:
     """Replace the model card of a checkpoint and leave everything else as it is.
+
+    Args:
+        folder: of the checkpoint.
+        card: Markdown.
+        layout: the kind of folder that it is.
 
     Raises UserError like `load_checkpoint` and `save_checkpoint`.
     """
     folder = _locate(Path(folder))
-    manifest = read_manifest(folder)
+    manifest = read_manifest(folder, layout)
     entries = manifest["files"]
     files = {name: _read_verified(folder, name, entry) for name, entry in entries.items()}
-    install(folder, files | {CARD: card.encode()}, provenance_of(manifest))
+    install(folder, files | {CARD: card.encode()}, provenance_of(manifest), layout)
 
 
 def verify(folder: Path, layout: Layout = NATIVE) -> tuple[Path, dict[str, Any]]:
