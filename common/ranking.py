@@ -1,8 +1,8 @@
 """What ranks the symmetries of a composition: a language model if there is one, and the prior.
 
 The language model answers under a grammar of what the user left open. Its probabilities and the
-template prior's are averaged: their errors differ, and the average ranks better than either. What
-the model cannot answer, such as cells larger than it was made for, comes from the prior alone.
+template prior's are averaged, for their errors differ. What the model cannot answer, such as cells
+larger than it was made for, comes from the prior alone.
 Symmetries have the letters that the prior gives them, whoever ranked them, so that the same
 symmetry gets the same noise.
 """

@@ -303,7 +303,7 @@ def load_language_model(
     if (path / LATEST).is_file() or (path / MANIFEST).is_file():
         saved = load_checkpoint(path)
         name, path = saved.hash, saved.path
-        analogues = int(saved.config["train"].get("analogues", 0))
+        analogues = int(saved.config.get("train", {}).get("analogues", 0))
         if saved.manifest["format"] == ADAPTER.format:
             model = with_adapter(_base_of(saved, base), saved)
         else:
