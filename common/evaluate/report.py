@@ -24,8 +24,7 @@ from common.evaluate.match import STANDARD, CandidateMatch
 from common.evaluate.statistics import PairedTest, Rate, mcnemar, mean
 from common.evaluate.strata import FREEDOM, freedom_class
 from common.evaluate.symmetry import SymmetryLabel
-from common.evaluate.tables import COLOURS, MARKERS, number, percent, png, table, text
-from common.files import write_together
+from common.evaluate.tables import COLOURS, MARKERS, number, percent, png, table, text, write_trio
 
 FORMAT = "uni-mdm evaluation 1"
 
@@ -237,15 +236,9 @@ def write_report(
     Returns:
         The paths by suffix. Raises UserError if a file cannot be written.
     """
-    paths = {suffix: Path(folder) / f"{name}.{suffix}" for suffix in ("json", "md", "png")}
-    write_together(
-        {
-            paths["json"]: to_json(rows),
-            paths["png"]: to_png(rows),
-            paths["md"]: to_markdown(rows, plot=paths["png"].name),
-        }
+    return write_trio(
+        folder, name, to_json(rows), to_png(rows), lambda plot: to_markdown(rows, plot=plot)
     )
-    return paths
 
 
 def read_rows(path: Path) -> list[EvaluationRow]:

@@ -20,8 +20,7 @@ from common.evaluate.symmetry_prediction import (
     calibration_error,
     reliability,
 )
-from common.evaluate.tables import COLOURS, MARKERS, number, percent, png, table, text
-from common.files import write_together
+from common.evaluate.tables import COLOURS, MARKERS, number, percent, png, table, text, write_trio
 
 FORMAT = "uni-mdm symmetry evaluation 1"
 #: Rows in a bin of the reliability diagram below which it says nothing.
@@ -147,15 +146,9 @@ def write_symmetry_report(
     Returns:
         The paths by suffix. Raises UserError if a file cannot be written.
     """
-    paths = {suffix: Path(folder) / f"{name}.{suffix}" for suffix in ("json", "md", "png")}
-    write_together(
-        {
-            paths["json"]: to_json(rows),
-            paths["png"]: to_png(rows),
-            paths["md"]: to_markdown(rows, plot=paths["png"].name),
-        }
+    return write_trio(
+        folder, name, to_json(rows), to_png(rows), lambda plot: to_markdown(rows, plot=plot)
     )
-    return paths
 
 
 def to_json(rows: Sequence[SymmetryRow]) -> str:

@@ -1,11 +1,13 @@
 """How reports write numbers, tables and plots."""
 
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 from matplotlib.figure import Figure
 
 from common.evaluate.statistics import Rate
+from common.files import write_together
 
 #: Of the rows of a report, in their order; told apart by the colour-blind too.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
@@ -40,6 +42,30 @@ def number(value: float | None, digits: int = 4) -> str:
 def text(value: object) -> str:
     """Anything, or a dash for None."""
     return "-" if value is None else str(value)
+
+
+def write_trio(
+    folder: Path, name: str, data: str, plot: bytes, markdown: Callable[[str], str]
+) -> dict[str, Path]:
+    """Writes ``<name>.json``, ``<name>.png`` and ``<name>.md``, all three or none.
+
+    Args:
+        folder: made if missing.
+        name: of the files.
+        data: JSON.
+        plot: PNG.
+        markdown: gives the text, told the plot's file name.
+
+    Returns:
+        the paths by suffix.
+
+    Raises:
+        UserError: if a file cannot be written.
+    """
+    paths = {suffix: Path(folder) / f"{name}.{suffix}" for suffix in ("json", "md", "png")}
+    text = markdown(paths["png"].name)
+    write_together({paths["json"]: data, paths["png"]: plot, paths["md"]: text})
+    return paths
 
 
 def png(figure: Figure) -> bytes:
