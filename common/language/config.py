@@ -71,6 +71,11 @@ class LanguageTrainConfig(Optimisation):
         ge=0,
         description="Symmetries of similar compositions in a question; known polymorphs beside.",
     )
+    rehearsals: int = Field(
+        0,
+        ge=0,
+        description="Analogues that are answered after a row's answer, from their group on.",
+    )
     token_budget: int = Field(3072, ge=64, description="Padded tokens in a batch, at most.")
     gradient_checkpointing: bool = Field(
         False, description="Blocks are computed again for the gradient, which saves memory."

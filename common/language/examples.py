@@ -1,7 +1,9 @@
 """Questions and answers as batches of tokens, in an order that seed and epoch decide.
 
 Every row is asked about one target property in an epoch, about the others in the following ones.
-Where questions tell of analogues, every second one tells of known polymorphs as well.
+Where questions tell of analogues, every second one tells of known polymorphs as well. Most of an
+answer is the sites of the analogue whose space group it has named. A row shows that for one of them
+at most, so others may follow its answer, *rehearsals*: all but their space group counts.
 Rows of about the same length make a batch, so that little of it is padding.
 """
 
@@ -15,7 +17,7 @@ from rich.progress import track
 
 from common.data.store import Record
 from common.language.analogues import AnalogueIndex
-from common.language.prompt import Analogues, Question, Symmetry
+from common.language.prompt import Analogues, Question, Symmetry, answer_pieces
 from common.language.tokenizer import SymmetryTokenizer
 
 #: A target that is no token: its position does not count.
@@ -36,8 +38,9 @@ class TokenBatch:
 
     Attributes:
         tokens: [B,T], questions and answers.
-        targets: [B,T], the token that follows where it belongs to an answer, else ``IGNORED``.
-        answers, answer_tokens: how many there are in the whole batch, of which this may be a share.
+        targets: [B,T], the token that follows where it counts, else ``IGNORED``.
+        answers: rows of the whole batch, of which this may be a share.
+        answer_tokens: targets that count in the whole batch.
     """
 
     tokens: Int
@@ -48,10 +51,10 @@ class TokenBatch:
 
 @dataclass(frozen=True)
 class _Example:
-    """Tokens of a question and its answer, which begins at ``start``."""
+    """Tokens of a question and what is answered, and which of them are to be foretold."""
 
     tokens: NDArray[np.int32]
-    start: int
+    counted: NDArray[np.bool_]
 
 
 class Examples:
@@ -63,6 +66,8 @@ class Examples:
         questions: target properties, ``none`` among them; a row that lacks one is asked without.
         token_budget: padded tokens in a batch, at most.
         analogues: what questions tell of; nothing without it.
+        rehearsals: answers after the row's own, at most, as many as fit into ``positions`` tokens.
+        positions: see there.
     """
 
     def __init__(
@@ -72,11 +77,27 @@ class Examples:
         questions: Sequence[str],
         token_budget: int,
         analogues: AnalogueIndex | None = None,
+        rehearsals: int = 0,
+        positions: int = 0,
     ) -> None:
         self._pad = tokenizer.pad_id
         self._budget = token_budget
         shown = track(records, "Writing questions") if len(records) > _MANY else records
-        self._forms = [_forms(record, tokenizer, questions, analogues) for record in shown]
+        self._forms = []
+        for record in shown:
+            answer = Symmetry.of_crystal(record.crystal)
+            asked = _questions(record, questions, analogues)
+            self._forms.append(
+                [
+                    _example(
+                        tokenizer,
+                        question,
+                        _rehearsed(question, answer, turn, rehearsals),
+                        positions,
+                    )
+                    for turn, question in enumerate(asked)
+                ]
+            )
         self._lengths = np.array([[len(e.tokens) for e in forms] for forms in self._forms])
 
     def epoch(self, seed: int, epoch: int) -> list[tuple[Int, Int]]:
@@ -135,18 +156,16 @@ class Examples:
             end = len(example.tokens)
             tokens[index, :end] = example.tokens
             if counts:
-                targets[index, example.start - 1 : end - 1] = example.tokens[example.start :]
-        answer_tokens = sum(len(example.tokens) - example.start for example in whole)
+                following = np.where(example.counted, example.tokens, IGNORED)
+                targets[index, : end - 1] = following[1:]
+        answer_tokens = sum(int(example.counted.sum()) for example in whole)
         return TokenBatch(tokens, targets, len(whole), answer_tokens)
 
 
-def _forms(
-    record: Record,
-    tokenizer: SymmetryTokenizer,
-    targets: Sequence[str],
-    analogues: AnalogueIndex | None,
-) -> list[_Example]:
-    """All questions of a row, with its answer."""
+def _questions(
+    record: Record, targets: Sequence[str], analogues: AnalogueIndex | None
+) -> list[Question]:
+    """All that a row is asked."""
     counts = record.crystal.formula_counts
     told = [Analogues()]
     if analogues is not None:
@@ -156,15 +175,39 @@ def _forms(
             ).analogues
             for known in (False, True)
         ]
-    answer = tokenizer.answer_ids(Symmetry.of_crystal(record.crystal))
-    forms = []
+    asked = []
     for own, target in product(told, targets):
         value = None if target == "none" else record.properties[target]
         properties = {} if value is None else {target: value}
-        question = replace(Question.ask(counts, properties), analogues=own)
-        ids = tokenizer.question_ids(question)
-        forms.append(_Example(np.array(ids + answer, dtype=np.int32), len(ids)))
-    return forms
+        asked.append(replace(Question.ask(counts, properties), analogues=own))
+    return asked
+
+
+def _rehearsed(question: Question, answer: Symmetry, turn: int, count: int) -> list[Symmetry]:
+    """The answer, then some other analogues; every turn begins with the next one."""
+    others = [a.symmetry for a in question.analogues.similar if a.symmetry != answer]
+    start = turn % max(1, len(others))
+    return [answer, *(others[start:] + others[:start])[:count]]
+
+
+def _example(
+    tokenizer: SymmetryTokenizer, question: Question, answers: Sequence[Symmetry], positions: int
+) -> _Example:
+    """A question and its answers, as turns of the assistant; the first one is the row's."""
+    (first, *rehearsals) = answers
+    tokens = tokenizer.question_ids(question)
+    own = tokenizer.answer_ids(first)
+    counted = [False] * len(tokens) + [True] * len(own)
+    tokens = tokens + own
+    for symmetry in rehearsals:
+        turn = tokenizer.turn_ids(symmetry)
+        if len(tokens) + len(turn) > positions:
+            break
+        group = sum(len(tokenizer.encode_piece(piece)) for piece in answer_pieces(symmetry)[:2])
+        start = len(turn) - len(tokenizer.answer_ids(symmetry)) + group
+        counted += [False] * start + [True] * (len(turn) - start)
+        tokens += turn
+    return _Example(np.array(tokens, dtype=np.int32), np.array(counted))
 
 
 def _padded(length: int) -> int:

@@ -119,6 +119,10 @@ class SymmetryTokenizer:
         """The answer and its end."""
         return [*self.encode(prompt.write_answer(symmetry)), self.end_id]
 
+    def turn_ids(self, symmetry: Symmetry) -> list[int]:
+        """One more answer, behind the end of another."""
+        return [self._id(ASSISTANT), *self.encode("\n"), *self.answer_ids(symmetry)]
+
     def files(self) -> dict[str, str]:
         """Content of tokenizer.json and tokenizer_config.json, as transformers reads them."""
         names = [token.content for token in self.tokenizer.get_added_tokens_decoder().values()]

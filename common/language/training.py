@@ -56,8 +56,8 @@ class LanguageTrainer(TrainingRun[TokenBatch]):
         self.network_config = config.model.to_huggingface(self.tokenizer)
         if settings.init_from:
             self._begin_with(Path(settings.init_from))
-        self.data = self._examples(train_records)
-        self.validation = self._examples(validation_records[: settings.validation_rows])
+        self.data = self._examples(train_records, settings.rehearsals)
+        self.validation = self._examples(validation_records[: settings.validation_rows], 0)
 
     def _begin_with(self, folder: Path) -> None:
         """Takes weights, and of a folder of transformers network and tokenizer as well."""
@@ -92,10 +92,17 @@ class LanguageTrainer(TrainingRun[TokenBatch]):
                 )
         super().resume(folder)
 
-    def _examples(self, records: list[Record]) -> Examples:
+    def _examples(self, records: list[Record], rehearsals: int) -> Examples:
         settings = self.config.train
-        index = AnalogueIndex.shipped(settings.analogues) if settings.analogues else None
-        return Examples(records, self.tokenizer, settings.questions, settings.token_budget, index)
+        return Examples(
+            records,
+            self.tokenizer,
+            settings.questions,
+            settings.token_budget,
+            AnalogueIndex.shipped(settings.analogues) if settings.analogues else None,
+            rehearsals,
+            self.config.model.positions,
+        )
 
     def first_weights(self) -> Mapping[str, Any]:
         """Of the network: those that the run starts from, or random ones."""

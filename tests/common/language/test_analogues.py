@@ -13,7 +13,9 @@ from common.language.prompt import (
     AnswerError,
     Question,
     Symmetry,
+    parse_answer,
     parse_question,
+    write_answer,
     write_question,
 )
 from common.language.tokenizer import UNKNOWN, SymmetryTokenizer
@@ -122,6 +124,51 @@ def test_examples_alternate_between_what_is_known(compact: SymmetryTokenizer) ->
     assert len(told) == 2 * len(asked) == 4 * len(records)
 
 
+@pytest.mark.parametrize("real", [False, True], ids=["compact", "glm4"])
+def test_rehearsals_are_analogues_told_of(
+    compact: SymmetryTokenizer, glm4: SymmetryTokenizer, index: AnalogueIndex, real: bool
+) -> None:
+    """The row's own answer counts whole, as without them, and the others all but their group."""
+    tokenizer = glm4 if real else compact
+    records = textbook_records()
+    plain, more = (
+        Examples(records, tokenizer, ("none", "band_gap"), 2000, index, count, 8192)
+        for count in (0, 2)
+    )
+    rehearsed = set()
+    for record, forms, longer in zip(records, plain._forms, more._forms, strict=True):
+        for own, example in zip(forms, longer, strict=True):
+            size = len(own.tokens)
+            assert example.tokens[:size].tolist() == own.tokens.tolist()
+            assert example.counted[:size].tolist() == own.counted.tolist()
+            start = int(own.counted.argmax())
+            text = tokenizer.decode(own.tokens[:start])
+            question = parse_question(text[text.index("Composition") :].rstrip("\n"))
+            answer = Symmetry.of_crystal(record.crystal)
+            others = [a.symmetry for a in question.analogues.similar if a.symmetry != answer]
+            turns = tokenizer.decode(example.tokens[size:]).split("\nSpace group:")[1:]
+            told = [parse_answer(f"Space group:{turn}") for turn in turns]
+            assert len(set(told)) == len(told) == min(2, len(others))
+            assert set(told) <= set(others)
+            counted = tokenizer.decode(example.tokens[size:][example.counted[size:]])
+            assert counted == "".join(
+                write_answer(s)[write_answer(s).index("\nCandidate") :] for s in told
+            )
+            rehearsed.update((record.material_id, s) for s in told)
+    assert len(rehearsed) > 2 * len(records)  # not the same ones in every question
+
+
+def test_rehearsals_fit(compact: SymmetryTokenizer, index: AnalogueIndex) -> None:
+    """As many as the network has positions for."""
+    records = textbook_records()
+    whole = Examples(records, compact, ("none",), 2000, index, 6, 8192)
+    short = Examples(records, compact, ("none",), 2000, index, 6, 200)
+    none = Examples(records, compact, ("none",), 2000, index)
+    assert short._lengths[none._lengths <= 200].max() <= 200 < whole._lengths.max()
+    assert (short._lengths >= none._lengths).all()
+    assert (short._lengths > none._lengths).any()
+
+
 def texts(examples: Examples, records: list[Record], tokenizer: SymmetryTokenizer) -> set[str]:
     """Row and question of every form of every row, over as many epochs as there are forms."""
     found = set()
@@ -129,7 +176,7 @@ def texts(examples: Examples, records: list[Record], tokenizer: SymmetryTokenize
         for rows, forms in examples.epoch(0, epoch):
             for row, form in zip(rows, forms, strict=True):
                 example = examples._forms[row][form]
-                text = tokenizer.decode(example.tokens[: example.start])
+                text = tokenizer.decode(example.tokens[: int(example.counted.argmax())])
                 question = parse_question(text[text.index("Composition") :].rstrip("\n"))
                 counts = records[row].crystal.formula_counts
                 assert question.counts == reduce_counts(counts)[0]
