@@ -18,7 +18,10 @@ import torch
 from numpy.typing import NDArray
 from peft import PeftModel, get_peft_config, get_peft_model
 from torch import Tensor, nn
-from transformers import DynamicCache, GlmConfig, GlmForCausalLM
+from transformers import AttentionInterface, AttentionMaskInterface, GlmConfig, GlmForCausalLM
+from transformers.cache_utils import Cache, DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import no_init_weights
 
 from common.checkpoint import ADAPTER, LATEST, MANIFEST, Checkpoint, load_checkpoint
@@ -149,6 +152,75 @@ def with_adapter(model: GlmForCausalLM, saved: Checkpoint) -> GlmForCausalLM:
     return merged
 
 
+def attention_by_group(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """SDPA as transformers has it, where there is a mask without a copy of keys for every head.
+
+    Heads that share keys stand one after the other, as if they were more tokens.
+
+    Args:
+        module: the layer, for the number of such heads.
+        query: [B,H,T,d].
+        key, value: [B,G,S,d].
+        attention_mask: [B,1,T,S], added to the scores, or None.
+        scaling: of the scores.
+        options: others of transformers.
+
+    Returns:
+        [B,T,H,d], and no weights.
+    """
+    if attention_mask is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, **options
+        )
+    batch, heads, length, width = query.shape
+    shared = heads // key.shape[1]
+    found = nn.functional.scaled_dot_product_attention(
+        query.reshape(batch, key.shape[1], shared * length, width),
+        key,
+        value,
+        attn_mask=attention_mask.repeat(1, 1, shared, 1),
+        scale=scaling,
+    )
+    return found.reshape(batch, heads, length, width).transpose(1, 2).contiguous(), None
+
+
+#: Name of it among transformers' kinds of attention.
+BY_GROUP = "sdpa_by_group"
+AttentionInterface.register(BY_GROUP, attention_by_group)
+AttentionMaskInterface.register(BY_GROUP, sdpa_mask)
+
+
+class _FilledLayer(DynamicLayer):
+    """Keys and values of a layer, in memory that has room for one more call.
+
+    Args:
+        keys, values: [B,G,S,d], the known ones first.
+        known: of S.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, known: int) -> None:
+        super().__init__()
+        self.keys, self.values = keys, values
+        self._known = known
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, cache_kwargs: dict[str, Any] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Puts the new ones behind the known ones."""
+        self.keys[:, :, self._known :] = key_states
+        self.values[:, :, self._known :] = value_states
+        return self.keys, self.values
+
+
 @dataclass(frozen=True, eq=False)
 class _Past:
     """Keys and values of a sequence, as a chain: a beginning, which others may share, and more.
@@ -186,6 +258,7 @@ class LanguageModel:
         self, model: GlmForCausalLM, tokenizer: SymmetryTokenizer, name: str, analogues: int = 0
     ) -> None:
         self.model = model.eval()
+        self.model.set_attn_implementation(BY_GROUP)
         self.tokenizer = tokenizer
         self.name = name
         self.analogues = analogues
@@ -206,6 +279,24 @@ class LanguageModel:
         """
         known = [0 if past is None else past.length for past in handles]
         new = [list(s[n:]) for s, n in zip(sequences, known, strict=True)]
+        logits = np.empty((len(new), self.model.config.vocab_size), dtype=np.float32)
+        pasts: list[_Past | None] = [None] * len(new)
+        for rows in _alike([len(ids) for ids in new]):
+            found, states = self._forward(
+                [new[row] for row in rows], [handles[row] for row in rows]
+            )
+            logits[rows] = found
+            for row, own in zip(rows, states, strict=True):
+                length = len(new[row])
+                part = own[:, :, :length].clone()
+                pasts[row] = _Past(handles[row], known[row] + length, part)
+        return logits, pasts
+
+    def _forward(
+        self, new: Sequence[Sequence[int]], handles: Sequence[_Past | None]
+    ) -> tuple[NDArray[np.floating[Any]], Tensor]:
+        """Logits [B,V] behind new tokens, and their keys and values [B,2L,G,width,d]."""
+        known = [0 if past is None else past.length for past in handles]
         width, depth = max(map(len, new)), max(known)
         tokens = torch.full((len(new), width), self.tokenizer.pad_id)
         for row, ids in zip(tokens, new, strict=True):
@@ -217,36 +308,29 @@ class LanguageModel:
         visible = place[None, None, :] < past[:, None, None]
         later = place - depth
         visible = visible | ((later >= 0) & (later <= torch.arange(width)[:, None]))[None]
-        cache = self._cache(handles, depth)
+        states = self._states(handles, depth, width)
+        layers = [_FilledLayer(*layer, depth) for layer in states.unflatten(0, (-1, 2))]
         output = self.model.model(
             input_ids=tokens.to(self._device),
             attention_mask=_additive(visible[:, None], self.model.dtype).to(self._device),
             position_ids=(past[:, None] + torch.arange(width)).to(self._device),
-            past_key_values=cache,
+            past_key_values=Cache(layers=layers),
             use_cache=True,
         )
         last = output.last_hidden_state[torch.arange(len(new)), lengths - 1]
         logits = self.model.lm_head(last).float().numpy(force=True)
-        states = [t for layer in cache.layers for t in (layer.keys, layer.values)]
-        stacked = torch.stack([t[:, :, depth:] for t in states])  # [2L,B,G,width,head]
-        pasts = [
-            _Past(before, n + len(ids), stacked[:, index, :, : len(ids)].clone())
-            for index, (before, n, ids) in enumerate(zip(handles, known, new, strict=True))
-        ]
-        return logits, pasts
+        return logits, states[:, :, :, depth:].transpose(0, 1)
 
-    def _cache(self, handles: Sequence[_Past | None], depth: int) -> DynamicCache:
-        """Keys and values of what is known, filled up to the longest."""
+    def _states(self, handles: Sequence[_Past | None], depth: int, width: int) -> Tensor:
+        """[2L,B,G,depth+width,d]: keys and values of what is known, and room behind."""
         config = self.model.config
-        shape = (2 * config.num_hidden_layers, config.num_key_value_heads, depth, config.head_dim)
-        states = torch.zeros((len(handles), *shape), dtype=self.model.dtype, device=self._device)
-        for row, past in zip(states, handles, strict=True):
+        shape = (config.num_key_value_heads, depth + width, config.head_dim)
+        size = (2 * config.num_hidden_layers, len(handles), *shape)
+        states = torch.zeros(size, dtype=self.model.dtype, device=self._device)
+        for row, past in zip(states.transpose(0, 1), handles, strict=True):
             if past is not None:
                 past.write(row[:, :, : past.length])
-        cache = DynamicCache()
-        for layer in range(config.num_hidden_layers):
-            cache.update(states[:, 2 * layer], states[:, 2 * layer + 1], layer)
-        return cache
+        return states
 
     @torch.inference_mode()
     def write(self, prompts: Sequence[Sequence[int]], limit: int = 128) -> list[list[int]]:
@@ -277,6 +361,14 @@ class LanguageModel:
             end = next((i for i, token in enumerate(row) if token in ends), len(row))
             answers.append(row[:end])
         return answers
+
+
+def _alike(lengths: Sequence[int]) -> list[list[int]]:
+    """Indices of lengths that differ at most by a factor of two, together."""
+    groups: dict[int, list[int]] = {}
+    for index, length in enumerate(lengths):
+        groups.setdefault(length.bit_length(), []).append(index)
+    return list(groups.values())
 
 
 def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:

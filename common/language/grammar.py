@@ -28,9 +28,6 @@ from common.language.prompt import Symmetry
 from common.language.site_solver import Progress, SiteSolver, site_solver
 from common.language.tokenizer import SymmetryTokenizer
 
-#: Atomic number and count of the elements in one formula unit, in the order of the text.
-Counts = tuple[tuple[int, int], ...]
-
 
 @dataclass(frozen=True)
 class State:
@@ -86,7 +83,7 @@ class AnswerGrammar:
         """
         self.formula = formula
         self._elements = tuple(sorted(formula.counts, key=formula_order))
-        self._counts: Counts = tuple((n, formula.counts[n]) for n in self._elements)
+        self._amounts = tuple(formula.counts[n] for n in self._elements)
         self._sites = None if sites is None else tuple(sites)
         self._z = z
         self._max_atoms = max_atoms
@@ -149,7 +146,7 @@ class AnswerGrammar:
             yield Choice(names[index][1], filling, following)
 
     def _solver(self, number: int, units: int) -> SiteSolver:
-        return site_solver(number, tuple(count * units for _, count in self._counts))
+        return site_solver(number, tuple(amount * units for amount in self._amounts))
 
     def _is_possible(self, number: int) -> bool:
         return next(self._units(number), None) is not None
@@ -160,7 +157,8 @@ class AnswerGrammar:
             units = self._given_units(number)
             legal = () if units is None else (units,)
             return (u for u in self._unit_candidates(number) if u in legal)
-        return (u for u in self._unit_candidates(number) if _solvable(number, self._counts, u))
+        amounts = tuple(sorted(self._amounts))
+        return (u for u in self._unit_candidates(number) if _solvable(number, amounts, u))
 
     def _unit_candidates(self, number: int) -> Sequence[int]:
         """What the composition and the limits leave, sites aside."""
@@ -195,8 +193,9 @@ class AnswerGrammar:
 
 
 @lru_cache(maxsize=200_000)
-def _solvable(number: int, counts: Counts, units: int) -> bool:
-    return SiteSolver(number, tuple(count * units for _, count in counts)).solvable()
+def _solvable(number: int, amounts: tuple[int, ...], units: int) -> bool:
+    """Whether so many formula units fit, whatever the elements are, in whatever order."""
+    return SiteSolver(number, tuple(amount * units for amount in amounts)).solvable()
 
 
 @dataclass(frozen=True)
