@@ -63,8 +63,13 @@ class Ranker:
 
     @property
     def identity(self) -> dict[str, str]:
-        """Name and hash of what ranks first."""
-        return {"name": self.name, "hash": self.model.name if self.model else self.prior.hash}
+        """Name and hash of what ranks, of both where probabilities are averaged."""
+        if self.model is None:
+            return {"name": self.name, "hash": self.prior.hash}
+        return {
+            "name": f"{self.name} and {PRIOR_NAME}",
+            "hash": f"{self.model.name}, {self.prior.hash}",
+        }
 
     def rank(
         self,

@@ -115,10 +115,15 @@ def _differences(a: AnyRunConfig, b: AnyRunConfig) -> list[str]:
     if type(a) is not type(b):
         return ["kind"]
     first, second = a.model_dump(), b.model_dump()
-    return [
-        f"{section}.{name}"
-        for section in ("model", "diffusion", "train")
-        if section in first
-        for name, value in first[section].items()
-        if value != second[section][name] and name not in FREE_SETTINGS
-    ]
+    found = []
+    for section in ("model", "diffusion", "lora", "train"):
+        own, other = first.get(section), second.get(section)
+        if own is None or other is None:
+            found += [section] if own != other else []
+            continue
+        found += [
+            f"{section}.{name}"
+            for name, value in own.items()
+            if value != other[name] and name not in FREE_SETTINGS
+        ]
+    return found

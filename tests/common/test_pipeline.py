@@ -263,7 +263,11 @@ def test_language_model_ranks(
     together, again = made(1, queries, textbook_model), made(2, queries, textbook_model)
     assert together == again
     (identity,) = together["symmetry_models"]
-    assert identity == {"name": "run", "hash": load_checkpoint(textbook_model).hash}
+    prior_hash = ranking.load_prior().hash
+    assert identity == {
+        "name": "run and template prior",
+        "hash": f"{load_checkpoint(textbook_model).hash}, {prior_hash}",
+    }
     assert identity["hash"] in (tmp_path / "1" / "report.html").read_text()
     alone, prior = made(3, queries[:1], textbook_model), made(4, queries[:1], "prior")
     (crystals,) = ([dict(row) for row in entry["crystals"]] for entry in alone["results"])
@@ -271,12 +275,13 @@ def test_language_model_ranks(
     for row, other in zip(crystals, company, strict=True):
         assert row | {"file": Path(other["file"]).name} == other | {"file": row["file"]}
     assert {row["symmetry_source"] for row in company} == {"language model"}
-    assert prior["symmetry_models"][0]["name"] == "template prior"
+    assert prior["symmetry_models"] == [{"name": "template prior", "hash": prior_hash}]
     assert [r["sites"] for r in prior["results"][0]["crystals"]] != [r["sites"] for r in company]
     command = ["generate", "--formula", "NaCl", "--top", "1", "--num-samples", "1"]
     command += ["--checkpoint", str(checkpoint), "--symmetry-model", str(textbook_model)]
     assert run([*command, "--out", str(tmp_path / "5")]) == 0
-    assert f"symmetries ranked by run ({identity['hash']})" in capsys.readouterr().out
+    told = " ".join(capsys.readouterr().out.split())
+    assert f"symmetries ranked by run and template prior ({identity['hash']})" in told
 
 
 def test_missing_language_packages_are_one_line(

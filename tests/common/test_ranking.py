@@ -184,7 +184,10 @@ def test_known_polymorphs_are_left_out(ranker: Ranker) -> None:
 
 
 def test_identity(ranker: Ranker) -> None:
-    assert ranker.identity == {"name": "run", "hash": ranker.model.name}
+    assert ranker.identity == {
+        "name": f"run and {PRIOR_NAME}",
+        "hash": f"{ranker.model.name}, {ranker.prior.hash}",
+    }
     prior = load_ranker([], PRIOR)
     assert prior.identity == {"name": PRIOR_NAME, "hash": prior.prior.hash}
 

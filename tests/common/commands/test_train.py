@@ -8,13 +8,14 @@ import pytest
 from common.checkpoint import latest, save_step
 from common.cli import run
 from common.commands.train import prepare
-from common.config import RunConfig
+from common.config import AnyRunConfig, RunConfig
 from common.errors import UserError
+from common.language.config import LanguageRunConfig
 
 CONFIG = RunConfig(name="example")
 
 
-def start_run(folder: Path, config: RunConfig = CONFIG) -> None:
+def start_run(folder: Path, config: AnyRunConfig = CONFIG) -> None:
     save_step(
         folder,
         10,
@@ -46,6 +47,19 @@ def test_run_goes_on(tmp_path: Path) -> None:
 def test_nothing_to_resume(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no checkpoint"):
         prepare(tmp_path / "run", CONFIG, True)
+
+
+@pytest.mark.parametrize(("lora", "told"), [({"rank": 4}, "lora.rank"), (None, "other lora:")])
+def test_other_additions(tmp_path: Path, lora: dict[str, int] | None, told: str) -> None:
+    def config(additions: dict[str, int] | None) -> LanguageRunConfig:
+        train = {"init_from": "base"}
+        data = {"name": "example", "kind": "language", "lora": additions, "train": train}
+        return LanguageRunConfig.model_validate(data)
+
+    start_run(tmp_path / "run", config({"rank": 8}))
+    assert prepare(tmp_path / "run", config({"rank": 8}), None)
+    with pytest.raises(UserError, match=told):
+        prepare(tmp_path / "run", config(lora), None)
 
 
 def test_fresh_run_puts_the_old_one_aside(tmp_path: Path) -> None:
