@@ -10,45 +10,9 @@ from numpy.typing import NDArray
 
 from ckpt_convert.stream import Shard, Stored
 from common.errors import UserError
-from common.language.parameters import ATTENTION, Parameter, lora_parameters
+from common.language.parameters import Parameter, lora_parameters
 
 CONFIG = "adapter_config.json"
-#: Settings of peft under which the additions are something else, and their harmless values.
-_PLAIN: dict[str, tuple[object, ...]] = {
-    "peft_type": ("LORA",),
-    "bias": ("none",),
-    "use_rslora": (False, None),
-    "use_dora": (False, None),
-    "rank_pattern": ({}, None),
-    "alpha_pattern": ({}, None),
-    "layers_to_transform": (None,),
-    "modules_to_save": (None, []),
-    "fan_in_fan_out": (False, None),
-}
-
-
-def check_adapter(config: Mapping[str, Any], where: str) -> None:
-    """Makes sure that an adapter is one that MindFormers can have.
-
-    Args:
-        config: content of adapter_config.json.
-        where: names it in errors.
-
-    Raises:
-        UserError: if it is another kind.
-    """
-    for name, values in _PLAIN.items():
-        if config.get(name, values[0]) not in values:
-            raise UserError(
-                f"{where}: {name} is {config[name]!r}; only plain LoRA can be converted"
-            )
-    targets = config.get("target_modules")
-    if not isinstance(targets, list) or not targets or not set(targets) <= ATTENTION.keys():
-        known = ", ".join(ATTENTION)
-        raise UserError(f"{where}: target_modules is {targets!r}; known: a list of {known}")
-    rank, alpha = config.get("r"), config.get("lora_alpha")
-    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
-        raise UserError(f"{where}: r is {rank!r} and lora_alpha {alpha!r}; give peft's own file")
 
 
 def table(config: Mapping[str, Any], stored: Mapping[str, Stored]) -> list[Parameter]:

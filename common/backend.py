@@ -6,9 +6,6 @@ A backend is a module behind an entry point of the group ``uni_mdm.backends``, w
     train(config: RunConfig, out: Path, *, resume: bool, threads: int, device: str) -> None
     devices() -> list[str]      what `device` may be here, best first
     problems(device: str, processes: int) -> list[str]      what is missing to train with that many
-
-and, where it has language models,
-
     load_language_model(folder: Path, device: str, base: Path | None) -> LanguageModel
 """
 
@@ -151,29 +148,19 @@ def load_generator(checkpoint: Path, backend: str = "auto", device: str = "auto"
     return generator
 
 
-class NoLanguageModels(UserError):
-    """None of the frameworks of this machine has language models."""
-
-
 def load_language_model(
     folder: Path, backend: str = "auto", base: Path | None = None
 ) -> "LanguageModel":
-    """Loads a language model with a framework that has them.
+    """Loads a language model with a framework.
 
     Args:
         folder: of the model, or of an adapter.
-        backend: tried first; see `load_backend`.
+        backend: as in `load_backend`.
         base: what an adapter adds to, if not the one that it names.
 
     Raises:
-        NoLanguageModels: if no framework here has any.
-        UserError: if this one cannot be read.
+        UserError: if there is no such backend here, or the model cannot be read.
         ModuleNotFoundError: if a package that it needs is not installed.
     """
-    first = [] if backend == "auto" else [backend]
-    for name in dict.fromkeys([*first, *available_backends()]):
-        module = load_backend(name)
-        if hasattr(module, "load_language_model"):
-            model: LanguageModel = module.load_language_model(folder, "cpu", base)
-            return model
-    raise NoLanguageModels("no framework here has them; pip install 'uni-mdm[torch]'")
+    model: LanguageModel = load_backend(backend).load_language_model(folder, "cpu", base)
+    return model

@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.backend import NoLanguageModels, load_language_model
+from common.backend import load_language_model
 from common.checkpoint import ADAPTER, LATEST, MANIFEST, load_checkpoint, shipped_language
 from common.composition import check_sites
 from common.crystal.wyckoff import Sites, wyckoff_summary
@@ -147,8 +147,6 @@ def load_ranker(
     try:
         model = load_language_model(folder, backend, _shipped_base(folder))
         return Ranker(prior, model, _name(folder), folder)
-    except NoLanguageModels as error:
-        reason = str(error)
     except ModuleNotFoundError as error:
         package = (error.name or "").split(".")[0]
         if not package or package in _OWN:

@@ -10,14 +10,14 @@ from torch_impl.generator import Generator, devices, load
 from torch_impl.train_dit import train
 
 if TYPE_CHECKING:
-    from torch_impl.glm4 import LanguageModel
+    from torch_impl.language_model import LanguageModel
 
 
 def load_language_model(
     folder: Path, device: str = "cpu", base: Path | None = None
 ) -> "LanguageModel":
-    """Reads a language model; see ``torch_impl.glm4.load_language_model``."""
-    from torch_impl.glm4 import load_language_model  # transformers is slow to import
+    """Reads a language model; see ``torch_impl.language_model.load_language_model``."""
+    from torch_impl.language_model import load_language_model  # transformers is slow to import
 
     return load_language_model(folder, device, base)
 

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from common.checkpoint import LATEST, MANIFEST
+from common.checkpoint import LATEST, MANIFEST, Checkpoint, load_checkpoint
 from common.errors import UserError
 from common.language.config import GlmConfig
 from common.language.parameters import check_network
@@ -39,6 +39,56 @@ def is_foreign(folder: Path) -> bool:
     return not own and (folder / CONFIG).is_file()
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """An object from one of the files beside the weights.
+
+    Raises:
+        UserError: if it cannot be read, or is none.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {str(error)[:120]}; give GLM-4's folder") from error
+    if not isinstance(content, dict):
+        raise UserError(f"cannot read {path}: a JSON object is expected")
+    return content
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Content of config.json.
+
+    Raises:
+        UserError: if it cannot be read, or is another network's than GLM-4's.
+    """
+    path = folder / CONFIG
+    config = read_json(path)
+    if config.get("model_type") != "glm":
+        raise UserError(f"{path}: model_type is not glm; give a folder of GLM-4")
+    return config
+
+
+def base_of(adapter: Checkpoint, base: Path | None = None) -> tuple[Path, Checkpoint | None]:
+    """What an adapter was trained on: its folder, and the checkpoint there if it is one of ours.
+
+    Args:
+        adapter: with its adapter_config.json.
+        base: the folder; by default the one that the adapter names.
+
+    Raises:
+        UserError: if it is another one, or cannot be read.
+    """
+    config = read_json(adapter.path / "adapter_config.json")
+    folder = base or Path(str(config.get("base_model_name_or_path")))
+    saved = None if is_foreign(folder) else load_checkpoint(folder)
+    name = FolderWeights(folder).name if saved is None else saved.hash
+    if name != config.get("revision"):
+        raise UserError(
+            f"adapter {adapter.path} belongs to weights {config.get('revision')}, but "
+            f"{folder} holds {name}: give its own base"
+        )
+    return folder, saved
+
+
 def network_config(folder: Path, model: GlmConfig) -> dict[str, Any]:
     """Content of config.json, if it is the network that a run names.
 
@@ -46,12 +96,7 @@ def network_config(folder: Path, model: GlmConfig) -> dict[str, Any]:
         UserError: if it cannot be read, is not GLM-4's or of other sizes.
     """
     path = folder / CONFIG
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {str(error)[:120]}; give GLM-4's folder") from error
-    if not isinstance(content, dict):
-        raise UserError(f"cannot read {path}: a JSON object is expected")
+    content = read_json(path)
     check_network(content, str(path))
     for ours, theirs in _SIZES.items():
         if content[theirs] != getattr(model, ours):

@@ -24,7 +24,8 @@ from common.errors import UserError
 from common.language.config import GlmConfig, LoraConfig
 from common.language.parameters import parameters
 from common.language.tokenizer import compact_tokenizer
-from torch_impl.glm4 import add_adapter, build, load_language_model
+from torch_impl.glm4 import add_adapter, build
+from torch_impl.language_model import load_language_model
 
 TOKENIZER = compact_tokenizer()
 CONFIG = GlmConfig(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from common import backend, ranking
+from common import ranking
 from common.crystal.wyckoff import wyckoff_summary
 from common.errors import UserError
 from common.language.config import LanguageRunConfig
@@ -227,17 +227,6 @@ def test_missing_packages(textbook_model: Path, monkeypatch: pytest.MonkeyPatch)
     missing = "common.absent"
     with pytest.raises(ModuleNotFoundError):
         load_ranker([], textbook_model)
-
-
-def test_framework_without_language_models(
-    textbook_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As on a machine with MindSpore alone."""
-    monkeypatch.setattr(backend, "available_backends", lambda: ["other"])
-    monkeypatch.setattr(backend, "load_backend", lambda name: object())
-    asked = load_ranker([], textbook_model)
-    assert asked.model is None
-    assert "no framework here" in asked.note
 
 
 def test_absent_and_foreign_folders(tmp_path: Path) -> None:

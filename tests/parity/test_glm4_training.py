@@ -15,7 +15,7 @@ from common.language.config import LanguageRunConfig
 from common.language.examples import TokenBatch
 from tests.training import textbook_records
 from torch_impl import backend as torch_backend
-from torch_impl.glm4 import load_language_model
+from torch_impl.language_model import load_language_model
 
 if find_spec("mindformers") is None:
     pytest.skip("MindFormers is not installed: scripts/install.sh", allow_module_level=True)

@@ -27,7 +27,8 @@ from common.training import Shard
 from tests.language import language_run
 from tests.training import textbook_records
 from torch_impl.backend import train_language
-from torch_impl.glm4 import LanguageModel, answer_loss, build, load_language_model
+from torch_impl.glm4 import answer_loss, build
+from torch_impl.language_model import LanguageModel, load_language_model
 from torch_impl.train_glm4 import Trainer
 
 TOKENIZER = compact_tokenizer()

@@ -1,0 +1,328 @@
+"""GLM-4 in MindSpore, read from a folder, as the search asks for it.
+
+A network of its own with keys and values of what is known, so that questions are read once;
+MindFormers', which trains, works on whole sequences. A graph is compiled for every shape of a call,
+and so calls are padded to a few. Folders are those of ``torch_impl.language_model``.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import mindspore as ms
+import numpy as np
+from mindspore import Parameter, Tensor, nn, ops
+from numpy.typing import NDArray
+
+from common.checkpoint import ADAPTER, LATEST, MANIFEST, Checkpoint, load_checkpoint
+from common.errors import UserError
+from common.language.adapters import with_additions
+from common.language.foreign import FolderWeights, base_of, is_foreign, read_config, read_json
+from common.language.parameters import check_network, parameters
+from common.language.pasts import Call, Past, alike
+from common.language.tokenizer import SymmetryTokenizer, load_tokenizer
+from ms_impl.device import use_device
+
+#: Sequences in a call, of which the least that suffices is taken, and more calls beyond the last.
+_ROWS = (1, 8, 64)
+#: New tokens in a call, the same; beyond the last, multiples of it.
+_WIDTHS = (4, 32, 256)
+#: Known tokens are padded to multiples of this.
+_DEPTH_STEP = 256
+#: What is added to the score of a token that must not be seen.
+_HIDDEN = -1e9
+
+
+class _Block(nn.Cell):
+    """One block of GLM-4: attention by groups of heads, then the gated part.
+
+    Args:
+        weights: of the network, under transformers' names.
+        index: of the block.
+        config: content of config.json.
+    """
+
+    def __init__(self, weights: Mapping[str, NDArray[Any]], index: int, config: dict[str, Any]):
+        super().__init__()
+        stem = f"model.layers.{index}"
+        self.heads, self.groups = config["num_attention_heads"], config["num_key_value_heads"]
+        self.head = config["head_dim"]
+        self.eps = config["rms_norm_eps"]
+        self.scale = self.head**-0.5
+        names = {
+            "first_norm": "input_layernorm.weight",
+            "second_norm": "post_attention_layernorm.weight",
+            "output": "self_attn.o_proj.weight",
+            "gate_up": "mlp.gate_up_proj.weight",
+            "down": "mlp.down_proj.weight",
+        }
+        for name, theirs in names.items():
+            setattr(self, name, _parameter(weights[f"{stem}.{theirs}"], f"{index}.{name}"))
+        attention = [f"{stem}.self_attn.{part}_proj" for part in "qkv"]
+        products = np.concatenate([weights[f"{name}.weight"] for name in attention])
+        biases = np.concatenate([weights[f"{name}.bias"] for name in attention])
+        self.inputs = _parameter(products, f"{index}.inputs")
+        self.input_biases = _parameter(biases, f"{index}.input_biases")
+
+    def construct(
+        self, x: Tensor, cosine: Tensor, sine: Tensor, hidden: Tensor, keys: Tensor, values: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One more representation of new tokens, and their keys and values.
+
+        Args:
+            x: [B,W,C].
+            cosine, sine: [B,1,W,d/4], of the rotary angles.
+            hidden: [B,1,R*W,D+W], added to the scores, where R heads share keys.
+            keys, values: [B,G,D,d], of known tokens.
+
+        Returns:
+            [B,W,C], and [B,G,W,d] twice.
+        """
+        batch, width, _ = x.shape
+        own = ops.matmul(_normed(x, self.first_norm, self.eps), self.inputs.T) + self.input_biases
+        own = own.reshape(batch, width, self.heads + 2 * self.groups, self.head).swapaxes(1, 2)
+        query = _turned(own[:, : self.heads], cosine, sine)
+        key = _turned(own[:, self.heads : self.heads + self.groups], cosine, sine)
+        value = own[:, self.heads + self.groups :]
+        # Heads that share keys stand one after the other, as if they were more tokens.
+        query = query.reshape(batch, self.groups, -1, self.head) * self.scale
+        all_keys = ops.concat((keys, key), 2)
+        all_values = ops.concat((values, value), 2)
+        scores = ops.matmul(query, all_keys.swapaxes(2, 3)) + hidden
+        found = ops.matmul(ops.softmax(scores, -1), all_values)
+        found = found.reshape(batch, self.heads, width, self.head).swapaxes(1, 2)
+        x = x + ops.matmul(found.reshape(batch, width, -1), self.output.T)
+        both = ops.matmul(_normed(x, self.second_norm, self.eps), self.gate_up.T)
+        gate, up = ops.split(both, both.shape[-1] // 2, -1)
+        return x + ops.matmul(up * gate * ops.sigmoid(gate), self.down.T), key, value
+
+
+class _Network(nn.Cell):
+    """GLM-4 for calls as ``common.language.pasts.Call`` lays them out.
+
+    Args:
+        weights: under transformers' names, in float32.
+        config: content of config.json.
+    """
+
+    def __init__(self, weights: Mapping[str, NDArray[Any]], config: dict[str, Any]) -> None:
+        super().__init__()
+        self.config = config
+        self.eps = config["rms_norm_eps"]
+        self.embedding = _parameter(weights["model.embed_tokens.weight"], "embedding")
+        self.norm = _parameter(weights["model.norm.weight"], "norm")
+        self.lm_head = _parameter(weights["lm_head.weight"], "lm_head")
+        layers = range(config["num_hidden_layers"])
+        self.blocks = nn.CellList([_Block(weights, index, config) for index in layers])
+
+    def construct(
+        self,
+        tokens: Tensor,
+        last: Tensor,
+        cosine: Tensor,
+        sine: Tensor,
+        hidden: Tensor,
+        past: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Logits behind the new tokens, and keys and values of these.
+
+        Args:
+            tokens: [B,W].
+            last: [B,1,W], one at the last token, else zero.
+            cosine, sine, hidden: see ``_Block``.
+            past: [2L,B,G,D,d], keys and values of known tokens, layer by layer.
+
+        Returns:
+            [B,V] and [2L,B,G,W,d].
+        """
+        x = ops.gather(self.embedding, tokens, 0)
+        states = ()
+        for index, block in enumerate(self.blocks):
+            x, key, value = block(x, cosine, sine, hidden, past[2 * index], past[2 * index + 1])
+            states += (key, value)
+        chosen = ops.matmul(last, _normed(x, self.norm, self.eps))[:, 0]
+        return ops.matmul(chosen, self.lm_head.T), ops.stack(states)
+
+
+class LanguageModel:
+    """A loaded model with its tokenizer; scores sequences for ``common.language.search``.
+
+    Args:
+        model: the network.
+        tokenizer: its own.
+        name: 12 hex digits that name the weights, or the folder's name.
+        analogues: how many of them questions tell of, as in training.
+    """
+
+    def __init__(
+        self, model: _Network, tokenizer: SymmetryTokenizer, name: str, analogues: int = 0
+    ) -> None:
+        self.model = model.set_train(False)
+        self.tokenizer = tokenizer
+        self.name = name
+        self.analogues = analogues
+        config = model.config
+        self._shared = config["num_attention_heads"] // config["num_key_value_heads"]
+        turning = config["head_dim"] // 2
+        powers = np.arange(0, turning, 2) / turning
+        self._frequencies = config.get("rope_theta", 10000.0) ** -powers  # [d/4]
+
+    def __call__(
+        self, sequences: Sequence[Sequence[int]], handles: Sequence[Any]
+    ) -> tuple[NDArray[np.floating[Any]], Sequence[Any]]:
+        """Logits after each sequence, and keys and values; see ``common.language.search.Scorer``.
+
+        Args:
+            sequences: tokens from the first on.
+            handles: of their beginnings, or None.
+        """
+        known = [0 if past is None else past.length for past in handles]
+        new = [list(s[n:]) for s, n in zip(sequences, known, strict=True)]
+        logits = np.empty((len(new), self.model.config["vocab_size"]), dtype=np.float32)
+        pasts: list[Past | None] = [None] * len(new)
+        for group in alike([_least(len(ids), _WIDTHS) for ids in new]):
+            for begin in range(0, len(group), _ROWS[-1]):
+                rows = group[begin : begin + _ROWS[-1]]
+                found, states = self._forward(
+                    [new[row] for row in rows], [handles[row] for row in rows]
+                )
+                logits[rows] = found[: len(rows)]
+                for index, row in enumerate(rows):
+                    length = len(new[row])
+                    own = states[:, index, :, :length].copy()
+                    pasts[row] = Past(handles[row], known[row] + length, own)
+        return logits, pasts
+
+    def _forward(
+        self, new: Sequence[Sequence[int]], handles: Sequence[Past | None]
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Logits [B,V] behind new tokens, and their keys and values [2L,B,G,W,d]; B is padded."""
+        known = [0 if past is None else past.length for past in handles]
+        width = _least(max(map(len, new)), _WIDTHS)
+        depth = -(-max(known) // _DEPTH_STEP) * _DEPTH_STEP
+        fill = _least(len(new), _ROWS) - len(new)
+        pad = self.tokenizer.pad_id
+        call = Call.lay_out([*new, *[[pad]] * fill], [*known, *[0] * fill], width, depth, pad)
+        config = self.model.config
+        shape = (config["num_key_value_heads"], depth, config["head_dim"])
+        size = (2 * config["num_hidden_layers"], len(call.tokens), *shape)
+        past = np.zeros(size, dtype=np.float32)
+        for index, one in enumerate(handles):
+            if one is not None:
+                one.write(past[:, index, :, : one.length])
+        angles = call.positions[:, None, :, None] * self._frequencies  # [B,1,W,d/4]
+        hidden = np.where(call.visible, 0.0, _HIDDEN)[:, None]  # [B,1,W,D+W]
+        inputs = (
+            np.arange(width) == call.last[:, None, None],  # [B,1,W]
+            np.cos(angles),
+            np.sin(angles),
+            np.tile(hidden, (1, 1, self._shared, 1)),
+            past,
+        )
+        tokens = Tensor(call.tokens.astype(np.int32))
+        logits, states = self.model(tokens, *(Tensor(i.astype(np.float32)) for i in inputs))
+        return logits.asnumpy(), states.asnumpy()
+
+    def write(self, prompts: Sequence[Sequence[int]], limit: int = 128) -> list[list[int]]:
+        """Answers without any constraint, always the likeliest token; without the end's token.
+
+        Args:
+            prompts: tokens of questions.
+            limit: tokens of an answer, at most.
+        """
+        ends = {self.tokenizer.end_id, self.tokenizer.pad_id}
+        answers: list[list[int]] = [[] for _ in prompts]
+        pasts: list[Any] = [None] * len(prompts)
+        going = list(range(len(prompts)))
+        for _ in range(limit):
+            sequences = [[*prompts[row], *answers[row]] for row in going]
+            logits, found = self(sequences, [pasts[row] for row in going])
+            chosen = logits.argmax(axis=1).tolist()
+            for row, token, past in zip(going, chosen, found, strict=True):
+                answers[row].append(token)
+                pasts[row] = past
+            going = [row for row in going if answers[row][-1] not in ends]
+            if not going:
+                break
+        return [answer[:-1] if answer[-1] in ends else answer for answer in answers]
+
+
+def load_language_model(
+    folder: str | os.PathLike[str], device: str = "cpu", base: Path | None = None
+) -> LanguageModel:
+    """Reads a model's folder, or an adapter's.
+
+    Args:
+        folder: of this project or of transformers.
+        device: where to.
+        base: folder of what an adapter adds to; by default the one that it names.
+
+    Raises:
+        UserError: if it is absent, damaged, not GLM-4's, or an adapter of another base.
+    """
+    use_device(device)
+    path = Path(folder)
+    analogues = 0
+    if any((path / name).is_file() for name in (LATEST, MANIFEST)):
+        saved = load_checkpoint(path)
+        name, path = saved.hash, saved.path
+        analogues = int(saved.config.get("train", {}).get("analogues", 0))
+        weights, config = _weights(saved, base)
+    elif is_foreign(path):
+        name = path.name
+        weights, config = FolderWeights(path), read_config(path)
+    else:
+        raise UserError(f"no language model at {path}: give a folder with config.json")
+    tokenizer = load_tokenizer(path)
+    return LanguageModel(_network(weights, config, str(path)), tokenizer, name, analogues)
+
+
+def _weights(
+    saved: Checkpoint, base: Path | None
+) -> tuple[Mapping[str, NDArray[Any]], dict[str, Any]]:
+    """A checkpoint's weights, an adapter's worked into its base's, and config.json's content."""
+    if saved.manifest["format"] != ADAPTER.format:
+        return saved.model, read_config(saved.path)
+    folder, own = base_of(saved, base)
+    weights = FolderWeights(folder) if own is None else own.model
+    config = read_config(folder if own is None else own.path)
+    adapter = read_json(saved.path / "adapter_config.json")
+    where = str(saved.path)
+    return with_additions(weights, config, adapter, saved.model, where), config
+
+
+def _network(weights: Mapping[str, NDArray[Any]], config: dict[str, Any], where: str) -> _Network:
+    check_network(config, where)
+    wanted = {parameter.torch: parameter.shape for parameter in parameters(config)}
+    if weights.keys() != wanted.keys():
+        names = sorted(weights.keys() ^ wanted.keys())
+        raise UserError(f"{where}: weights do not belong to this network: {', '.join(names[:5])}")
+    for name, shape in wanted.items():
+        if weights[name].shape != shape:
+            raise UserError(f"{where}: weight {name} has shape {weights[name].shape}, not {shape}")
+    return _Network(weights, config)
+
+
+def _parameter(values: NDArray[Any], name: str) -> Parameter:
+    return Parameter(Tensor(np.ascontiguousarray(values), ms.float32), name, requires_grad=False)
+
+
+def _normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm over the last axis."""
+    return x * ops.rsqrt((x * x).mean(-1, keep_dims=True) + eps) * weight
+
+
+def _turned(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """The first half of every head [B,N,W,d] turned, pair by pair; angles are [B,1,W,d/4]."""
+    half = x.shape[-1] // 2
+    pairs = x[..., :half].reshape(*x.shape[:3], half // 2, 2)
+    first, second = pairs[..., 0], pairs[..., 1]
+    turned = ops.stack((first * cosine - second * sine, second * cosine + first * sine), -1)
+    return ops.concat((turned.reshape(*x.shape[:3], half), x[..., half:]), -1)
+
+
+def _least(number: int, sizes: Sequence[int]) -> int:
+    """The least of some sizes that suffices, or a multiple of the last."""
+    fitting = [size for size in sizes if size >= number]
+    return fitting[0] if fitting else -(-number // sizes[-1]) * sizes[-1]

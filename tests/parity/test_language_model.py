@@ -1,0 +1,98 @@
+"""The search asks MindSpore for what torch answers: scores with and without a past, rankings."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from common import backend
+from common.checkpoint import shipped_language
+from common.composition import parse_formula
+from common.errors import UserError
+from common.language.model import LanguageModel, rank_questions, write_answers
+from common.language.prompt import Question
+from common.ranking import load_ranker
+from ms_impl.language_model import load_language_model as load_mindspore
+from torch_impl.language_model import load_language_model as load_torch
+
+SHIPPED = shipped_language()
+ADAPTER, BASE = SHIPPED["glm4_tiny_fm"], SHIPPED["glm4_tiny"]
+LOADERS = (load_torch, load_mindspore)
+#: Of logits that lie within about ten of zero.
+LIMIT = 1e-4
+QUESTIONS = [
+    Question.ask(dict(parse_formula(formula).counts), {"formation_energy": -2.0})
+    for formula in ("NaCl", "SrTiO3")
+]
+
+
+@pytest.fixture(scope="module")
+def models() -> list[LanguageModel]:
+    """torch's and MindSpore's."""
+    return [load(ADAPTER, base=BASE) for load in LOADERS]
+
+
+def logits(
+    model: LanguageModel, sequences: list[list[int]], handles: list[Any]
+) -> tuple[np.ndarray, list[Any]]:
+    found, pasts = model(sequences, handles)
+    assert np.abs(found).max() > 1
+    return np.asarray(found), list(pasts)
+
+
+def test_loaded_alike(models: list[LanguageModel]) -> None:
+    first, second = models
+    assert first.name == second.name
+    assert first.analogues == second.analogues == 6
+    assert first.tokenizer.files() == second.tokenizer.files()
+
+
+def test_scores(models: list[LanguageModel]) -> None:
+    """Sequences of different lengths; then more of them, with what was kept and without."""
+    ids = [models[0].tokenizer.question_ids(question) for question in QUESTIONS]
+    assert len(ids[0]) != len(ids[1])
+    longer = [[*ids[0], 40, 41], [*ids[1], 50], [*ids[1], 60, 61, 62, 63, 64, 65]]
+    results = []
+    for model in models:
+        short, pasts = logits(model, ids, [None, None])
+        after, kept = logits(model, longer, [pasts[0], pasts[1], pasts[1]])
+        further, _ = logits(model, [[*longer[2], 70]], [kept[2]])
+        whole, _ = logits(model, [*longer, [*longer[2], 70]], [None] * 4)
+        assert np.abs(np.concatenate([after, further]) - whole).max() < LIMIT
+        results.append([short, after, further])
+    for ours, theirs in zip(*results, strict=True):
+        assert np.abs(ours - theirs).max() < LIMIT
+    assert np.abs(results[0][0][0] - results[0][0][1]).max() > 1
+
+
+def test_rankings_and_answers(models: list[LanguageModel]) -> None:
+    first, second = (rank_questions(model, QUESTIONS, top=10, known=True) for model in models)
+    for ours, theirs in zip(first, second, strict=True):
+        assert [(c.space_group, c.sites) for c in ours.candidates] == [
+            (c.space_group, c.sites) for c in theirs.candidates
+        ]
+        assert [c.probability for c in ours.candidates] == pytest.approx(
+            [c.probability for c in theirs.candidates], rel=1e-3
+        )
+    assert write_answers(models[0], QUESTIONS) == write_answers(models[1], QUESTIONS)
+
+
+def test_mindspore_alone_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "available_backends", lambda: ["mindspore"])
+    ranker = load_ranker(["formation_energy"], "glm4")
+    assert type(ranker.model).__module__ == "ms_impl.language_model"
+    assert not ranker.note
+
+
+@pytest.mark.parametrize("load", LOADERS, ids=["torch", "mindspore"])
+@pytest.mark.parametrize(
+    ("folder", "told"), [(Path("absent"), "absent"), (ADAPTER, "give its own base")]
+)
+def test_what_cannot_be_loaded(load: Callable[..., LanguageModel], folder: Path, told: str) -> None:
+    """The adapter's base is asked for where another model is."""
+    other = SHIPPED["glm4_tiny_bg"]
+    with pytest.raises(UserError, match=told) as error:
+        load(folder, base=other)
+    assert "\n" not in str(error.value)
