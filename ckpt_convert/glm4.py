@@ -40,6 +40,7 @@ from common.checkpoint import (
 )
 from common.errors import UserError
 from common.files import flush_folder, refused
+from common.language.adapters import check_adapter
 from common.language.parameters import Parameter, check_network, parameters
 
 CONFIG = "config.json"
@@ -158,7 +159,7 @@ def open_folder(source: Path) -> Folder:
     if not isinstance(config, dict):
         raise UserError(f"{path}: a JSON object is expected")
     if adapter:
-        lora.check_adapter(config, str(path))
+        check_adapter(config, str(path))
     else:
         check_network(config, str(path))
     shards, index = find_shards(folder, "adapter_model" if adapter else "model")
