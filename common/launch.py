@@ -7,6 +7,7 @@ prints the run's folder, or, with exit status 2, one line on stderr for everythi
 
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -14,8 +15,14 @@ import typer
 
 from common.backend import REQUIRED_PACKAGE, load_backend, wrong_version
 from common.commands.train import parse_run
-from common.config import read_settings
+from common.config import AnyRunConfig, read_settings
 from common.errors import UserError
+
+#: What a language model's run imports beside the framework.
+LANGUAGE_PACKAGES = {
+    "torch": ("tokenizers", "transformers", "peft"),
+    "mindspore": ("tokenizers", "mindformers"),
+}
 
 
 def main(
@@ -31,6 +38,7 @@ def main(
     try:
         run = parse_run(read_settings(config, tuple(settings or ())), str(config))
         folder = out or Path("runs") / run.name
+        problems += absent_packages(run, backend)
     except UserError as error:
         problems.append(str(error))
     for problem in problems:
@@ -56,6 +64,22 @@ def missing(backend: str, device: str, processes: int) -> Iterator[str]:
         yield from load_backend(backend).problems(device, processes)
     except (UserError, ImportError, OSError, RuntimeError) as error:
         yield f"backend '{backend}': {' '.join(str(error).split())}"
+
+
+def absent_packages(run: AnyRunConfig, backend: str) -> list[str]:
+    """One line for every package that a run needs beside its framework, and that is not installed.
+
+    Args:
+        run: the run.
+        backend: ``torch`` or ``mindspore``.
+    """
+    if getattr(run, "kind", None) != "language":
+        return []
+    return [
+        f"package '{name}' is not installed, and this run needs it: see scripts/install.sh"
+        for name in LANGUAGE_PACKAGES[backend]
+        if find_spec(name) is None
+    ]
 
 
 if __name__ == "__main__":

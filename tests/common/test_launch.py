@@ -1,0 +1,28 @@
+"""What a launcher asks beforehand."""
+
+from importlib.util import find_spec
+
+import pytest
+
+from common import launch
+from common.config import AnyRunConfig, RunConfig
+from common.language.config import LanguageRunConfig
+
+LANGUAGE = LanguageRunConfig(name="example", kind="language")
+
+
+@pytest.mark.parametrize(
+    ("run", "backend", "told"),
+    [
+        (LANGUAGE, "mindspore", ["mindformers"]),
+        (LANGUAGE, "torch", ["peft"]),
+        (RunConfig(name="example"), "mindspore", []),
+        (RunConfig(name="example"), "torch", []),
+    ],
+)
+def test_packages_of_language_models(
+    monkeypatch: pytest.MonkeyPatch, run: AnyRunConfig, backend: str, told: list[str]
+) -> None:
+    monkeypatch.setattr(launch, "find_spec", lambda name: None if name in told else find_spec(name))
+    lines = launch.absent_packages(run, backend)
+    assert [line.split("'")[1] for line in lines] == told
