@@ -4,6 +4,7 @@ The folder is one of this project (with a manifest) or one as transformers write
 and safetensors). No code that comes with weights is run, and no pickle is read.
 """
 
+import math
 import os
 from collections.abc import Sequence
 from functools import cached_property
@@ -114,6 +115,7 @@ class LanguageModel:
         self.tokenizer = tokenizer
         self.name = name
         self.analogues = analogues
+        self._room: Tensor | None = None
 
     @cached_property
     def _device(self) -> torch.device:
@@ -165,11 +167,17 @@ class LanguageModel:
         return logits, states[:, :, :, depth:].transpose(0, 1)
 
     def _states(self, handles: Sequence[Past | None], depth: int, width: int) -> Tensor:
-        """[2L,B,G,depth+width,d]: keys and values of what is known, and room behind."""
+        """[2L,B,G,depth+width,d]: keys and values of what is known, and room behind.
+
+        In memory that every call has again; what is left there from others is finite, and hidden.
+        """
         config = self.model.config
         shape = (config.num_key_value_heads, depth + width, config.head_dim)
         size = (2 * config.num_hidden_layers, len(handles), *shape)
-        states = torch.zeros(size, dtype=self.model.dtype, device=self._device)
+        numbers = math.prod(size)
+        if self._room is None or len(self._room) < numbers:
+            self._room = torch.zeros(numbers, dtype=self.model.dtype, device=self._device)
+        states = self._room[:numbers].view(size)
         for row, past in zip(states.transpose(0, 1), handles, strict=True):
             if past is not None:
                 past.write(row[:, :, : past.length])
