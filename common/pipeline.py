@@ -336,8 +336,9 @@ def load_engine(
         "hash": loaded.hash,
         "training_fingerprint": loaded.fingerprint,
     }
-    ranker = load_ranker(properties, symmetry_model, prior, backend)
-    return Engine(load_generator(folder, backend), ranker, identity)
+    # First, for it chooses the device where a process has only one.
+    generator = load_generator(folder, backend)
+    return Engine(generator, load_ranker(properties, symmetry_model, prior, backend), identity)
 
 
 def generate(

@@ -20,6 +20,8 @@ TARGETS = {"cpu": "CPU", "ascend": "Ascend"}
 PRECISIONS = {"float32": ms.float32, "bfloat16": ms.bfloat16, "float16": ms.float16}
 #: What MindSpore 2.9 cannot compile for a CPU.
 MISSING_ON_CPU = ("bfloat16",)
+#: What was chosen last in this process.
+_chosen: list[str] = []
 
 
 def use_device(device: str) -> str:
@@ -46,7 +48,13 @@ def use_device(device: str) -> str:
         _set_up(TARGETS[device])
     except RuntimeError as error:
         raise UserError(f"device '{device}': {_reason(str(error))}") from error
+    _chosen[:] = [device]
     return device
+
+
+def chosen_device(otherwise: str) -> str:
+    """What ``use_device`` has chosen in this process, or another one if it was not called yet."""
+    return _chosen[0] if _chosen else otherwise
 
 
 @cache  # for it must not be chosen again once processes are connected

@@ -22,7 +22,7 @@ from common.language.foreign import FolderWeights, base_of, is_foreign, read_con
 from common.language.parameters import check_network, parameters
 from common.language.pasts import Call, Past, alike
 from common.language.tokenizer import SymmetryTokenizer, load_tokenizer
-from ms_impl.device import use_device
+from ms_impl.device import chosen_device, use_device
 
 #: Sequences in a call, of which the least that suffices is taken, and more calls beyond the last.
 _ROWS = (1, 8, 64)
@@ -255,13 +255,13 @@ def load_language_model(
 
     Args:
         folder: of this project or of transformers.
-        device: where to.
+        device: where to, unless this process has chosen one before.
         base: folder of what an adapter adds to; by default the one that it names.
 
     Raises:
         UserError: if it is absent, damaged, not GLM-4's, or an adapter of another base.
     """
-    use_device(device)
+    use_device(chosen_device(device))
     path = Path(folder)
     analogues = 0
     if any((path / name).is_file() for name in (LATEST, MANIFEST)):
