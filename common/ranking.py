@@ -35,8 +35,8 @@ SHIPPED_MODELS = {"band_gap": "glm4_tiny_bg", "formation_energy": "glm4_tiny_fm"
 SHIPPED_BASE = "glm4_tiny"
 #: So many are always searched for, lest what is found depend on how many are shown.
 _SEARCHED = 20
-#: The language model's part of the average: as much as the prior's; other tenths were no better on 400
-#: validation rows.
+#: The language model's part of the average, as much as the prior's. Other tenths were no better on
+#: 400 validation rows.
 MODEL_SHARE = 0.5
 #: This project's packages: a module of theirs that is absent is no package to be installed.
 _OWN = ("common", "torch_impl", "ms_impl", "ckpt_convert")
