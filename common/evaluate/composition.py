@@ -105,7 +105,7 @@ class CompositionEvaluation:
         seconds = time.perf_counter() - start
         identity = ranker.identity
         model = f"{identity['name']} ({identity['hash']})"
-        return Method(ranker.name, model, tuple(map(tuple, rankings)), seconds)
+        return Method(identity["name"], model, tuple(map(tuple, rankings)), seconds)
 
     def controls(self, training: Sequence[Record], ranker: Ranker) -> list[Method]:
         """The prior with and without known polymorphs, and the nearest training composition.
