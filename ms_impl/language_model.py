@@ -1,8 +1,8 @@
 """GLM-4 in MindSpore, read from a folder, as the search asks for it.
 
 A network of its own with keys and values of what is known, so that questions are read once;
-MindFormers', which trains, works on whole sequences. A graph is compiled for every shape of a call,
-and so calls are padded to a few. Folders are those of ``torch_impl.language_model``.
+MindFormers', which trains, works on whole sequences. Its graph is compiled once, for all numbers of
+sequences and tokens. Folders are those of ``torch_impl.language_model``.
 """
 
 import os
@@ -24,12 +24,6 @@ from common.language.pasts import Call, Past, alike
 from common.language.tokenizer import SymmetryTokenizer, load_tokenizer
 from ms_impl.device import chosen_device, use_device
 
-#: Sequences in a call, of which the least that suffices is taken, and more calls beyond the last.
-_ROWS = (1, 8, 64)
-#: New tokens in a call, the same; beyond the last, multiples of it.
-_WIDTHS = (4, 32, 256)
-#: Known tokens are padded to multiples of this.
-_DEPTH_STEP = 256
 #: What is added to the score of a token that must not be seen.
 _HIDDEN = -1e9
 
@@ -49,6 +43,7 @@ class _Block(nn.Cell):
         self.heads, self.groups = config["num_attention_heads"], config["num_key_value_heads"]
         self.head = config["head_dim"]
         self.eps = config["rms_norm_eps"]
+        self.inner = config["intermediate_size"]
         self.scale = self.head**-0.5
         names = {
             "first_norm": "input_layernorm.weight",
@@ -79,11 +74,11 @@ class _Block(nn.Cell):
         Returns:
             [B,W,C], and [B,G,W,d] twice.
         """
-        batch, width, _ = x.shape
+        batch, width = cosine.shape[0], cosine.shape[2]
         own = ops.matmul(_normed(x, self.first_norm, self.eps), self.inputs.T) + self.input_biases
         own = own.reshape(batch, width, self.heads + 2 * self.groups, self.head).swapaxes(1, 2)
-        query = _turned(own[:, : self.heads], cosine, sine)
-        key = _turned(own[:, self.heads : self.heads + self.groups], cosine, sine)
+        query = _turned(own[:, : self.heads], cosine, sine, self.head // 2)
+        key = _turned(own[:, self.heads : self.heads + self.groups], cosine, sine, self.head // 2)
         value = own[:, self.heads + self.groups :]
         # Heads that share keys stand one after the other, as if they were more tokens.
         query = query.reshape(batch, self.groups, -1, self.head) * self.scale
@@ -94,7 +89,7 @@ class _Block(nn.Cell):
         found = found.reshape(batch, self.heads, width, self.head).swapaxes(1, 2)
         x = x + ops.matmul(found.reshape(batch, width, -1), self.output.T)
         both = ops.matmul(_normed(x, self.second_norm, self.eps), self.gate_up.T)
-        gate, up = ops.split(both, both.shape[-1] // 2, -1)
+        gate, up = both[..., : self.inner], both[..., self.inner :]
         return x + ops.matmul(up * gate * ops.sigmoid(gate), self.down.T), key, value
 
 
@@ -115,6 +110,16 @@ class _Network(nn.Cell):
         self.lm_head = _parameter(weights["lm_head.weight"], "lm_head")
         layers = range(config["num_hidden_layers"])
         self.blocks = nn.CellList([_Block(weights, index, config) for index in layers])
+        head, groups = config["head_dim"], config["num_key_value_heads"]
+        shapes = [
+            [None, 1, None],
+            [None, 1, None, head // 4],
+            [None, 1, None, head // 4],
+            [None, 1, None, None],
+            [2 * len(layers), None, groups, None, head],
+        ]
+        numbers = (Tensor(shape=shape, dtype=ms.float32) for shape in shapes)
+        self.set_inputs(Tensor(shape=[None, None], dtype=ms.int32), *numbers)
 
     def construct(
         self,
@@ -181,29 +186,24 @@ class LanguageModel:
         new = [list(s[n:]) for s, n in zip(sequences, known, strict=True)]
         logits = np.empty((len(new), self.model.config["vocab_size"]), dtype=np.float32)
         pasts: list[Past | None] = [None] * len(new)
-        for group in alike([_least(len(ids), _WIDTHS) for ids in new]):
-            for begin in range(0, len(group), _ROWS[-1]):
-                rows = group[begin : begin + _ROWS[-1]]
-                found, states = self._forward(
-                    [new[row] for row in rows], [handles[row] for row in rows]
-                )
-                logits[rows] = found[: len(rows)]
-                for index, row in enumerate(rows):
-                    length = len(new[row])
-                    own = states[:, index, :, :length].copy()
-                    pasts[row] = Past(handles[row], known[row] + length, own)
+        for rows in alike([len(ids) for ids in new]):
+            found, states = self._forward(
+                [new[row] for row in rows], [handles[row] for row in rows]
+            )
+            logits[rows] = found
+            for index, row in enumerate(rows):
+                length = len(new[row])
+                own = states[:, index, :, :length].copy()
+                pasts[row] = Past(handles[row], known[row] + length, own)
         return logits, pasts
 
     def _forward(
         self, new: Sequence[Sequence[int]], handles: Sequence[Past | None]
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Logits [B,V] behind new tokens, and their keys and values [2L,B,G,W,d]; B is padded."""
+        """Logits [B,V] behind new tokens, and their keys and values [2L,B,G,W,d]."""
         known = [0 if past is None else past.length for past in handles]
-        width = _least(max(map(len, new)), _WIDTHS)
-        depth = -(-max(known) // _DEPTH_STEP) * _DEPTH_STEP
-        fill = _least(len(new), _ROWS) - len(new)
-        pad = self.tokenizer.pad_id
-        call = Call.lay_out([*new, *[[pad]] * fill], [*known, *[0] * fill], width, depth, pad)
+        width, depth = max(map(len, new)), max(*known, 1)
+        call = Call.lay_out(new, known, width, depth, self.tokenizer.pad_id)
         config = self.model.config
         shape = (config["num_key_value_heads"], depth, config["head_dim"])
         size = (2 * config["num_hidden_layers"], len(call.tokens), *shape)
@@ -313,16 +313,8 @@ def _normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x * ops.rsqrt((x * x).mean(-1, keep_dims=True) + eps) * weight
 
 
-def _turned(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+def _turned(x: Tensor, cosine: Tensor, sine: Tensor, half: int) -> Tensor:
     """The first half of every head [B,N,W,d] turned, pair by pair; angles are [B,1,W,d/4]."""
-    half = x.shape[-1] // 2
-    pairs = x[..., :half].reshape(*x.shape[:3], half // 2, 2)
-    first, second = pairs[..., 0], pairs[..., 1]
+    first, second = x[..., 0:half:2], x[..., 1:half:2]
     turned = ops.stack((first * cosine - second * sine, second * cosine + first * sine), -1)
-    return ops.concat((turned.reshape(*x.shape[:3], half), x[..., half:]), -1)
-
-
-def _least(number: int, sizes: Sequence[int]) -> int:
-    """The least of some sizes that suffices, or a multiple of the last."""
-    fitting = [size for size in sizes if size >= number]
-    return fitting[0] if fitting else -(-number // sizes[-1]) * sizes[-1]
+    return ops.concat((ops.flatten(turned, start_dim=3), x[..., half:]), -1)
