@@ -20,8 +20,8 @@ from common.errors import UserError
 
 #: What a language model's run imports beside the framework.
 LANGUAGE_PACKAGES = {
-    "torch": ("tokenizers", "transformers", "peft"),
-    "mindspore": ("tokenizers", "mindformers"),
+    "torch": ("transformers", "peft"),
+    "mindspore": ("mindformers",),
 }
 
 
@@ -41,6 +41,8 @@ def main(
         problems += absent_packages(run, backend)
     except UserError as error:
         problems.append(str(error))
+    except ModuleNotFoundError as error:  # what the settings of a language model need
+        problems.append(_absent(str(error.name)))
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
     if problems:
@@ -75,11 +77,11 @@ def absent_packages(run: AnyRunConfig, backend: str) -> list[str]:
     """
     if getattr(run, "kind", None) != "language":
         return []
-    return [
-        f"package '{name}' is not installed, and this run needs it: see scripts/install.sh"
-        for name in LANGUAGE_PACKAGES[backend]
-        if find_spec(name) is None
-    ]
+    return [_absent(name) for name in LANGUAGE_PACKAGES[backend] if find_spec(name) is None]
+
+
+def _absent(name: str) -> str:
+    return f"package '{name}' is not installed, and this run needs it: see scripts/install.sh"
 
 
 if __name__ == "__main__":

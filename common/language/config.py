@@ -74,7 +74,7 @@ class LanguageTrainConfig(Optimisation):
     rehearsals: int = Field(
         0,
         ge=0,
-        description="Analogues that are answered after a row's answer, from their group on.",
+        description="Analogues answered after a row's answer; all but their group counts.",
     )
     token_budget: int = Field(3072, ge=64, description="Padded tokens in a batch, at most.")
     gradient_checkpointing: bool = Field(
@@ -83,6 +83,12 @@ class LanguageTrainConfig(Optimisation):
     fsdp: bool = Field(
         False, description="GPUs share out the base's weights among them (torch, with lora)."
     )
+
+    @model_validator(mode="after")
+    def _can_rehearse(self) -> Self:
+        if self.rehearsals and not self.analogues:
+            raise ValueError("rehearsals are answers of analogues: give analogues, too")
+        return self
 
 
 class LoraConfig(Settings):

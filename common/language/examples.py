@@ -200,11 +200,12 @@ def _example(
     counted = [False] * len(tokens) + [True] * len(own)
     tokens = tokens + own
     for symmetry in rehearsals:
-        turn = tokenizer.turn_ids(symmetry)
+        turn = [*tokenizer.turn_ids(), *tokenizer.answer_ids(symmetry)]
         if len(tokens) + len(turn) > positions:
             break
-        group = sum(len(tokenizer.encode_piece(piece)) for piece in answer_pieces(symmetry)[:2])
-        start = len(turn) - len(tokenizer.answer_ids(symmetry)) + group
+        opening = answer_pieces(symmetry)[:2]  # up to the space group
+        start = len(tokenizer.turn_ids())
+        start += sum(len(tokenizer.encode_piece(piece)) for piece in opening)
         counted += [False] * start + [True] * (len(turn) - start)
         tokens += turn
     return _Example(np.array(tokens, dtype=np.int32), np.array(counted))

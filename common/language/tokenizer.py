@@ -113,15 +113,15 @@ class SymmetryTokenizer:
         """Everything before the answer."""
         text = f"\n{prompt.INSTRUCTION}\n{prompt.write_question(question)}"
         start = [self._id(MASK), self._id(START), self._id(USER)]
-        return [*start, *self.encode(text), self._id(ASSISTANT), *self.encode("\n")]
+        return [*start, *self.encode(text), *self.turn_ids()]
+
+    def turn_ids(self) -> list[int]:
+        """What comes right before an answer, the first one or one more."""
+        return [self._id(ASSISTANT), *self.encode("\n")]
 
     def answer_ids(self, symmetry: Symmetry) -> list[int]:
         """The answer and its end."""
         return [*self.encode(prompt.write_answer(symmetry)), self.end_id]
-
-    def turn_ids(self, symmetry: Symmetry) -> list[int]:
-        """One more answer, behind the end of another."""
-        return [self._id(ASSISTANT), *self.encode("\n"), *self.answer_ids(symmetry)]
 
     def files(self) -> dict[str, str]:
         """Content of tokenizer.json and tokenizer_config.json, as transformers reads them."""

@@ -37,6 +37,7 @@ def test_shipped_file(path: Path, compact: SymmetryTokenizer) -> None:
         ("model", {"width": 100}, "4 * heads"),
         ("model", {"groups": 3}, "groups"),
         ("train", {"questions": ["colour"]}, "questions"),
+        ("train", {"rehearsals": 2}, "give analogues"),
         ("train", {"batch_size": 4}, "train.batch_size"),
     ],
 )
