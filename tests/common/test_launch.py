@@ -30,6 +30,18 @@ def test_packages_of_language_models(
     assert [line.split("'")[1] for line in lines] == told
 
 
+def test_absent_packages_are_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(launch, "find_spec", lambda name: None if name == "peft" else object())
+    config = tmp_path / "run.yaml"
+    config.write_text("name: example\nkind: language\n")
+    with pytest.raises(typer.Exit):
+        launch.main(config)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: package 'peft' is not installed")
+
+
 def test_settings_that_cannot_be_read_without_a_package(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
