@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from common.crystal.structure import Crystal
-from common.crystal.wyckoff import Sites, wyckoff_summary
+from common.crystal.wyckoff import Sites, SymmetryKey, symmetry_key, wyckoff_summary
 from common.data.store import reduced_formula
 from common.elements import PAIR_FEATURES, element_table, pair_differences
 from common.errors import UserError
@@ -86,6 +86,11 @@ class SymmetryCandidate:
     z: int
     probability: float
     source: str
+
+    @property
+    def key(self) -> SymmetryKey:
+        """Group and sites, the same for all descriptions of them."""
+        return symmetry_key(self.space_group, self.sites)
 
 
 @dataclass(frozen=True)
@@ -349,22 +354,13 @@ class TemplatePrior:
         composition, and ``rank`` then answers with the known one. Known symmetries get no
         probability; theirs is divided among the others.
         """
-        known = {
-            (crystal.space_group, _canonical_sites(crystal))
-            for crystal in map(self.reference.crystal, self.reference.rows_of_formula(counts))
-        }
+        rows = self.reference.rows_of_formula(counts)
+        known = {self.reference.crystal(row).symmetry_key for row in rows}
         ranked = self.rank(counts, properties, top=top + len(known))
-        keys = [(c.space_group, wyckoff_summary(c.space_group).canonical(c.sites)) for c in ranked]
-        mass = sum(c.probability for c, key in zip(ranked, keys, strict=True) if key in known)
-        new = [
-            replace(c, probability=c.probability / (1 - mass))
-            for c, key in zip(ranked, keys, strict=True)
-            if key not in known
-        ]
-        last = [
-            replace(c, probability=0.0) for c, key in zip(ranked, keys, strict=True) if key in known
-        ]
-        return [*new, *last][:top]
+        last = [c for c in ranked if c.key in known]
+        left = 1 - sum(c.probability for c in last)
+        new = [replace(c, probability=c.probability / left) for c in ranked if c.key not in known]
+        return [*new, *(replace(c, probability=0.0) for c in last)][:top]
 
     def votes(self, counts: Mapping[int, int], top: int) -> list[Vote]:
         """How training structures of other compositions vote, the most votes first.
@@ -414,14 +410,8 @@ class TemplatePrior:
             candidates: of this composition, in any description.
         """
         formula, _ = reduce_counts(counts)
-        known = {
-            (n, wyckoff_summary(n).canonical(s)): s for n, s, _, _ in self._templates(formula, {})
-        }
-        found = []
-        for c in candidates:
-            key = c.space_group, wyckoff_summary(c.space_group).canonical(c.sites)
-            found.append(replace(c, sites=known.get(key, c.sites)))
-        return found
+        known = {symmetry_key(n, s): s for n, s, _, _ in self._templates(formula, {})}
+        return [replace(c, sites=known.get(c.key, c.sites)) for c in candidates]
 
     def nearest(self, crystal: Crystal) -> Nearest | None:
         """The training structure nearest to a crystal: of its composition, else of its template.
@@ -487,14 +477,14 @@ class TemplatePrior:
         if sites is not None:
             return self._given_sites(formula, share, seen, sites, space_group, z, units)
         choices = [z] if z else [units] if units else None
-        known = {(n, wyckoff_summary(n).canonical(s)) for n, s in seen}
+        known = {symmetry_key(n, s) for n, s in seen}
         legal = [
             x
             for x in enumerate_sites(
                 formula, self._statistics, space_group=space_group, units=choices, top=2 * top
             )
             if _fits(x.space_group, x.units, space_group, z, units)
-            and (x.space_group, wyckoff_summary(x.space_group).canonical(x.sites)) not in known
+            and symmetry_key(x.space_group, x.sites) not in known
         ]
         if not legal:
             return []
@@ -750,12 +740,6 @@ def _fits(
         and z in (None, formula_units)
         and (units is None or units in (formula_units, primitive))
     )
-
-
-def _canonical_sites(crystal: Crystal) -> Sites:
-    """A crystal's sites, the same for all descriptions of them."""
-    own = [(site.atomic_number, site.letter) for site in crystal.sites]
-    return wyckoff_summary(crystal.space_group).canonical(own)
 
 
 def _same(number: int, sites: Sites, wanted: Sites) -> bool:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from common.backend import load_language_model
 from common.checkpoint import ADAPTER, LATEST, MANIFEST, load_checkpoint, shipped_language
 from common.composition import check_sites
-from common.crystal.wyckoff import Sites, wyckoff_summary
+from common.crystal.wyckoff import Sites, SymmetryKey, wyckoff_summary
 from common.errors import UserError
 
 if TYPE_CHECKING:
@@ -244,23 +244,17 @@ def pooled(
     """
     if not first or not others:
         return [*first, *others]
-    found: dict[tuple[int, Sites], SymmetryCandidate] = {}
+    found: dict[SymmetryKey, SymmetryCandidate] = {}
     for candidates, weight in ((first, share), (others, 1 - share)):
         for c in candidates:
-            before = found.get(_key(c))
+            before = found.get(c.key)
             mass = weight * c.probability
-            found[_key(c)] = (
+            found[c.key] = (
                 replace(c, probability=mass)
                 if before is None
                 else replace(before, probability=before.probability + mass)
             )
     return sorted(found.values(), key=lambda c: (-c.probability, c.space_group, c.sites))
-
-
-def _key(candidate: "SymmetryCandidate") -> tuple[int, Sites]:
-    """The same for all descriptions of a symmetry."""
-    number = candidate.space_group
-    return number, wyckoff_summary(number).canonical(candidate.sites)
 
 
 def _language_candidates(query: "Query", ranker: Ranker) -> list["SymmetryCandidate"]:

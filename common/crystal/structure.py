@@ -12,6 +12,7 @@ from pymatgen.core.operations import SymmOp
 
 from common.crystal.lattice import standard_orientation
 from common.crystal.symmetry import SpaceGroup, WyckoffPosition, space_group
+from common.crystal.wyckoff import SymmetryKey, symmetry_key
 
 Array = NDArray[np.float64]
 
@@ -75,6 +76,11 @@ class Crystal:
         for site, position in zip(self.sites, self.positions, strict=True):
             counts[site.atomic_number] += position.multiplicity
         return dict(counts)
+
+    @cached_property
+    def symmetry_key(self) -> SymmetryKey:
+        """Group and sites, the same for all descriptions of them."""
+        return symmetry_key(self.space_group, ((s.atomic_number, s.letter) for s in self.sites))
 
     @property
     def sites_string(self) -> str:

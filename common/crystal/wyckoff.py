@@ -18,6 +18,8 @@ TABLE = Path(__file__).resolve().parent.parent / "assets" / "wyckoff.json.gz"
 
 #: Sites of a crystal: atomic number and letter of every orbit.
 Sites = tuple[tuple[int, str], ...]
+#: A space group and its sites, the same for all descriptions of them; see ``symmetry_key``.
+SymmetryKey = tuple[int, Sites]
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,11 @@ def wyckoff_summary(number: int) -> WyckoffSummary:
         {letter: (multiplicity, dof) for letter, multiplicity, dof in row["letters"]},
         tuple(row["permutations"]),
     )
+
+
+def symmetry_key(space_group: int, sites: Iterable[tuple[int, str]]) -> SymmetryKey:
+    """A symmetry as one and the same key for all its descriptions."""
+    return space_group, wyckoff_summary(space_group).canonical(sites)
 
 
 def derive(number: int) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from rich.progress import Progress, track
 
 from common.backend import Generator, SampleRequest
 from common.crystal.structure import Crystal
-from common.crystal.wyckoff import Sites, wyckoff_summary
+from common.crystal.wyckoff import Sites, SymmetryKey
 from common.data.store import Record
 from common.evaluate.match import CandidateMatch
 from common.evaluate.report import EvaluationRow, Outcome
@@ -25,9 +25,6 @@ from common.ranking import PRIOR_NAME, Ranker
 
 #: Crystals sampled at a time; what bounds memory.
 _CHUNK = 8192
-
-#: A space group and sites, the same for all descriptions of them.
-_Key = tuple[int, Sites]
 
 
 @dataclass(frozen=True)
@@ -159,7 +156,9 @@ class CompositionEvaluation:
         judged = _Judged(self._evaluation, self._members, places, groups, matches)
         return [self._row(method, network, judged, seconds) for method in methods]
 
-    def _sample(self, union: Sequence[Mapping[_Key, Sites]], network: Network) -> list[Crystal]:
+    def _sample(
+        self, union: Sequence[Mapping[SymmetryKey, Sites]], network: Network
+    ) -> list[Crystal]:
         requests = [
             SampleRequest(number, sites, properties, f"{record.material_id} {number} {sites}")
             for record, symmetries, properties in zip(
@@ -177,7 +176,7 @@ class CompositionEvaluation:
     def _row(
         self, method: Method, network: Network, judged: "_Judged", seconds: float
     ) -> EvaluationRow:
-        keys = [[_key(candidate) for candidate in ranking] for ranking in method.rankings]
+        keys = [[candidate.key for candidate in ranking] for ranking in method.rankings]
         made = sum(map(len, keys))
         run = self._evaluation.info(
             method.name,
@@ -209,11 +208,11 @@ class _Judged:
 
     evaluation: Evaluation
     members: Mapping[str, Sequence[int]]
-    places: Sequence[Mapping[_Key, int]]
+    places: Sequence[Mapping[SymmetryKey, int]]
     groups: Sequence[Sequence[Emitted]]
     matches: Sequence[Sequence[CandidateMatch]]
 
-    def outcomes(self, keys: Sequence[Sequence[_Key]]) -> tuple[Outcome, ...]:
+    def outcomes(self, keys: Sequence[Sequence[SymmetryKey]]) -> tuple[Outcome, ...]:
         """Of a method that has proposed these symmetries."""
         return tuple(
             self.evaluation.outcome(
@@ -225,11 +224,11 @@ class _Judged:
             for index, record in enumerate(self.evaluation.references)
         )
 
-    def _own(self, index: int, keys: Sequence[Sequence[_Key]]) -> list[int]:
+    def _own(self, index: int, keys: Sequence[Sequence[SymmetryKey]]) -> list[int]:
         return [self.places[index][key] for key in keys[index]]
 
     def _pooled(
-        self, index: int, keys: Sequence[Sequence[_Key]], members: Sequence[int]
+        self, index: int, keys: Sequence[Sequence[SymmetryKey]], members: Sequence[int]
     ) -> list[CandidateMatch]:
         """What it has proposed for the other members, compared with this one."""
         found = []
@@ -241,15 +240,10 @@ class _Judged:
         return found
 
 
-def _key(candidate: SymmetryCandidate) -> _Key:
-    number = candidate.space_group
-    return number, wyckoff_summary(number).canonical(candidate.sites)
-
-
-def _union(rankings: Sequence[Sequence[SymmetryCandidate]]) -> dict[_Key, Sites]:
+def _union(rankings: Sequence[Sequence[SymmetryCandidate]]) -> dict[SymmetryKey, Sites]:
     """All symmetries of a reference, each with the sites of whoever proposed it first."""
-    found: dict[_Key, Sites] = {}
+    found: dict[SymmetryKey, Sites] = {}
     for ranking in rankings:
         for candidate in ranking:
-            found.setdefault(_key(candidate), candidate.sites)
+            found.setdefault(candidate.key, candidate.sites)
     return found

@@ -1,6 +1,6 @@
 """How often a ranking of symmetries has the true one among its first k."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +8,7 @@ import numpy as np
 
 from common.composition import Formula, SiteRequest, check_sites
 from common.crystal.structure import Crystal
-from common.crystal.wyckoff import wyckoff_summary
+from common.crystal.wyckoff import SymmetryKey, wyckoff_summary
 from common.data.store import Record
 from common.errors import UserError
 from common.language.prompt import AnswerError, parse_answer
@@ -39,20 +39,23 @@ class Outcome:
 def outcome_of(crystal: Crystal, candidates: Sequence[SymmetryCandidate]) -> Outcome:
     """Compares a ranking, the likeliest first, with a crystal's own symmetry."""
     groups = list(dict.fromkeys(c.space_group for c in candidates))
-    own = [(site.atomic_number, site.letter) for site in crystal.sites]
-    truth = wyckoff_summary(crystal.space_group).canonical(own)
-    same = (
-        index
-        for index, c in enumerate(candidates)
-        if c.space_group == crystal.space_group
-        and wyckoff_summary(c.space_group).canonical(c.sites) == truth
-    )
     return Outcome(
         groups.index(crystal.space_group) if crystal.space_group in groups else None,
-        next(same, None),
+        first_place(candidates, {crystal.symmetry_key}),
         candidates[0].probability if candidates else 0.0,
         all(is_legal(c.space_group, c.sites, crystal.formula_counts) for c in candidates),
     )
+
+
+def first_place(
+    candidates: Sequence[SymmetryCandidate], wanted: Collection[SymmetryKey]
+) -> int | None:
+    """Place of the first candidate that is one of those wanted; None without any."""
+    groups = {group for group, _ in wanted}
+    for index, c in enumerate(candidates):
+        if c.space_group in groups and c.key in wanted:
+            return index
+    return None
 
 
 def is_legal(space_group: int, sites: Iterable[tuple[int, str]], counts: Mapping[int, int]) -> bool:

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -81,6 +81,9 @@ class SymmetryRow:
         new: whether training has no row of the reference's reduced formula.
         answers: as text.
         figures: what there is besides.
+        polymorphs: where the first symmetry stands that some known crystal of the composition has,
+            if any is asked for rather than one beside those of training; None for a method that
+            cannot be asked so.
     """
 
     run: SymmetryRun
@@ -89,6 +92,7 @@ class SymmetryRow:
     new: tuple[bool, ...]
     answers: Answers
     figures: dict[str, float] = field(default_factory=dict)
+    polymorphs: tuple[int | None, ...] | None = None
 
     def rate(self, place: Place, cutoff: int, new: bool | None = None) -> Rate:
         """How often the truth is among the first so many.
@@ -98,9 +102,22 @@ class SymmetryRow:
             cutoff: that number.
             new: only rows of new formulas, or only of known ones.
         """
-        rows = zip(self.outcomes, self.new, strict=True)
-        found = [getattr(o, place) for o, is_new in rows if new in (None, is_new)]
-        return Rate.of(p is not None and p < cutoff for p in found)
+        return self._rate([getattr(o, place) for o in self.outcomes], cutoff, new)
+
+    def polymorph_rate(self, cutoff: int, new: bool | None = None) -> Rate:
+        """How often some polymorph is among the first so many; see ``rate``.
+
+        Raises:
+            ValueError: if the row has no ``polymorphs``.
+        """
+        if self.polymorphs is None:
+            raise ValueError(f"{self.run.name!r} was not asked for any polymorph")
+        return self._rate(self.polymorphs, cutoff, new)
+
+    def _rate(self, places: Sequence[int | None], cutoff: int, new: bool | None) -> Rate:
+        rows = zip(places, self.new, strict=True)
+        found = [place for place, is_new in rows if new in (None, is_new)]
+        return Rate.of(place is not None and place < cutoff for place in found)
 
     @cached_property
     def legal(self) -> Rate:
@@ -129,9 +146,28 @@ def paired_test(first: SymmetryRow, second: SymmetryRow) -> PairedTest:
     Raises:
         ValueError: if the rows are not about the same references in the same order.
     """
+    _check_same(first, second)
+    return mcnemar(first.first_right, second.first_right)
+
+
+def polymorph_test(first: SymmetryRow, second: SymmetryRow, cutoff: int) -> PairedTest:
+    """McNemar's exact test on whether some polymorph is among the first so many.
+
+    Raises:
+        ValueError: as ``paired_test``, and if a row has no ``polymorphs``.
+    """
+    _check_same(first, second)
+    found = []
+    for row in (first, second):
+        if row.polymorphs is None:
+            raise ValueError(f"{row.run.name!r} was not asked for any polymorph")
+        found.append([place is not None and place < cutoff for place in row.polymorphs])
+    return mcnemar(*found)
+
+
+def _check_same(first: SymmetryRow, second: SymmetryRow) -> None:
     if first.ids != second.ids:
         raise ValueError(f"{first.run.name!r} and {second.run.name!r} have other references")
-    return mcnemar(first.first_right, second.first_right)
 
 
 def write_symmetry_report(
@@ -162,15 +198,13 @@ def to_json(rows: Sequence[SymmetryRow]) -> str:
                 "new_formulas": sum(row.new),
                 "space_group": _rates(row, "group"),
                 "assignment": _rates(row, "assignment"),
+                "polymorphs": _by_kind(row.polymorph_rate) if row.polymorphs else None,
                 "legal": _plain(row.legal),
                 "calibration_error": row.calibration_error,
                 "reliability": [asdict(one) for one in row.reliability],
                 "answers": asdict(row.answers),
                 "figures": row.figures,
-                "outcomes": [
-                    {"material_id": name, "new_formula": new, **asdict(outcome)}
-                    for name, new, outcome in zip(row.ids, row.new, row.outcomes, strict=True)
-                ],
+                "outcomes": _outcomes(row),
             }
             for row in rows
         ],
@@ -182,12 +216,23 @@ def to_json(rows: Sequence[SymmetryRow]) -> str:
     return json.dumps(data, indent=1, allow_nan=False) + "\n"
 
 
+def _outcomes(row: SymmetryRow) -> list[dict[str, Any]]:
+    listed = [
+        {"material_id": name, "new_formula": new, **asdict(outcome)}
+        for name, new, outcome in zip(row.ids, row.new, row.outcomes, strict=True)
+    ]
+    for own, place in zip(listed, row.polymorphs or (), strict=False):
+        own["polymorph"] = place
+    return listed
+
+
 def _rates(row: SymmetryRow, place: Place) -> dict[str, Any]:
+    return _by_kind(partial(row.rate, place))
+
+
+def _by_kind(rate: Callable[[int, bool | None], Rate]) -> dict[str, Any]:
     kinds: dict[str, bool | None] = {"all": None, "new_formula": True, "known_formula": False}
-    return {
-        name: {str(k): _plain(row.rate(place, k, new)) for k in CUTOFFS}
-        for name, new in kinds.items()
-    }
+    return {name: {str(k): _plain(rate(k, new)) for k in CUTOFFS} for name, new in kinds.items()}
 
 
 def _plain(rate: Rate) -> dict[str, Any]:
@@ -218,6 +263,9 @@ def to_markdown(rows: Sequence[SymmetryRow], plot: str | None = None) -> str:
     parts += [f"## Formulas that training has not ({counts.hits} of {counts.total} rows)"]
     parts += [_kind_table(rows, True)]
     parts += ["## Other polymorphs of known formulas", _kind_table(rows, False)]
+    asked = [row for row in rows if row.polymorphs is not None]
+    if asked:
+        parts += ["## Any polymorph", _POLYMORPHS, _polymorph_table(asked)]
     if plot:
         parts.append(f"![Reliability, and share of exact assignments]({plot})")
     parts += ["## Answers as text", _ANSWERS, _answers_table(rows)]
@@ -230,6 +278,32 @@ _ANSWERS = (
     "in %, by rouge-score and by rouge-chinese as MindFormers computes it. It rewards text, not "
     "crystallography: compare with what a majority template gets."
 )
+
+
+_POLYMORPHS = (
+    "Who asks for any crystal of a composition is content with each of its polymorphs, those that "
+    "training has included, and the language model is not told of them. Share of rows (%) for "
+    "which the symmetry of one, of training or the references, is among the first 1, 5 and 20. p: "
+    "McNemar's exact test of the first 1 and 5 of all rows against the first row."
+)
+
+
+def _polymorph_table(rows: Sequence[SymmetryRow]) -> str:
+    kinds = (("all", None), ("new formulas", True), ("known formulas", False))
+    header = ["", *(f"{kind} @{k}" for kind, _ in kinds for k in CUTOFFS), "p @1", "p @5"]
+    lines = []
+    for row in rows:
+        shares = [
+            percent(row.polymorph_rate(k, new), interval=k == 1)
+            for _, new in kinds
+            for k in CUTOFFS
+        ]
+        tests = [
+            "-" if row is rows[0] else f"{polymorph_test(rows[0], row, k).p_value:.2g}"
+            for k in CUTOFFS[:2]
+        ]
+        lines.append([row.run.name, *shares, *tests])
+    return table(header, lines)
 
 
 def _results_table(rows: Sequence[SymmetryRow]) -> str:

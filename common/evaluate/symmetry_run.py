@@ -10,21 +10,30 @@ from rich.console import Console
 from rich.progress import Progress, track
 
 from common.checkpoint import LATEST, MANIFEST, load_checkpoint
+from common.crystal.wyckoff import SymmetryKey
 from common.data.store import Record
 from common.evaluate.language import rouge
 from common.evaluate.symmetry_controls import TemplateControls
-from common.evaluate.symmetry_prediction import CUTOFFS, legal_answers, outcome_of
+from common.evaluate.symmetry_prediction import (
+    CUTOFFS,
+    first_place,
+    legal_answers,
+    outcome_of,
+)
 from common.evaluate.symmetry_report import Answers, SymmetryRow, SymmetryRun
 from common.language.calibration import answer_nats, fit_temperature, true_choices
 from common.language.model import LanguageModel, rank_questions, write_answers
 from common.language.prompt import Question, Symmetry, write_answer
+from common.language.search import Progress as SearchProgress
+from common.language.search import Ranking
 from common.prior import SymmetryCandidate, TemplatePrior
 from common.ranking import MODEL_SHARE, pooled
 
 #: Symmetries that are asked for.
 TOP = max(CUTOFFS)
 
-_Rank = Callable[[Mapping[int, int], Mapping[str, float]], Sequence[SymmetryCandidate]]
+_Ranking = Sequence[SymmetryCandidate]
+_Rank = Callable[[Mapping[int, int], Mapping[str, float]], _Ranking]
 
 
 def properties_of(record: Record, target: str) -> dict[str, float]:
@@ -75,12 +84,20 @@ class SymmetryEvaluation:
         self._prior = prior
         formulas = {record.reduced_formula for record in training}
         self._new = tuple(record.reduced_formula not in formulas for record in references)
+        polymorphs: dict[str, set[SymmetryKey]] = {}
+        asked = {record.reduced_formula for record in references}
+        for record in (*references, *training):
+            if record.reduced_formula in asked:
+                own = polymorphs.setdefault(record.reduced_formula, set())
+                own.add(record.crystal.symmetry_key)
+        self._polymorphs = [polymorphs[record.reduced_formula] for record in references]
         self._console = console or Console(stderr=True)
 
     def model(self, model: LanguageModel, name: str, seed: int | None) -> list[SymmetryRow]:
         """The rows of a language model, and of its average with the prior.
 
-        The model is told of known polymorphs if it was trained so, and asked for others.
+        The model is told of known polymorphs if it was trained so, and asked for others; then,
+        without being told of them, for any.
 
         Args:
             model: asked about every row.
@@ -98,6 +115,7 @@ class SymmetryEvaluation:
                 model, questions, top=TOP, known=True, progress=show(f"{name}: ranking")
             )
             seconds = time.perf_counter() - start
+            plain = self._untold(model, questions, rankings, show(f"{name}: any polymorph"))
             choices = true_choices(
                 model,
                 questions,
@@ -120,30 +138,57 @@ class SymmetryEvaluation:
                 "nats_of_truth": answer_nats(choices),
                 "best_temperature": fit_temperature(choices),
             },
+            plain=plain,
         )
-        return [row, self._averaged(row, found)]
+        return [row, self._averaged(row, found, plain)]
+
+    def _untold(
+        self,
+        model: LanguageModel,
+        questions: Sequence[Question],
+        told: Sequence[Ranking],
+        progress: SearchProgress,
+    ) -> list[_Ranking]:
+        """Rankings by a model that is told of no known polymorph; ``told`` where there is none."""
+        rankings: list[_Ranking] = [ranking.candidates for ranking in told]
+        known = self._prior.reference.rows_of_formula
+        rows = [row for row, c in enumerate(self._crystals) if known(c.formula_counts)]
+        asked = [questions[row] for row in rows]
+        for row, ranking in zip(
+            rows, rank_questions(model, asked, top=TOP, progress=progress), strict=True
+        ):
+            rankings[row] = ranking.candidates
+        return rankings
 
     def _averaged(
-        self, row: SymmetryRow, found: Sequence[Sequence[SymmetryCandidate]]
+        self,
+        row: SymmetryRow,
+        found: Sequence[_Ranking],
+        plain: Sequence[_Ranking],
     ) -> SymmetryRow:
         """The row of a language model's rankings averaged with the prior's, as users get them."""
-        rows = zip(self._crystals, self._properties, found, strict=True)
         start = time.perf_counter()
-        rankings = [
-            pooled(own, self._prior.rank_new(c.formula_counts, properties, top=TOP), MODEL_SHARE)
-            for c, properties, own in rows
-        ]
+        rankings = self._pooled(found, self._prior.rank_new)
         seconds = row.run.seconds + time.perf_counter() - start
         firsts = [_first_answer(ranking) for ranking in rankings]
         return self._row(
             f"{row.run.name} and template prior",
-            [ranking[:TOP] for ranking in rankings],
+            rankings,
             seconds,
             self._answers(firsts, "first of the ranking"),
             model=f"{row.run.model}, {self._prior.hash}",
             seed=row.run.seed,
             training=(self._training_name, len(self._training)),
+            plain=self._pooled(plain, self._prior.rank),
         )
+
+    def _pooled(self, found: Sequence[_Ranking], rank: Callable[..., _Ranking]) -> list[_Ranking]:
+        """A language model's rankings averaged with the prior's."""
+        rows = zip(self._crystals, self._properties, found, strict=True)
+        return [
+            pooled(own, rank(c.formula_counts, properties, top=TOP), MODEL_SHARE)[:TOP]
+            for c, properties, own in rows
+        ]
 
     def controls(self) -> list[SymmetryRow]:
         """The prior with and without known polymorphs, and templates by count and likeness."""
@@ -157,14 +202,24 @@ class SymmetryEvaluation:
         return [
             self._control("template prior", prior, fitted, self._prior.hash),
             self._control(
-                "template prior, known polymorphs excluded", new, fitted, self._prior.hash
+                "template prior, known polymorphs excluded",
+                new,
+                fitted,
+                self._prior.hash,
+                beside_known=True,
             ),
             self._control("majority template", lambda c, _: templates.majority(c, TOP), counted),
             self._control("nearest composition", lambda c, _: templates.nearest(c, TOP), counted),
         ]
 
     def _control(
-        self, name: str, rank: _Rank, training: tuple[str, int], model: str | None = None
+        self,
+        name: str,
+        rank: _Rank,
+        training: tuple[str, int],
+        model: str | None = None,
+        *,
+        beside_known: bool = False,
     ) -> SymmetryRow:
         start = time.perf_counter()
         rows = list(zip(self._crystals, self._properties, strict=True))
@@ -173,7 +228,15 @@ class SymmetryEvaluation:
         seconds = time.perf_counter() - start
         firsts = [_first_answer(ranking) for ranking in rankings]
         answers = self._answers(firsts, "first of the ranking")
-        return self._row(name, rankings, seconds, answers, model=model, training=training)
+        return self._row(
+            name,
+            rankings,
+            seconds,
+            answers,
+            model=model,
+            training=training,
+            plain=None if beside_known else rankings,
+        )
 
     def _answers(self, texts: Sequence[str], kind: str) -> Answers:
         return Answers(
@@ -186,7 +249,7 @@ class SymmetryEvaluation:
     def _row(
         self,
         name: str,
-        rankings: Sequence[Sequence[SymmetryCandidate]],
+        rankings: Sequence[_Ranking],
         seconds: float,
         answers: Answers,
         *,
@@ -194,14 +257,20 @@ class SymmetryEvaluation:
         model: str | None = None,
         seed: int | None = None,
         figures: Mapping[str, float] | None = None,
+        plain: Sequence[_Ranking] | None = None,
     ) -> SymmetryRow:
         run = SymmetryRun(name, self._split, self._target, *training, model, seed, seconds)
         outcomes = map(outcome_of, self._crystals, rankings)
         ids = tuple(record.material_id for record in self._references)
-        return SymmetryRow(run, ids, tuple(outcomes), self._new, answers, dict(figures or {}))
+        places = None
+        if plain is not None:
+            places = tuple(map(first_place, plain, self._polymorphs))
+        return SymmetryRow(
+            run, ids, tuple(outcomes), self._new, answers, dict(figures or {}), places
+        )
 
 
-def _first_answer(ranking: Sequence[SymmetryCandidate]) -> str:
+def _first_answer(ranking: _Ranking) -> str:
     """What a ranking would answer; nothing if it is empty."""
     return write_answer(Symmetry.of(ranking[0].space_group, ranking[0].sites)) if ranking else ""
 

@@ -13,7 +13,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from common.crystal.wyckoff import wyckoff_summary
+from common.crystal.wyckoff import SymmetryKey
 from common.data.store import Record, fingerprint, split_by_formula
 from common.errors import UserError
 from common.files import write_together
@@ -50,13 +50,13 @@ class Reference:
     Attributes:
         name: in the report.
         ids, formulas: of its rows; reduced formulas.
-        symmetries: formula and answer of its rows; None if its file does not tell.
+        symmetries: formula and symmetry of its rows; None if its file does not tell.
     """
 
     name: str
     ids: frozenset[str]
     formulas: frozenset[str]
-    symmetries: frozenset[tuple[str, str]] | None = None
+    symmetries: frozenset[tuple[str, SymmetryKey]] | None = None
 
     @classmethod
     def of_records(cls, name: str, records: Iterable[Record]) -> "Reference":
@@ -174,11 +174,9 @@ def _overlap(records: Sequence[Record], reference: Reference) -> Overlap:
     )
 
 
-def _key(record: Record) -> tuple[str, str]:
+def _key(record: Record) -> tuple[str, SymmetryKey]:
     """Reduced formula, and the symmetry up to relabelling."""
-    own = ((site.atomic_number, site.letter) for site in record.crystal.sites)
-    number = record.crystal.space_group
-    return record.reduced_formula, f"{number} {wyckoff_summary(number).canonical(own)}"
+    return record.reduced_formula, record.crystal.symmetry_key
 
 
 def prompt_rows(

@@ -15,6 +15,7 @@ from common.evaluate.symmetry_report import (
     SymmetryRow,
     SymmetryRun,
     paired_test,
+    polymorph_test,
     to_markdown,
     to_png,
     write_symmetry_report,
@@ -51,6 +52,31 @@ def test_paired_test_counts_first_assignments() -> None:
     assert (found.first_only, found.second_only, found.both, found.neither) == (1, 3, 0, 0)
     with pytest.raises(ValueError, match="other references"):
         paired_test(row(), row(ids=IDS[::-1]))
+
+
+def test_polymorphs_by_hand() -> None:
+    first, other = row(polymorphs=(0, 3, None, 20)), row("other", polymorphs=(0, 0, 0, None))
+    assert [first.polymorph_rate(k) for k in (1, 5, 20)] == [Rate(1, 4), Rate(2, 4), Rate(2, 4)]
+    assert first.polymorph_rate(5, new=False) == Rate(2, 2)
+    assert first.polymorph_rate(5, new=True) == Rate(0, 2)
+    found = polymorph_test(first, other, 1)
+    assert (found.first_only, found.second_only, found.both, found.neither) == (0, 2, 1, 1)
+    assert polymorph_test(first, other, 5).second_only == 1
+    with pytest.raises(ValueError, match="'beside' was not asked for any polymorph"):
+        polymorph_test(first, row("beside"), 1)
+    with pytest.raises(ValueError, match="other references"):
+        polymorph_test(first, row(ids=IDS[::-1], polymorphs=(0, 0, 0, 0)), 1)
+    text = to_markdown([first, row("beside"), other])
+    assert "## Any polymorph" not in to_markdown([row()])
+    asked = text.split("## Any polymorph")[1].split("## Answers")[0]
+    assert "beside" not in asked
+    assert cells(asked, "model")[:3] == ["25.00 (4.6 to 69.9)", "50.00", "50.00"]
+    assert cells(asked, "model")[3:] == [
+        *("0.00 (0.0 to 65.8)", "0.00", "0.00"),
+        *("50.00 (9.5 to 90.5)", "100", "100"),
+        *("-", "-"),
+    ]
+    assert cells(asked, "other")[-2:] == ["0.5", "1"]
 
 
 def cells(text: str, start: str) -> list[str]:
@@ -90,7 +116,8 @@ def test_markdown() -> None:
 
 
 def test_files(tmp_path: Path) -> None:
-    paths = write_symmetry_report([row(), row("other")], tmp_path / "new")
+    other_row = row("other", polymorphs=(0, 3, None, 20))
+    paths = write_symmetry_report([row(), other_row], tmp_path / "new")
     names = sorted(path.name for path in (tmp_path / "new").iterdir())
     assert names == ["symmetry.json", "symmetry.md", "symmetry.png"]
     data = json.loads(paths["json"].read_text())
@@ -105,10 +132,14 @@ def test_files(tmp_path: Path) -> None:
         "first": 0.75,
         "legal": False,
     }
+    other = data["rows"][1]
+    assert [outcome["polymorph"] for outcome in other["outcomes"]] == [0, 3, None, 20]
+    assert other["polymorphs"]["known_formula"]["5"]["hits"] == 2
+    assert first["polymorphs"] is None
     assert data["paired_tests"][0]["p_value"] == 1
     assert matplotlib.image.imread(paths["png"]).shape[0] > 300
     before = {suffix: path.read_bytes() for suffix, path in paths.items()}
-    write_symmetry_report([row(), row("other")], tmp_path / "new")
+    write_symmetry_report([row(), other_row], tmp_path / "new")
     assert {suffix: path.read_bytes() for suffix, path in paths.items()} == before
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match="cannot write"):

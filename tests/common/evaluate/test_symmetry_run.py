@@ -58,6 +58,32 @@ def test_model_and_controls(prior: TemplatePrior, textbook_model: Path) -> None:
     assert nearest.run.model is None
 
 
+def test_any_polymorph(prior: TemplatePrior, textbook_model: Path) -> None:
+    """Known ones count, and whoever is asked for any crystal does not pass them over."""
+    ranker = load_ranker([], textbook_model)
+    assert ranker.model is not None
+    measured = evaluation(prior, RECORDS[:4], "none")
+    model, average = measured.model(ranker.model, "tiny", 7)
+    plain, new_only, *_ = measured.controls()
+    assert new_only.polymorphs is None
+    for row in (model, average, plain):
+        assert row.polymorphs is not None
+        assert len(row.polymorphs) == len(RECORDS)
+    # The perovskite is in MP-20's training set: it is passed over only where it is not wanted.
+    index = [record.reduced_formula for record in RECORDS].index("SrTiO3")
+    assert average.polymorphs is not None
+    assert average.polymorphs[index] == 0
+    assert new_only.outcomes[index].assignment != 0
+    for row in (plain, *measured.controls()[2:]):
+        assert row.polymorphs is not None
+        pairs = zip(row.outcomes, row.polymorphs, strict=True)
+        assert all(
+            place is not None and place <= outcome.assignment
+            for outcome, place in pairs
+            if outcome.assignment is not None
+        )
+
+
 def test_answers_of_controls_are_their_first(prior: TemplatePrior) -> None:
     """Exact as text is exact as symmetry; no answer is neither exact nor legal."""
     rows = evaluation(prior, RECORDS[:3], "none").controls()
