@@ -32,9 +32,10 @@ from ms_impl.mindformers_cpu import make_computable
 
 
 def prepare_mindformers() -> None:
-    """To be called before MindFormers is used; its messages go to files in a temporary folder.
+    """To be called before MindFormers is used; what it writes goes to files in a temporary folder.
 
-    By itself it writes them where it is started, and all of them to the terminal as well.
+    By itself it writes messages and an empty folder where it is started, and all of the messages
+    to the terminal as well.
 
     Raises:
         UserError: if it is not installed.
@@ -44,7 +45,8 @@ def prepare_mindformers() -> None:
             "MindFormers is not installed, and GLM-4 on MindSpore needs it; see scripts/install.sh"
         )
     folder = os.path.join(tempfile.gettempdir(), f"uni-mdm-mindformers-{os.getuid()}")
-    os.environ.setdefault("LOG_MF_PATH", folder)
+    for variable in ("LOG_MF_PATH", "LOCAL_DEFAULT_PATH"):
+        os.environ.setdefault(variable, folder)
     told = StringIO()  # what could not be imported, though nothing needs it
     with redirect_stdout(told):
         import mindformers  # noqa: F401

@@ -75,12 +75,14 @@ def test_run_gpu(run: Run, tmp_path: Path) -> None:
     importlib.util.find_spec("mindformers") is None,
     reason="MindFormers is not installed: scripts/install.sh",
 )
-def test_run_ascend_distributed(run: Run, tmp_path: Path) -> None:
+def test_run_ascend_distributed(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Shares of different numbers of answers, whose gradients are averaged."""
+    monkeypatch.chdir(tmp_path)
     options = ("--worker_num", 2, "--master_port", free_port(), "--out", tmp_path / "run")
     code, _, errors = result(ASCEND, *CPU, *options, run.config)
     assert code == 0, errors
     assert_same(rows(tmp_path / "run"), rows(run.alone))
+    assert [path.name for path in tmp_path.iterdir()] == ["run"], "nothing beside it"
 
 
 def test_wrong_word_is_told_before_anything_starts(run: Run, tmp_path: Path) -> None:
