@@ -375,9 +375,10 @@ def generate(
         backend: ``auto``, ``torch`` or ``mindspore``.
         checkpoint: folder; the shipped one for the property without it.
         prior: symmetry prior; the shipped one without it.
-        symmetry_model: ``prior`` (as without it), or what ranks symmetries with it: ``glm4``, the
-            shipped language model, or a folder. If packages that it needs are missing the prior
-            ranks alone, with a warning.
+        symmetry_model: what ranks symmetries: ``glm4`` (as without it), the shipped language model
+            with the prior; ``prior`` alone (as without it beside a prior of one's own); or the
+            folder of a language model. If packages that it needs are missing the prior ranks
+            alone, with a warning.
         progress: told what is done.
 
     Raises:
@@ -387,9 +388,10 @@ def generate(
     query = make_query(
         formula, band_gap, formation_energy, space_group=space_group, sites=sites, z=z
     )
-    if prior is None or isinstance(prior, str | Path):
-        prior = load_prior(None if prior is None else Path(prior))
-    rank_symmetries(query, Ranker(prior), 1)  # what cannot be is said before anything is loaded
+    if isinstance(prior, str | Path):
+        prior = load_prior(Path(prior))
+    # What cannot be is said before anything else is loaded.
+    rank_symmetries(query, Ranker(load_prior() if prior is None else prior), 1)
     engine = load_engine(tuple(query.properties), backend, checkpoint, prior, symmetry_model)
     if engine.ranker.note:
         warnings.warn(engine.ranker.note, stacklevel=2)

@@ -354,13 +354,21 @@ class TemplatePrior:
         composition, and ``rank`` then answers with the known one. Known symmetries get no
         probability; theirs is divided among the others.
         """
-        rows = self.reference.rows_of_formula(counts)
-        known = {self.reference.crystal(row).symmetry_key for row in rows}
+        known = self.known_symmetries(counts)
         ranked = self.rank(counts, properties, top=top + len(known))
         last = [c for c in ranked if c.key in known]
         left = 1 - sum(c.probability for c in last)
         new = [replace(c, probability=c.probability / left) for c in ranked if c.key not in known]
         return [*new, *(replace(c, probability=0.0) for c in last)][:top]
+
+    def known_symmetries(self, counts: Mapping[int, int]) -> frozenset[SymmetryKey]:
+        """Those that crystals of a composition have in training.
+
+        Args:
+            counts: atoms of each atomic number; only their ratio matters.
+        """
+        rows = self.reference.rows_of_formula(counts)
+        return frozenset(self.reference.crystal(row).symmetry_key for row in rows)
 
     def votes(self, counts: Mapping[int, int], top: int) -> list[Vote]:
         """How training structures of other compositions vote, the most votes first.

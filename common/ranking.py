@@ -1,14 +1,15 @@
 """What ranks the symmetries of a composition: a language model if there is one, and the prior.
 
-The language model answers under a grammar of what the user left open. Its probabilities and the
-template prior's are averaged, for their errors differ. What the model cannot answer, such as cells
-larger than it was made for, comes from the prior alone.
+The language model answers under a grammar of what the user left open. It is told of the known
+polymorphs of a composition and asked for a symmetry beside them. Its probabilities and the template
+prior's are averaged, for their errors differ, and known polymorphs keep what the prior gives them.
+What the model cannot answer, such as cells larger than it was made for, comes from the prior alone.
 Symmetries have the letters that the prior gives them, whoever ranked them, so that the same
 symmetry gets the same noise.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from common.pipeline import Query
     from common.prior import SymmetryCandidate, TemplatePrior
 
-#: In place of a folder: no language model, or the shipped one.
+#: In place of a folder: no language model, or the shipped one, which is the default.
 PRIOR = "prior"
 LANGUAGE = "glm4"
 PRIOR_NAME = "template prior"
@@ -92,12 +93,17 @@ class Ranker:
             known: whether symmetries are wanted that no known polymorph has.
         """
         searched = max(top, _SEARCHED)
-        first = self._asked(rows, searched, progress, known)
+        first = self._asked(rows, searched, progress)
         rankings = []
         for (counts, properties), found in zip(rows, first, strict=True):
-            rank = self.prior.rank_new if known else self.prior.rank
-            others = rank(counts, properties, top=searched)
-            rankings.append(pooled(found, others, self.share)[:top])
+            if known:
+                others = self.prior.rank_new(counts, properties, top=searched)
+                ranking = pooled(found, others, self.share)
+            else:
+                others = self.prior.rank(counts, properties, top=searched)
+                polymorphs = self.prior.known_symmetries(counts)
+                ranking = beside_known(found, others, polymorphs, self.share)
+            rankings.append(ranking[:top])
             if progress is not None and self.model is None:
                 progress(len(rankings), len(rows))
         return rankings
@@ -107,7 +113,6 @@ class Ranker:
         rows: Sequence[tuple[Mapping[int, int], Mapping[str, float]]],
         searched: int,
         progress: "Progress | None",
-        known: bool,
     ) -> list[list["SymmetryCandidate"]]:
         """The language model's rankings; empty ones without it."""
         if self.model is None:
@@ -116,7 +121,7 @@ class Ranker:
         from common.language.prompt import Question
 
         questions = [Question.ask(counts, properties) for counts, properties in rows]
-        found = rank_questions(self.model, questions, top=searched, known=known, progress=progress)
+        found = rank_questions(self.model, questions, top=searched, known=True, progress=progress)
         return [
             self.prior.labelled(counts, ranking.candidates)
             for (counts, _), ranking in zip(rows, found, strict=True)
@@ -133,13 +138,16 @@ def load_ranker(
 
     Args:
         properties: names, at most one.
-        symmetry_model: a folder, ``glm4`` for the shipped model, ``prior`` or None for the prior.
+        symmetry_model: a folder, ``glm4`` for the shipped model, ``prior`` for the prior alone.
+            None is ``glm4``, but ``prior`` beside a prior of one's own or where none is shipped.
         prior: or its path; the shipped one without it.
         backend: as in ``common.backend.load_backend``.
 
     Raises:
         UserError: if a file is missing or damaged.
     """
+    if symmetry_model is None:
+        symmetry_model = LANGUAGE if prior is None and shipped_language() else PRIOR
     if prior is None or isinstance(prior, str | Path):
         prior = load_prior(None if prior is None else Path(prior))
     folder = model_folder(next(iter(properties), None), symmetry_model)
@@ -167,7 +175,7 @@ def load_prior(path: Path | None = None) -> "TemplatePrior":
     return TemplatePrior.load(path or SHIPPED)
 
 
-def model_folder(wanted: str | None, given: str | Path | None = None) -> Path | None:
+def model_folder(wanted: str | None, given: str | Path) -> Path | None:
     """The folder of the language model that ranks for a property; None for the prior.
 
     Args:
@@ -177,7 +185,7 @@ def model_folder(wanted: str | None, given: str | Path | None = None) -> Path | 
     Raises:
         UserError: if the shipped model is wanted, and there is none.
     """
-    if given is None or str(given) == PRIOR:
+    if str(given) == PRIOR:
         return None
     if str(given) != LANGUAGE:
         return Path(given)
@@ -225,7 +233,9 @@ def rank_symmetries(query: "Query", ranker: Ranker, top: int) -> list["SymmetryC
         sites = ordered_sites(_plain_sites(query) or (), query.space_group)
         return [SymmetryCandidate(query.space_group, sites, units, 1.0, "given")]
     others = _prior_candidates(query, ranker.prior, max(top, _SEARCHED))
-    candidates = pooled(_language_candidates(query, ranker), others, ranker.share)
+    polymorphs = ranker.prior.known_symmetries(query.formula.counts)
+    found = _language_candidates(query, ranker)
+    candidates = beside_known(found, others, polymorphs, ranker.share)
     if not candidates:
         raise UserError(_nothing_legal(query))
     return candidates[:top]
@@ -257,6 +267,30 @@ def pooled(
     return sorted(found.values(), key=lambda c: (-c.probability, c.space_group, c.sites))
 
 
+def beside_known(
+    found: Sequence["SymmetryCandidate"],
+    ranked: Sequence["SymmetryCandidate"],
+    known: Collection[SymmetryKey],
+    share: float,
+) -> list["SymmetryCandidate"]:
+    """``pooled``, but known polymorphs keep the probability that the prior gives them.
+
+    Args:
+        found: by the language model, which was asked for symmetries beside the known ones.
+        ranked: by the prior, known ones included.
+        known: symmetries of the composition's known crystals.
+        share: weight of ``found`` in what is left.
+    """
+    mass = sum(c.probability for c in ranked if c.key in known)
+    if not (found and 0 < mass < 1):
+        return pooled(found, ranked, share)
+    kept = [replace(c, probability=c.probability / mass) for c in ranked if c.key in known]
+    rest = [
+        replace(c, probability=c.probability / (1 - mass)) for c in ranked if c.key not in known
+    ]
+    return pooled(kept, pooled(found, rest, share), mass)
+
+
 def _language_candidates(query: "Query", ranker: Ranker) -> list["SymmetryCandidate"]:
     """What the language model answers, given what is fixed; nothing where it cannot."""
     if ranker.model is None:
@@ -277,7 +311,9 @@ def _language_candidates(query: "Query", ranker: Ranker) -> list["SymmetryCandid
         return []
     # Alone and in one thread: other rows or threads would change the last digits.
     with threadpool_limits(1):
-        (ranking,) = rank_questions(ranker.model, [question], top=_SEARCHED, grammars=[grammar])
+        (ranking,) = rank_questions(
+            ranker.model, [question], top=_SEARCHED, grammars=[grammar], known=True
+        )
     given = _plain_sites(query)
     if given is not None:
         return [replace(c, sites=ordered_sites(given, c.space_group)) for c in ranking.candidates]

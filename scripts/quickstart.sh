@@ -4,7 +4,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/install.sh"
 
-install_project torch
+install_project torch,language,language-torch
 if [[ $# -eq 0 ]]; then
     cd "$ROOT"
     set -- --formula SrTiO3 --band-gap 1.8 --top 5 --out runs/srtio3

@@ -49,7 +49,7 @@ def crystals(
     symmetry_model: Annotated[
         str | None,
         typer.Option(
-            help="With --given composition: 'prior', 'glm4' with it, or a language model's folder."
+            help="With --given composition: 'glm4' with the prior (default), 'prior', or a folder."
         ),
     ] = None,
     top: Annotated[

@@ -53,7 +53,7 @@ def command(
     symmetry_model: Annotated[
         str | None,
         typer.Option(
-            help="What ranks symmetries: 'prior', 'glm4' with it, or a language model's folder."
+            help="What ranks symmetries: 'glm4' with the prior (default), 'prior', or a folder."
         ),
     ] = None,
 ) -> None:

@@ -83,7 +83,7 @@ class SymmetryRow:
         figures: what there is besides.
         polymorphs: where the first symmetry stands that some known crystal of the composition has,
             if any is asked for rather than one beside those of training; None for a method that
-            cannot be asked so.
+            leaves these out.
     """
 
     run: SymmetryRun
@@ -282,9 +282,9 @@ _ANSWERS = (
 
 _POLYMORPHS = (
     "Who asks for any crystal of a composition is content with each of its polymorphs, those that "
-    "training has included, and the language model is not told of them. Share of rows (%) for "
-    "which the symmetry of one, of training or the references, is among the first 1, 5 and 20. p: "
-    "McNemar's exact test of the first 1 and 5 of all rows against the first row."
+    "training has included. Share of rows (%) for which the symmetry of one, of training or the "
+    "references, is among the first 1, 5 and 20. p: McNemar's exact test of the first 1 and 5 of "
+    "all rows against the first row."
 )
 
 

@@ -24,10 +24,8 @@ from common.evaluate.symmetry_report import Answers, SymmetryRow, SymmetryRun
 from common.language.calibration import answer_nats, fit_temperature, true_choices
 from common.language.model import LanguageModel, rank_questions, write_answers
 from common.language.prompt import Question, Symmetry, write_answer
-from common.language.search import Progress as SearchProgress
-from common.language.search import Ranking
 from common.prior import SymmetryCandidate, TemplatePrior
-from common.ranking import MODEL_SHARE, pooled
+from common.ranking import MODEL_SHARE, beside_known, pooled
 
 #: Symmetries that are asked for.
 TOP = max(CUTOFFS)
@@ -96,8 +94,7 @@ class SymmetryEvaluation:
     def model(self, model: LanguageModel, name: str, seed: int | None) -> list[SymmetryRow]:
         """The rows of a language model, and of its average with the prior.
 
-        The model is told of known polymorphs if it was trained so, and asked for others; then,
-        without being told of them, for any.
+        The model is told of known polymorphs if it was trained so, and asked for others.
 
         Args:
             model: asked about every row.
@@ -115,7 +112,6 @@ class SymmetryEvaluation:
                 model, questions, top=TOP, known=True, progress=show(f"{name}: ranking")
             )
             seconds = time.perf_counter() - start
-            plain = self._untold(model, questions, rankings, show(f"{name}: any polymorph"))
             choices = true_choices(
                 model,
                 questions,
@@ -138,38 +134,30 @@ class SymmetryEvaluation:
                 "nats_of_truth": answer_nats(choices),
                 "best_temperature": fit_temperature(choices),
             },
-            plain=plain,
         )
-        return [row, self._averaged(row, found, plain)]
+        return [row, self._averaged(row, found)]
 
-    def _untold(
-        self,
-        model: LanguageModel,
-        questions: Sequence[Question],
-        told: Sequence[Ranking],
-        progress: SearchProgress,
-    ) -> list[_Ranking]:
-        """Rankings by a model that is told of no known polymorph; ``told`` where there is none."""
-        rankings: list[_Ranking] = [ranking.candidates for ranking in told]
-        known = self._prior.reference.rows_of_formula
-        rows = [row for row, c in enumerate(self._crystals) if known(c.formula_counts)]
-        asked = [questions[row] for row in rows]
-        for row, ranking in zip(
-            rows, rank_questions(model, asked, top=TOP, progress=progress), strict=True
-        ):
-            rankings[row] = ranking.candidates
-        return rankings
-
-    def _averaged(
-        self,
-        row: SymmetryRow,
-        found: Sequence[_Ranking],
-        plain: Sequence[_Ranking],
-    ) -> SymmetryRow:
+    def _averaged(self, row: SymmetryRow, found: Sequence[_Ranking]) -> SymmetryRow:
         """The row of a language model's rankings averaged with the prior's, as users get them."""
+        asked = [
+            (crystal.formula_counts, properties)
+            for crystal, properties in zip(self._crystals, self._properties, strict=True)
+        ]
         start = time.perf_counter()
-        rankings = self._pooled(found, self._prior.rank_new)
+        rankings = [
+            pooled(own, self._prior.rank_new(*question, top=TOP), MODEL_SHARE)[:TOP]
+            for question, own in zip(asked, found, strict=True)
+        ]
         seconds = row.run.seconds + time.perf_counter() - start
+        any_polymorph = [
+            beside_known(
+                own,
+                self._prior.rank(counts, properties, top=TOP),
+                self._prior.known_symmetries(counts),
+                MODEL_SHARE,
+            )
+            for (counts, properties), own in zip(asked, found, strict=True)
+        ]
         firsts = [_first_answer(ranking) for ranking in rankings]
         return self._row(
             f"{row.run.name} and template prior",
@@ -179,16 +167,8 @@ class SymmetryEvaluation:
             model=f"{row.run.model}, {self._prior.hash}",
             seed=row.run.seed,
             training=(self._training_name, len(self._training)),
-            plain=self._pooled(plain, self._prior.rank),
+            plain=any_polymorph,
         )
-
-    def _pooled(self, found: Sequence[_Ranking], rank: Callable[..., _Ranking]) -> list[_Ranking]:
-        """A language model's rankings averaged with the prior's."""
-        rows = zip(self._crystals, self._properties, found, strict=True)
-        return [
-            pooled(own, rank(c.formula_counts, properties, top=TOP), MODEL_SHARE)[:TOP]
-            for c, properties, own in rows
-        ]
 
     def controls(self) -> list[SymmetryRow]:
         """The prior with and without known polymorphs, and templates by count and likeness."""

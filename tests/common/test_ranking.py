@@ -12,7 +12,15 @@ from common.errors import UserError
 from common.language.config import LanguageRunConfig
 from common.pipeline import make_query
 from common.prior import SymmetryCandidate, TemplatePrior
-from common.ranking import PRIOR, PRIOR_NAME, Ranker, load_ranker, pooled, rank_symmetries
+from common.ranking import (
+    PRIOR,
+    PRIOR_NAME,
+    Ranker,
+    beside_known,
+    load_ranker,
+    pooled,
+    rank_symmetries,
+)
 from tests.language import language_run
 
 LANGUAGE = "language model"
@@ -23,15 +31,10 @@ def ranker(textbook_model: Path) -> Ranker:
     return load_ranker([], textbook_model)
 
 
-def key(candidate: SymmetryCandidate) -> tuple:
-    number = candidate.space_group
-    return number, wyckoff_summary(number).canonical(candidate.sites)
-
-
 def check(found: list[SymmetryCandidate], count: int) -> None:
     """So many different symmetries in the order of their probabilities, which are of one whole."""
     probabilities = [candidate.probability for candidate in found]
-    assert len({key(candidate) for candidate in found}) == len(found) == count
+    assert len({candidate.key for candidate in found}) == len(found) == count
     assert probabilities == sorted(probabilities, reverse=True)
     assert sum(probabilities) <= 1 + 1e-9
 
@@ -45,7 +48,7 @@ def test_language_model_ranks(ranker: Ranker) -> None:
     assert LANGUAGE in {candidate.source for candidate in found}
     assert found[0].space_group == 225, "a textbook crystal that it was shown"
     prior = rank_symmetries(make_query("NaCl"), Ranker(ranker.prior), 5)
-    assert [key(c) for c in prior] != [key(c) for c in found]
+    assert [c.key for c in prior] != [c.key for c in found]
 
 
 def test_number_shown_changes_nothing(ranker: Ranker) -> None:
@@ -58,7 +61,7 @@ def test_many_at_once_are_ranked_alike(ranker: Ranker) -> None:
     together = ranker.rank([(q.formula.counts, q.properties) for q in queries], 5)
     for query, found in zip(queries, together, strict=True):
         alone = rank_symmetries(query, ranker, 5)
-        assert [key(c) for c in alone] == [key(c) for c in found]
+        assert [c.key for c in alone] == [c.key for c in found]
         for a, b in zip(alone, found, strict=True):
             assert a.probability == pytest.approx(b.probability, rel=1e-3)
 
@@ -71,13 +74,13 @@ def test_property_is_told(ranker: Ranker) -> None:
 def test_space_group_is_a_condition(ranker: Ranker) -> None:
     """What remains is divided among fewer, in the same proportions, by the model alone."""
     ranker = replace(ranker, share=1.0)
-    everything = {key(c): c for c in rank_symmetries(make_query("SrTiO3"), ranker, 20)}
+    everything = {c.key: c for c in rank_symmetries(make_query("SrTiO3"), ranker, 20)}
     found = rank_symmetries(make_query("SrTiO3", space_group=221), ranker, 3)
     check(found, 3)
     assert {c.space_group for c in found} == {221}
     assert {c.source for c in found} == {LANGUAGE}
     before = {name: c.probability for name, c in everything.items() if c.probability > 0}
-    ratios = [c.probability / before[key(c)] for c in found if key(c) in before]
+    ratios = [c.probability / before[c.key] for c in found if c.key in before]
     assert len(ratios) >= 2
     assert min(ratios) > 1
     # A symmetry that can be written in several ways may have been met in one of them only.
@@ -99,7 +102,7 @@ def test_sites_are_a_condition(ranker: Ranker, sites: str) -> None:
     groups = [candidate.space_group for candidate in found]
     assert 221 in groups
     assert len(set(groups)) == len(groups)
-    assert found[0].source == LANGUAGE
+    assert LANGUAGE in {candidate.source for candidate in found}
     for candidate in found:
         assert set(candidate.sites) == {(38, "b"), (22, "a"), (8, "d")}
     if "1b" in sites:
@@ -110,14 +113,14 @@ def test_sites_are_a_condition(ranker: Ranker, sites: str) -> None:
 def test_letters_are_those_of_the_prior(ranker: Ranker) -> None:
     """So that the noise of a symmetry does not depend on who ranks."""
     known = {
-        key(c): c.sites
+        c.key: c.sites
         for c in rank_symmetries(make_query("SrTiO3"), Ranker(ranker.prior), 100)
         if c.source == "template"
     }
     found = rank_symmetries(make_query("SrTiO3"), ranker, 20)
-    shared = [c for c in found if key(c) in known]
+    shared = [c for c in found if c.key in known]
     assert len(shared) >= 3
-    assert all(c.sites == known[key(c)] for c in shared)
+    assert all(c.sites == known[c.key] for c in shared)
 
 
 @pytest.mark.parametrize(("share", "first"), [(1.0, LANGUAGE), (0.0, "template")])
@@ -129,7 +132,7 @@ def test_share_of_the_model(ranker: Ranker, share: float, first: str) -> None:
     assert listed[0].source in (first, LANGUAGE)
     assert all(candidate.probability == 0 for candidate in found[len(listed) :])
     alone = rank_symmetries(make_query("NaCl"), Ranker(ranker.prior), 20)
-    assert ([key(c) for c in listed[:20]] == [key(c) for c in alone]) == (share == 0)
+    assert ([c.key for c in listed[:20]] == [c.key for c in alone]) == (share == 0)
 
 
 def test_prior_answers_what_the_model_cannot() -> None:
@@ -167,6 +170,35 @@ def test_two_rankings_as_one() -> None:
     assert pooled(first, [], 0.75) == first
 
 
+def test_known_polymorphs_keep_what_the_prior_gives_them() -> None:
+    """The rest is averaged, as if it were all."""
+    first = [candidate(216, "ac", 0.8), candidate(194, "ac", 0.2)]
+    ranked = [candidate(225, "ba", 0.5), candidate(216, "ac", 0.1), candidate(221, "ab", 0.4)]
+    known = {candidate(225, "ab", 1.0).key}
+    found = beside_known(first, ranked, known, 0.25)
+    assert [c.space_group for c in found] == [225, 221, 216, 194]
+    assert [c.probability for c in found] == pytest.approx([0.5, 0.3, 0.175, 0.025])
+    assert beside_known(first, ranked, set(), 0.25) == pooled(first, ranked, 0.25)
+    assert beside_known([], ranked, known, 0.25) == ranked
+    everything = {c.key for c in ranked}
+    assert beside_known(first, ranked, everything, 0.25) == pooled(first, ranked, 0.25)
+
+
+def test_model_has_no_say_on_known_polymorphs(ranker: Ranker) -> None:
+    """Perovskite SrTiO3 is known, and CsCl in two structures."""
+    for text, groups in (("SrTiO3", [221]), ("CsCl", [221, 225])):
+        query = make_query(text)
+        plain, both = (
+            {c.key: c.probability for c in rank_symmetries(query, r, 20)}
+            for r in (Ranker(ranker.prior), ranker)
+        )
+        known = ranker.prior.known_symmetries(query.formula.counts)
+        assert {group for group, _ in known} == set(groups)
+        kept = [both[name] >= plain[name] - 1e-9 for name in known & plain.keys()]
+        assert kept == [True] * len(groups)
+        assert plain != both
+
+
 def test_known_polymorphs_are_left_out(ranker: Ranker) -> None:
     """Where they are told of, and another symmetry is wanted."""
     counts = {38: 1, 22: 1, 8: 3}
@@ -175,7 +207,7 @@ def test_known_polymorphs_are_left_out(ranker: Ranker) -> None:
     ((first, *_),) = Ranker(prior).rank(rows, 20)
     (others,) = Ranker(prior).rank(rows, 20, known=True)
     assert first.space_group == 221
-    assert key(first) not in [key(c) for c in others if c.probability > 0]
+    assert first.key not in [c.key for c in others if c.probability > 0]
     (both,) = ranker.rank(rows, 20, known=True)
     assert both != ranker.rank(rows, 20)[0]
 
@@ -204,12 +236,17 @@ def test_shipped_model_for_the_property(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(ranking, "shipped_language", lambda: folders)
     for properties in (["band_gap"], ["formation_energy"], []):
         assert load_ranker(properties, "glm4").model is None
-    assert [path.name for path in asked] == ["glm4_tiny_bg", "glm4_tiny", "glm4_tiny"]
-    assert load_ranker(["band_gap"]).identity["name"] == PRIOR_NAME
+    assert "is not used, the template prior ranks" in load_ranker(["band_gap"]).note
+    names = ["glm4_tiny_bg", "glm4_tiny", "glm4_tiny", "glm4_tiny_bg"]
+    assert [path.name for path in asked] == names
+    own = TemplatePrior.load()
+    assert load_ranker(["band_gap"], prior=own) == Ranker(own), "one's own prior ranks alone"
     monkeypatch.setattr(ranking, "shipped_language", lambda: {"other": Path("x")})
     with pytest.raises(UserError, match="no language model is shipped"):
         load_ranker(["band_gap"], "glm4")
-    assert len(asked) == 3
+    monkeypatch.setattr(ranking, "shipped_language", dict)
+    assert load_ranker(["band_gap"]).note == ""
+    assert len(asked) == 4
 
 
 def test_missing_packages(textbook_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
