@@ -2,7 +2,8 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,15 @@ TOP = max(CUTOFFS)
 
 _Ranking = Sequence[SymmetryCandidate]
 _Rank = Callable[[Mapping[int, int], Mapping[str, float]], _Ranking]
+
+
+@dataclass(frozen=True)
+class _Timed:
+    """Rankings of all rows, and the seconds that they took."""
+
+    name: str
+    rankings: list[_Ranking]
+    seconds: float
 
 
 def properties_of(record: Record, target: str) -> dict[str, float]:
@@ -139,30 +149,20 @@ class SymmetryEvaluation:
 
     def _averaged(self, row: SymmetryRow, found: Sequence[_Ranking]) -> SymmetryRow:
         """The row of a language model's rankings averaged with the prior's, as users get them."""
-        asked = [
-            (crystal.formula_counts, properties)
-            for crystal, properties in zip(self._crystals, self._properties, strict=True)
-        ]
-        start = time.perf_counter()
-        rankings = [
-            pooled(own, self._prior.rank_new(*question, top=TOP), MODEL_SHARE)[:TOP]
-            for question, own in zip(asked, found, strict=True)
-        ]
-        seconds = row.run.seconds + time.perf_counter() - start
+        new, plain = self._new_by_prior, self._by_prior
+        pairs = zip(found, new.rankings, strict=True)
+        rankings = [pooled(own, others, MODEL_SHARE)[:TOP] for own, others in pairs]
         any_polymorph = [
             beside_known(
-                own,
-                self._prior.rank(counts, properties, top=TOP),
-                self._prior.known_symmetries(counts),
-                MODEL_SHARE,
+                own, others, self._prior.known_symmetries(crystal.formula_counts), MODEL_SHARE
             )
-            for (counts, properties), own in zip(asked, found, strict=True)
+            for own, others, crystal in zip(found, plain.rankings, self._crystals, strict=True)
         ]
         firsts = [_first_answer(ranking) for ranking in rankings]
         return self._row(
             f"{row.run.name} and template prior",
             rankings,
-            seconds,
+            row.run.seconds + new.seconds,
             self._answers(firsts, "first of the ranking"),
             model=f"{row.run.model}, {self._prior.hash}",
             seed=row.run.seed,
@@ -177,45 +177,48 @@ class SymmetryEvaluation:
         source = self._prior.metadata
         fitted = str(source["source"].get("name", "unknown")), int(source["rows"])
         counted = self._training_name, len(self._training)
-        prior = partial(self._prior.rank, top=TOP)
-        new = partial(self._prior.rank_new, top=TOP)
+        majority = self._timed("majority template", lambda c, _: templates.majority(c, TOP))
+        nearest = self._timed("nearest composition", lambda c, _: templates.nearest(c, TOP))
         return [
-            self._control("template prior", prior, fitted, self._prior.hash),
-            self._control(
-                "template prior, known polymorphs excluded",
-                new,
-                fitted,
-                self._prior.hash,
-                beside_known=True,
-            ),
-            self._control("majority template", lambda c, _: templates.majority(c, TOP), counted),
-            self._control("nearest composition", lambda c, _: templates.nearest(c, TOP), counted),
+            self._control(self._by_prior, fitted, self._prior.hash),
+            self._control(self._new_by_prior, fitted, self._prior.hash, beside_known=True),
+            self._control(majority, counted),
+            self._control(nearest, counted),
         ]
+
+    @cached_property
+    def _by_prior(self) -> _Timed:
+        return self._timed("template prior", partial(self._prior.rank, top=TOP))
+
+    @cached_property
+    def _new_by_prior(self) -> _Timed:
+        name = "template prior, known polymorphs excluded"
+        return self._timed(name, partial(self._prior.rank_new, top=TOP))
+
+    def _timed(self, name: str, rank: _Rank) -> _Timed:
+        start = time.perf_counter()
+        rows = list(zip(self._crystals, self._properties, strict=True))
+        shown = track(rows, name, console=self._console, transient=True)
+        rankings = [rank(crystal.formula_counts, properties) for crystal, properties in shown]
+        return _Timed(name, rankings, time.perf_counter() - start)
 
     def _control(
         self,
-        name: str,
-        rank: _Rank,
+        made: _Timed,
         training: tuple[str, int],
         model: str | None = None,
         *,
         beside_known: bool = False,
     ) -> SymmetryRow:
-        start = time.perf_counter()
-        rows = list(zip(self._crystals, self._properties, strict=True))
-        shown = track(rows, name, console=self._console, transient=True)
-        rankings = [rank(crystal.formula_counts, properties) for crystal, properties in shown]
-        seconds = time.perf_counter() - start
-        firsts = [_first_answer(ranking) for ranking in rankings]
-        answers = self._answers(firsts, "first of the ranking")
+        firsts = [_first_answer(ranking) for ranking in made.rankings]
         return self._row(
-            name,
-            rankings,
-            seconds,
-            answers,
+            made.name,
+            made.rankings,
+            made.seconds,
+            self._answers(firsts, "first of the ranking"),
             model=model,
             training=training,
-            plain=None if beside_known else rankings,
+            plain=None if beside_known else made.rankings,
         )
 
     def _answers(self, texts: Sequence[str], kind: str) -> Answers:
