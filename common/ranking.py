@@ -273,7 +273,7 @@ def beside_known(
     known: Collection[SymmetryKey],
     share: float,
 ) -> list["SymmetryCandidate"]:
-    """``pooled``, but known polymorphs keep the probability that the prior gives them.
+    """``pooled``, but known polymorphs keep at least the probability that the prior gives them.
 
     Args:
         found: by the language model, which was asked for symmetries beside the known ones.

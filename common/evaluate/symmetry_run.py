@@ -15,12 +15,7 @@ from common.crystal.wyckoff import SymmetryKey
 from common.data.store import Record
 from common.evaluate.language import rouge
 from common.evaluate.symmetry_controls import TemplateControls
-from common.evaluate.symmetry_prediction import (
-    CUTOFFS,
-    first_place,
-    legal_answers,
-    outcome_of,
-)
+from common.evaluate.symmetry_prediction import CUTOFFS, first_place, legal_answers, outcome_of
 from common.evaluate.symmetry_report import Answers, SymmetryRow, SymmetryRun
 from common.language.calibration import answer_nats, fit_temperature, true_choices
 from common.language.model import LanguageModel, rank_questions, write_answers
@@ -148,7 +143,7 @@ class SymmetryEvaluation:
         return [row, self._averaged(row, found)]
 
     def _averaged(self, row: SymmetryRow, found: Sequence[_Ranking]) -> SymmetryRow:
-        """The row of a language model's rankings averaged with the prior's, as users get them."""
+        """The row of a language model's rankings averaged with the prior's."""
         new, plain = self._new_by_prior, self._by_prior
         pairs = zip(found, new.rankings, strict=True)
         rankings = [pooled(own, others, MODEL_SHARE)[:TOP] for own, others in pairs]
@@ -181,7 +176,7 @@ class SymmetryEvaluation:
         nearest = self._timed("nearest composition", lambda c, _: templates.nearest(c, TOP))
         return [
             self._control(self._by_prior, fitted, self._prior.hash),
-            self._control(self._new_by_prior, fitted, self._prior.hash, beside_known=True),
+            self._control(self._new_by_prior, fitted, self._prior.hash, leaves_out_known=True),
             self._control(majority, counted),
             self._control(nearest, counted),
         ]
@@ -208,7 +203,7 @@ class SymmetryEvaluation:
         training: tuple[str, int],
         model: str | None = None,
         *,
-        beside_known: bool = False,
+        leaves_out_known: bool = False,
     ) -> SymmetryRow:
         firsts = [_first_answer(ranking) for ranking in made.rankings]
         return self._row(
@@ -218,7 +213,7 @@ class SymmetryEvaluation:
             self._answers(firsts, "first of the ranking"),
             model=model,
             training=training,
-            plain=None if beside_known else made.rankings,
+            plain=None if leaves_out_known else made.rankings,
         )
 
     def _answers(self, texts: Sequence[str], kind: str) -> Answers:

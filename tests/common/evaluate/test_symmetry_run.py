@@ -85,6 +85,18 @@ def test_any_polymorph(prior: TemplatePrior, textbook_model: Path) -> None:
         )
 
 
+def test_polymorphs_of_training_count(prior: TemplatePrior) -> None:
+    """Wurtzite is asked for, zincblende is ranked before it."""
+    blende, wurtzite = (record for record in RECORDS if record.reduced_formula == "ZnS")
+    without, with_it = (
+        SymmetryEvaluation([wurtzite], "one", "none", training, "some", prior).controls()[0]
+        for training in ([], [blende])
+    )
+    (own,), (any_known,) = without.polymorphs, with_it.polymorphs
+    assert own == with_it.outcomes[0].assignment
+    assert any_known < own
+
+
 def test_answers_of_controls_are_their_first(prior: TemplatePrior) -> None:
     """Exact as text is exact as symmetry; no answer is neither exact nor legal."""
     rows = evaluation(prior, RECORDS[:3], "none").controls()
