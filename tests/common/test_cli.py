@@ -118,7 +118,10 @@ def test_reader_that_went_away_is_no_crash() -> None:
 def test_interruption(tmp_path: Path) -> None:
     pipe = tmp_path / "config.yaml"
     os.mkfifo(pipe)
+    # A shell may have started the tests with interruptions ignored, which a process inherits.
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen([UNI_MDM, "train", pipe], stderr=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGINT, inherited)
     errors = ""
     with pipe.open("w"):  # Waits until the command reads.
         for _ in range(3):  # Python loses an interruption that falls into a destructor.
