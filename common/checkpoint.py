@@ -263,6 +263,24 @@ def load_checkpoint(folder: Path, optimizer: bool = False) -> Checkpoint:
     )
 
 
+def rows_seen_by(folder: Path) -> tuple[tuple[str, int], ...]:
+    """Data sets that a checkpoint's weights have learned from, and their numbers of rows.
+
+    Those of earlier runs, which its own went on from, come first. Empty for a folder of another
+    tool, which does not say.
+
+    Raises:
+        UserError: as ``load_checkpoint``.
+    """
+    if not any((folder / name).is_file() for name in (LATEST, MANIFEST)):
+        return ()
+    saved = load_checkpoint(folder)
+    extra = saved.manifest["extra"]
+    own = saved.config.get("train", {}).get("data")
+    listed = extra.get("data", [(own, extra.get("training_rows", 0))] if own else [])
+    return tuple((str(name), int(rows)) for name, rows in listed)
+
+
 def shipped() -> dict[str, Path]:
     """Name and folder of each Crystal DiT that comes with the project."""
     return _checkpoints_in(SHIPPED)

@@ -24,7 +24,14 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from common.checkpoint import Checkpoint, latest, load_checkpoint, save_checkpoint, save_step
+from common.checkpoint import (
+    Checkpoint,
+    latest,
+    load_checkpoint,
+    rows_seen_by,
+    save_checkpoint,
+    save_step,
+)
 from common.config import AnyRunConfig, RunConfig
 from common.data.batch import Batch, BatchItem, collate
 from common.data.loader import BatchPlan, Bucket, BucketedData
@@ -136,6 +143,8 @@ class TrainingRun(ABC, Generic[Data]):
         self.loss_scale = LossScale(config.train.precision)
         self.fingerprint = fingerprint(train_records)
         self.num_rows = num_rows
+        start = config.train.init_from
+        self._seen_before = rows_seen_by(Path(start)) if start else ()
 
     @abstractmethod
     def batches(self) -> Iterator[Data]:
@@ -238,6 +247,12 @@ class TrainingRun(ABC, Generic[Data]):
             "companions": self.companions(),
         }
 
+    @property
+    def account(self) -> dict[str, Any]:
+        """What a manifest says of the rows that the weights have seen."""
+        own = (self.config.train.data, self.num_rows)
+        return {"training_rows": self.num_rows, "data": [*self._seen_before, own]}
+
     def checkpoint(self) -> dict[str, Any]:
         """Arguments of ``common.checkpoint.save_step``."""
         own = self.loss_scale
@@ -245,7 +260,7 @@ class TrainingRun(ABC, Generic[Data]):
         return self.final() | {
             "optimizer": self.optimizer_arrays(),
             "state": {"step": self.step, "seconds": self.seconds} | scale,
-            "extra": {"training_rows": self.num_rows},
+            "extra": self.account,
         }
 
     def resume(self, folder: Path) -> None:
@@ -476,7 +491,7 @@ def run_training(trainer: TrainingRun[Any], out: Path, resume: bool) -> None:
     save_checkpoint(
         out / "final",
         **trainer.final(),
-        extra={"training_rows": trainer.num_rows, "training_seconds": round(trainer.seconds)},
+        extra=trainer.account | {"training_seconds": round(trainer.seconds)},
         card=f"# {trainer.config.name}\n",
     )
 

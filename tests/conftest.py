@@ -7,6 +7,7 @@ import pytest
 from hypothesis import settings
 
 from common.machine import ascend_count
+from tests.language import train_textbook_model
 
 # MindSpore needs the Python implementation of protobuf, which TensorBoard, if it comes first,
 # would not choose.
@@ -34,3 +35,9 @@ def data_dir() -> Path:
     if not (folder / "mp_20" / "val.csv.gz").is_file():
         pytest.skip(f"MP-20 data not found in {folder}: set UNI_MDM_DATA")
     return folder
+
+
+@pytest.fixture(scope="session")
+def textbook_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a small language model that was shown textbook crystals."""
+    return train_textbook_model(tmp_path_factory.mktemp("language"))

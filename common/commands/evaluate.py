@@ -103,7 +103,7 @@ def crystals(
             told = Told.of(references, generator.properties[:1], property_kind, seed)
             network = Network(generator, config.name, saved.hash, calls, seed)
             asked = CompositionEvaluation(evaluation, told, top or DEFAULT_TOP)
-            methods = [asked.ask(ranker, known=ranker.model is not None)]
+            methods = asked.ask(ranker)
             if controls:
                 methods += asked.controls(training, ranker)
             rows = asked.rows(methods, network)
@@ -167,7 +167,7 @@ def symmetry(
     from rich.markdown import Markdown
 
     from common.evaluate.symmetry_report import to_markdown, write_symmetry_report
-    from common.evaluate.symmetry_run import SymmetryEvaluation, training_of
+    from common.evaluate.symmetry_run import History, SymmetryEvaluation
     from common.ranking import load_ranker
 
     ranker = load_ranker([] if target == "none" else [target], model, backend=backend)
@@ -179,15 +179,16 @@ def symmetry(
     target_folder = out or Path("runs") / f"evaluate-symmetry-{name}-{_split_name(data)}"
     with output_folder(target_folder, "give another --out"):
         references = _references(data, limit, workers)
-        learned = training_of(ranker.folder) if ranker.folder else {}
-        training_name = str(learned.get("data", "train"))
+        history = History.of(ranker.folder) if ranker.folder else History()
+        # What every control learns from; the last set of a model that had several.
+        training_name = history.data[-1][0] if history.data else "train"
         training = dataset(training_name, workers)
         evaluation = SymmetryEvaluation(
             references, _split_name(data), target, training, training_name, ranker.prior
         )
         rows = []
         if ranker.model is not None:
-            rows += evaluation.model(ranker.model, ranker.name, learned.get("seed"))
+            rows += evaluation.model(ranker.model, ranker.name, history)
         if controls:
             rows += evaluation.controls()
         console = Console()

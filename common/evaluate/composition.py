@@ -83,12 +83,11 @@ class CompositionEvaluation:
         for index, record in enumerate(evaluation.references):
             self._members[record.reduced_formula].append(index)
 
-    def ask(self, ranker: Ranker, known: bool) -> Method:
-        """The rankings of a language model and the prior, or of the prior alone.
+    def ask(self, ranker: Ranker) -> list[Method]:
+        """The rankings of the prior, or of a language model and the prior.
 
-        Args:
-            ranker: what is asked.
-            known: whether symmetries are wanted that no known polymorph has.
+        The latter is two methods: asked for symmetries that no known polymorph has, which is what
+        rows of another split are, and for any, which is what ``uni-mdm generate`` does.
         """
         rows = list(zip(self._counts, self._told.values, strict=True))
         start = time.perf_counter()
@@ -98,11 +97,18 @@ class CompositionEvaluation:
             def report(done: int, total: int) -> None:
                 bars.update(task, completed=done, total=total)
 
-            rankings = ranker.rank(rows, self._top, report, known=known)
+            if ranker.model is None:
+                found = {"": ranker.rank(rows, self._top, report)}
+            else:
+                new, of_any = ranker.rank_both(rows, self._top, report)
+                found = {"": new, ", as generate ranks": of_any}
         seconds = time.perf_counter() - start
         identity = ranker.identity
         model = f"{identity['name']} ({identity['hash']})"
-        return Method(identity["name"], model, tuple(map(tuple, rankings)), seconds)
+        return [
+            Method(f"{identity['name']}{kind}", model, tuple(map(tuple, rankings)), seconds)
+            for kind, rankings in found.items()
+        ]
 
     def controls(self, training: Sequence[Record], ranker: Ranker) -> list[Method]:
         """The prior with and without known polymorphs, and the nearest training composition.
@@ -112,7 +118,7 @@ class CompositionEvaluation:
             ranker: whose prior is asked; left out by itself if it is what ranks there.
         """
         prior = ranker.prior
-        methods = [] if ranker.model is None else [self.ask(Ranker(prior), known=False)]
+        methods = [] if ranker.model is None else self.ask(Ranker(prior))
         excluded = partial(prior.rank_new, top=self._top)
         name = f"{PRIOR_NAME}, known polymorphs excluded"
         methods.append(self._control(name, f"{PRIOR_NAME} ({prior.hash})", excluded))

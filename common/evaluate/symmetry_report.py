@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
+from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
 
@@ -140,34 +141,72 @@ class SymmetryRow:
         return [outcome.assignment == 0 for outcome in self.outcomes]
 
 
-def paired_test(first: SymmetryRow, second: SymmetryRow) -> PairedTest:
+def paired_test(first: SymmetryRow, second: SymmetryRow, new: bool | None = None) -> PairedTest:
     """McNemar's exact test on exact first candidates.
+
+    Args:
+        first, second: of the same references.
+        new: as in ``SymmetryRow.rate``.
 
     Raises:
         ValueError: if the rows are not about the same references in the same order.
     """
-    _check_same(first, second)
-    return mcnemar(first.first_right, second.first_right)
+    return _tested((first, first.first_right), (second, second.first_right), new)
 
 
-def polymorph_test(first: SymmetryRow, second: SymmetryRow, cutoff: int) -> PairedTest:
+def polymorph_test(
+    first: SymmetryRow, second: SymmetryRow, cutoff: int, new: bool | None = None
+) -> PairedTest:
     """McNemar's exact test on whether some polymorph is among the first so many.
+
+    Args:
+        first, second, new: as in ``paired_test``.
+        cutoff: that number.
 
     Raises:
         ValueError: as ``paired_test``, and if a row has no ``polymorphs``.
     """
-    _check_same(first, second)
+    return _tested(
+        (first, _polymorph_found(first, cutoff)), (second, _polymorph_found(second, cutoff)), new
+    )
+
+
+def _polymorph_found(row: SymmetryRow, cutoff: int) -> list[bool]:
+    if row.polymorphs is None:
+        raise ValueError(f"{row.run.name!r} was not asked for any polymorph")
+    return [place is not None and place < cutoff for place in row.polymorphs]
+
+
+def _tested(
+    first: tuple[SymmetryRow, Sequence[bool]],
+    second: tuple[SymmetryRow, Sequence[bool]],
+    new: bool | None,
+) -> PairedTest:
+    if first[0].ids != second[0].ids:
+        raise ValueError(f"{first[0].run.name!r} and {second[0].run.name!r} have other references")
+    kept = [
+        [hit for hit, is_new in zip(hits, row.new, strict=True) if new in (None, is_new)]
+        for row, hits in (first, second)
+    ]
+    return mcnemar(*kept)
+
+
+def paired_tests(rows: Sequence[SymmetryRow]) -> list[tuple[str, str, dict[str, PairedTest]]]:
+    """Names of any two rows, and by name the tests that there are between them."""
     found = []
-    for row in (first, second):
-        if row.polymorphs is None:
-            raise ValueError(f"{row.run.name!r} was not asked for any polymorph")
-        found.append([place is not None and place < cutoff for place in row.polymorphs])
-    return mcnemar(*found)
-
-
-def _check_same(first: SymmetryRow, second: SymmetryRow) -> None:
-    if first.ids != second.ids:
-        raise ValueError(f"{first.run.name!r} and {second.run.name!r} have other references")
+    for first, second in combinations(rows, 2):
+        tests = {
+            "assignment @1": paired_test(first, second),
+            "assignment @1, new formulas": paired_test(first, second, new=True),
+        }
+        if first.polymorphs is not None and second.polymorphs is not None:
+            tests |= {
+                "any polymorph @1": polymorph_test(first, second, 1),
+                "any polymorph @1, new formulas": polymorph_test(first, second, 1, new=True),
+                "any polymorph @5": polymorph_test(first, second, 5),
+            }
+        found.append((first.run.name, second.run.name, tests))
+    return found
 
 
 def write_symmetry_report(
@@ -176,7 +215,7 @@ def write_symmetry_report(
     """Write ``<name>.json``, ``<name>.md`` and ``<name>.png``, all three or none.
 
     Args:
-        rows: the method in question first; the others are tested against it.
+        rows: the method in question first.
         folder: made if missing.
 
     Returns:
@@ -209,8 +248,8 @@ def to_json(rows: Sequence[SymmetryRow]) -> str:
             for row in rows
         ],
         "paired_tests": [
-            {"first": rows[0].run.name, "second": row.run.name, **asdict(paired_test(rows[0], row))}
-            for row in rows[1:]
+            {"first": first, "second": second, "tests": {k: asdict(v) for k, v in tests.items()}}
+            for first, second, tests in paired_tests(rows)
         ],
     }
     return json.dumps(data, indent=1, allow_nan=False) + "\n"
@@ -250,8 +289,7 @@ _LEGEND = (
     "Share of rows (%) whose space group, and whose group with all Wyckoff sites (assignment, up "
     "to relabelling by the group's normaliser), is among the first 1, 5 and 20 of a ranking, with "
     "Wilson 95 % intervals. Legal: rankings all of whose symmetries add up to the composition. "
-    "Calibration error: of the first candidate's probability, in bins of a tenth. p: McNemar's "
-    "exact test of right first assignments against the first row."
+    "Calibration error: of the first candidate's probability, in bins of a tenth."
 )
 
 
@@ -266,6 +304,8 @@ def to_markdown(rows: Sequence[SymmetryRow], plot: str | None = None) -> str:
     asked = [row for row in rows if row.polymorphs is not None]
     if asked:
         parts += ["## Any polymorph", _POLYMORPHS, _polymorph_table(asked)]
+    if len(rows) > 1:
+        parts += ["## Paired tests", _PAIRED, _paired_table(rows)]
     if plot:
         parts.append(f"![Reliability, and share of exact assignments]({plot})")
     parts += ["## Answers as text", _ANSWERS, _answers_table(rows)]
@@ -283,14 +323,13 @@ _ANSWERS = (
 _POLYMORPHS = (
     "Who asks for any crystal of a composition is content with each of its polymorphs, those that "
     "training has included. Share of rows (%) for which the symmetry of one, of training or the "
-    "references, is among the first 1, 5 and 20. p: McNemar's exact test of the first 1 and 5 of "
-    "all rows against the first row."
+    "references, is among the first 1, 5 and 20."
 )
 
 
 def _polymorph_table(rows: Sequence[SymmetryRow]) -> str:
     kinds = (("all", None), ("new formulas", True), ("known formulas", False))
-    header = ["", *(f"{kind} @{k}" for kind, _ in kinds for k in CUTOFFS), "p @1", "p @5"]
+    header = ["", *(f"{kind} @{k}" for kind, _ in kinds for k in CUTOFFS)]
     lines = []
     for row in rows:
         shares = [
@@ -298,23 +337,37 @@ def _polymorph_table(rows: Sequence[SymmetryRow]) -> str:
             for _, new in kinds
             for k in CUTOFFS
         ]
-        tests = [
-            "-" if row is rows[0] else f"{polymorph_test(rows[0], row, k).p_value:.2g}"
-            for k in CUTOFFS[:2]
-        ]
-        lines.append([row.run.name, *shares, *tests])
+        lines.append([row.run.name, *shares])
     return table(header, lines)
 
 
 def _results_table(rows: Sequence[SymmetryRow]) -> str:
-    header = ["", *_cutoff_names(), "legal", "calibration error", "p"]
-    lines = []
-    for row in rows:
-        p = "-" if row is rows[0] else f"{paired_test(rows[0], row).p_value:.2g}"
-        lines.append(
-            [row.run.name, *_cutoffs(row), percent(row.legal), number(row.calibration_error), p]
-        )
+    header = ["", *_cutoff_names(), "legal", "calibration error"]
+    lines = [
+        [row.run.name, *_cutoffs(row), percent(row.legal), number(row.calibration_error)]
+        for row in rows
+    ]
     return table(header, lines)
+
+
+_PAIRED = (
+    "McNemar's exact test: rows that only the first method has right, those that only the second "
+    "has, and p."
+)
+
+
+def _paired_table(rows: Sequence[SymmetryRow]) -> str:
+    tests = paired_tests(rows)
+    names = list(dict.fromkeys(name for _, _, own in tests for name in own))
+    lines = []
+    for first, second, own in tests:
+        cells = (_paired_cell(own[name]) if name in own else "-" for name in names)
+        lines.append([f"{first} against {second}", *cells])
+    return table(["", *names], lines)
+
+
+def _paired_cell(test: PairedTest) -> str:
+    return f"{test.first_only} : {test.second_only}, {test.p_value:.2g}"
 
 
 def _kind_table(rows: Sequence[SymmetryRow], new: bool) -> str:

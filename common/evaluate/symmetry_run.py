@@ -5,23 +5,29 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress, track
 
-from common.checkpoint import LATEST, MANIFEST, load_checkpoint
+from common.checkpoint import load_checkpoint, rows_seen_by
+from common.composition import MAX_PRIMITIVE_ATOMS
 from common.crystal.wyckoff import SymmetryKey
 from common.data.store import Record
+from common.errors import UserError
 from common.evaluate.language import rouge
 from common.evaluate.symmetry_controls import TemplateControls
 from common.evaluate.symmetry_prediction import CUTOFFS, first_place, legal_answers, outcome_of
 from common.evaluate.symmetry_report import Answers, SymmetryRow, SymmetryRun
-from common.language.calibration import answer_nats, fit_temperature, true_choices
+from common.language.calibration import (
+    answer_nats,
+    fit_sharpness,
+    fit_temperature,
+    true_choices,
+)
 from common.language.model import LanguageModel, rank_questions, write_answers
 from common.language.prompt import Question, Symmetry, write_answer
 from common.prior import SymmetryCandidate, TemplatePrior
-from common.ranking import MODEL_SHARE, beside_known, pooled
+from common.ranking import Ranker, pooled
 
 #: Symmetries that are asked for.
 TOP = max(CUTOFFS)
@@ -45,12 +51,32 @@ def properties_of(record: Record, target: str) -> dict[str, float]:
     return {} if value is None else {target: value}
 
 
-def training_of(folder: Path) -> dict[str, Any]:
-    """Settings under which a language model was trained; empty where its folder does not say."""
-    if not any((folder / name).is_file() for name in (LATEST, MANIFEST)):
-        return {}
-    settings = load_checkpoint(folder).config.get("train")
-    return settings if isinstance(settings, dict) else {}
+@dataclass(frozen=True)
+class History:
+    """How a language model was trained, as far as its folder says.
+
+    Attributes:
+        data: what it learned from, earlier runs that it goes on from included, and the number of
+            rows, the first ones first.
+        seed: of its own run.
+    """
+
+    data: tuple[tuple[str, int], ...] = ()
+    seed: int | None = None
+
+    @classmethod
+    def of(cls, folder: Path) -> "History":
+        """The history of a model's folder; one without a word where it has no manifest."""
+        data = rows_seen_by(folder)
+        return cls(data, load_checkpoint(folder).config["train"].get("seed") if data else None)
+
+    @property
+    def training(self) -> tuple[str, int]:
+        """What it learned from in words, and the rows of the largest set."""
+        if not self.data:
+            return "unknown", 0
+        names = dict.fromkeys(name for name, _ in self.data)
+        return ", then ".join(names), max(rows for _, rows in self.data)
 
 
 class SymmetryEvaluation:
@@ -96,7 +122,7 @@ class SymmetryEvaluation:
         self._polymorphs = [polymorphs[record.reduced_formula] for record in references]
         self._console = console or Console(stderr=True)
 
-    def model(self, model: LanguageModel, name: str, seed: int | None) -> list[SymmetryRow]:
+    def model(self, model: LanguageModel, name: str, history: History) -> list[SymmetryRow]:
         """The rows of a language model, and of its average with the prior.
 
         The model is told of known polymorphs if it was trained so, and asked for others.
@@ -104,8 +130,12 @@ class SymmetryEvaluation:
         Args:
             model: asked about every row.
             name: of the row.
-            seed: that it was trained with, if known.
+            history: how it was trained.
+
+        Raises:
+            UserError: for a row whose cell is larger than the model can answer.
         """
+        self._check_sizes()
         questions = [
             Question.ask(crystal.formula_counts, properties)
             for crystal, properties in zip(self._crystals, self._properties, strict=True)
@@ -132,26 +162,38 @@ class SymmetryEvaluation:
             seconds,
             self._answers(answers, "without constraint"),
             model=model.name,
-            seed=seed,
-            training=(self._training_name, len(self._training)),
+            seed=history.seed,
+            training=history.training,
             figures={
                 "sequences_scored": sum(ranking.scored for ranking in rankings),
                 "nats_of_truth": answer_nats(choices),
                 "best_temperature": fit_temperature(choices),
             },
         )
-        return [row, self._averaged(row, found)]
+        return [row, self._averaged(row, found, Ranker(self._prior, model))]
 
-    def _averaged(self, row: SymmetryRow, found: Sequence[_Ranking]) -> SymmetryRow:
+    def _check_sizes(self) -> None:
+        for record in self._references:
+            atoms = record.crystal.num_primitive_atoms
+            if atoms > MAX_PRIMITIVE_ATOMS:
+                raise UserError(
+                    f"{record.material_id} has {atoms} atoms in its primitive cell, a language "
+                    f"model's answers at most {MAX_PRIMITIVE_ATOMS}: leave it out of the data"
+                )
+
+    def _averaged(self, row: SymmetryRow, found: Sequence[_Ranking], ranker: Ranker) -> SymmetryRow:
         """The row of a language model's rankings averaged with the prior's."""
         new, plain = self._new_by_prior, self._by_prior
-        pairs = zip(found, new.rankings, strict=True)
-        rankings = [pooled(own, others, MODEL_SHARE)[:TOP] for own, others in pairs]
+        pairs = list(zip(found, new.rankings, strict=True))
+        rankings = [ranker.combined(own, others)[:TOP] for own, others in pairs]
         any_polymorph = [
-            beside_known(
-                own, others, self._prior.known_symmetries(crystal.formula_counts), MODEL_SHARE
-            )
+            ranker.combined(own, others, self._prior.known_symmetries(crystal.formula_counts))
             for own, others, crystal in zip(found, plain.rankings, self._crystals, strict=True)
+        ]
+        pools = (pooled(own, others, ranker.share) for own, others in pairs)
+        places = [
+            ([c.probability for c in pool], first_place(pool, {crystal.symmetry_key}))
+            for pool, crystal in zip(pools, self._crystals, strict=True)
         ]
         firsts = [_first_answer(ranking) for ranking in rankings]
         return self._row(
@@ -161,8 +203,9 @@ class SymmetryEvaluation:
             self._answers(firsts, "first of the ranking"),
             model=f"{row.run.model}, {self._prior.hash}",
             seed=row.run.seed,
-            training=(self._training_name, len(self._training)),
+            training=(row.run.training_set, row.run.training_size),
             plain=any_polymorph,
+            figures={"sharpness": ranker.sharpness, "best_sharpness": fit_sharpness(places)},
         )
 
     def controls(self) -> list[SymmetryRow]:

@@ -1,5 +1,6 @@
-"""How likely a model finds true answers, and the temperature at which they are likeliest."""
+"""How likely a model finds true answers, and what makes them likeliest: temperature, sharpness."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from common.language.prompt import Question, Symmetry
 from common.language.search import Progress
 
 _CHUNK = 64
-#: Natural logarithms of the temperatures that are tried.
+#: Natural logarithms of the temperatures and exponents that are tried.
 _RANGE = (-2.0, 2.0)
 
 
@@ -116,5 +117,31 @@ def fit_temperature(choices: Sequence[Sequence[Choice]]) -> float:
 
     def nats(logarithm: float) -> float:
         return answer_nats(choices, float(np.exp(logarithm)))
+
+    return float(np.exp(minimize_scalar(nats, bounds=_RANGE, method="bounded").x))
+
+
+def fit_sharpness(rankings: Sequence[tuple[Sequence[float], int | None]]) -> float:
+    """The exponent with which the true symmetries are likeliest; see ``common.ranking.sharpened``.
+
+    Args:
+        rankings: probabilities of the listed symmetries, and the place of the true one, None if it
+            is not listed, which no exponent changes.
+
+    Returns:
+        the exponent; 1 if no ranking lists the true one.
+    """
+    listed = []
+    for own, place in rankings:
+        if place is not None and own[place] > 0:
+            likely = np.log([p for p in own if p > 0])
+            listed.append((likely, math.log(own[place])))
+    if not listed:
+        return 1.0
+
+    def nats(logarithm: float) -> float:
+        exponent = math.exp(logarithm)
+        parts = (np.logaddexp.reduce(exponent * own) - exponent * true for own, true in listed)
+        return float(sum(parts))
 
     return float(np.exp(minimize_scalar(nats, bounds=_RANGE, method="bounded").x))

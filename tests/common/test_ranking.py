@@ -3,6 +3,7 @@
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,14 +17,19 @@ from common.ranking import (
     PRIOR,
     PRIOR_NAME,
     Ranker,
+    averaged,
     beside_known,
     load_ranker,
     pooled,
     rank_symmetries,
+    sharpened,
 )
 from tests.language import language_run
 
 LANGUAGE = "language model"
+
+#: Counts by atomic number, and properties.
+Row = tuple[dict[int, int], dict[str, float]]
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +153,7 @@ def test_prior_answers_what_the_model_cannot() -> None:
 
     class Refusing:
         name = "refusing"
+        analogues = 6
 
     prior = TemplatePrior.load()
     (found,) = rank_symmetries(query, Ranker(prior, Refusing()), 1)  # type: ignore[arg-type]
@@ -176,18 +183,65 @@ def test_two_rankings_as_one() -> None:
     assert pooled(first, [], 0.75) == first
 
 
+def test_sharper_probabilities_sum_to_the_same() -> None:
+    ranking = [candidate(225, "ab", 0.6), candidate(216, "ac", 0.2), candidate(221, "ab", 0.0)]
+    found = sharpened(ranking, 2.0)
+    assert [c.key for c in found] == [c.key for c in ranking]
+    assert [c.probability for c in found] == pytest.approx([0.72, 0.08, 0.0])
+    assert [c.probability for c in sharpened(ranking, 1.0)] == pytest.approx([0.6, 0.2, 0.0])
+    assert sharpened([], 2.0) == []
+    others = [candidate(216, "ac", 0.2)]
+    assert averaged(ranking, others, 0.5, 2.0) == sharpened(pooled(ranking, others, 0.5), 2.0)
+    assert averaged(ranking, [], 0.5, 2.0) == ranking, "one forecast alone is sharp enough"
+    assert averaged([], others, 0.5, 2.0) == others
+
+
 def test_known_polymorphs_keep_what_the_prior_gives_them() -> None:
     """The rest is averaged, as if it were all."""
     first = [candidate(216, "ac", 0.8), candidate(194, "ac", 0.2)]
     ranked = [candidate(225, "ba", 0.5), candidate(216, "ac", 0.1), candidate(221, "ab", 0.4)]
     known = {candidate(225, "ab", 1.0).key}
-    found = beside_known(first, ranked, known, 0.25)
+    found = beside_known(first, ranked, known, 0.25, 1.0)
     assert [c.space_group for c in found] == [225, 221, 216, 194]
     assert [c.probability for c in found] == pytest.approx([0.5, 0.3, 0.175, 0.025])
-    assert beside_known(first, ranked, set(), 0.25) == pooled(first, ranked, 0.25)
-    assert beside_known([], ranked, known, 0.25) == ranked
+    sharper = beside_known(first, ranked, known, 0.25, 2.0)
+    whole = 0.6**2 + 0.35**2 + 0.05**2
+    parts = [0.5, *(0.5 * p**2 / whole for p in (0.6, 0.35, 0.05))]
+    assert [c.probability for c in sharper] == pytest.approx(parts)
+    assert beside_known(first, ranked, set(), 0.25, 2.0) == averaged(first, ranked, 0.25, 2.0)
+    assert beside_known([], ranked, known, 0.25, 2.0) == ranked
     everything = {c.key for c in ranked}
-    assert beside_known(first, ranked, everything, 0.25) == pooled(first, ranked, 0.25)
+    assert beside_known(first, ranked, everything, 0.25, 2.0) == averaged(first, ranked, 0.25, 2.0)
+
+
+def test_model_that_is_told_of_no_polymorph_is_averaged_whole() -> None:
+    """It was not asked for another one, and so what it says of known ones counts as well."""
+    first = [candidate(225, "ab", 0.8), candidate(194, "ac", 0.2)]
+    ranked = [candidate(225, "ba", 0.5), candidate(221, "ab", 0.5)]
+    known = {candidate(225, "ab", 1.0).key}
+    prior = TemplatePrior.load()
+    untold = Ranker(prior, SimpleNamespace(analogues=0))  # type: ignore[arg-type]
+    told = Ranker(prior, SimpleNamespace(analogues=6))  # type: ignore[arg-type]
+    assert untold.combined(first, ranked, known) == untold.combined(first, ranked)
+    assert told.combined(first, ranked, known) != told.combined(first, ranked)
+
+
+def test_one_composition_too_large_takes_no_other_with_it(ranker: Ranker) -> None:
+    """The prior ranks it; the model is asked about the others."""
+    large: Row = ({1: 100, 6: 61}, {})
+    small: Row = ({11: 1, 17: 1}, {})
+    alone, among = ranker.rank([small], 5), ranker.rank([large, small, large], 5)
+    assert among[1] == alone[0]
+    assert among[0] == among[2] == Ranker(ranker.prior).rank([large], 5)[0]
+    assert ranker.rank([large], 5) == among[:1]
+
+
+def test_new_and_any_at_once(ranker: Ranker) -> None:
+    rows: list[Row] = [({38: 1, 22: 1, 8: 3}, {"band_gap": 1.8}), ({11: 1, 17: 1}, {})]
+    new, of_any = ranker.rank_both(rows, 5)
+    assert new == ranker.rank(rows, 5, known=True)
+    assert of_any == ranker.rank(rows, 5)
+    assert new[0] != of_any[0], "SrTiO3 has a known polymorph"
 
 
 def test_shipped_model_is_told_of_known_polymorphs() -> None:

@@ -59,6 +59,20 @@ def test_given_composition(command: list[str], tmp_path: Path) -> None:
     assert [row["run"]["given"] for row in null] == ["composition"]
 
 
+def test_language_model_is_asked_for_new_and_for_any(
+    command: list[str], textbook_model: Path, tmp_path: Path
+) -> None:
+    options = ["--given", "composition", "--top", "3", "--symmetry-model", str(textbook_model)]
+    options += ["--property", "shuffled", "--no-controls"]
+    rows = report(command, tmp_path / "a", *options)["rows"]
+    name = rows[0]["run"]["name"]
+    assert name.endswith(" and template prior")
+    assert [row["run"]["name"] for row in rows] == [name, f"{name}, as generate ranks"]
+    assert [row["run"]["given"] for row in rows] == ["composition, shuffled band_gap"] * 2
+    new, of_any = (row["metrics"]["match_at"]["1"]["hits"] for row in rows)
+    assert new < of_any, "all three are known, and the first was asked for others"
+
+
 def test_properties_with_true_symmetry(command: list[str], tmp_path: Path) -> None:
     for kind, given in (
         ("true", "true symmetry, band_gap"),

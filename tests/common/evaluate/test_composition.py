@@ -146,7 +146,7 @@ def test_prior_and_controls() -> None:
     evaluation = Evaluation(REFERENCES, "textbook", REFERENCES, "textbook", workers=1)
     told = Told.of(REFERENCES, ("formation_energy",), "true", 0)
     asked = CompositionEvaluation(evaluation, told, 3)
-    methods = [asked.ask(Ranker(prior), known=False), *asked.controls(REFERENCES, Ranker(prior))]
+    methods = [*asked.ask(Ranker(prior)), *asked.controls(REFERENCES, Ranker(prior))]
     assert [m.name for m in methods] == [
         "template prior",
         "template prior, known polymorphs excluded",

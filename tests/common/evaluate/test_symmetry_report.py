@@ -50,6 +50,8 @@ def test_paired_test_counts_first_assignments() -> None:
     other = row("other", ((0, 1), (0, 0), (0, 0), (0, 0)))
     found = paired_test(row(), other)
     assert (found.first_only, found.second_only, found.both, found.neither) == (1, 3, 0, 0)
+    found = paired_test(row(), other, new=False)
+    assert (found.first_only, found.second_only, found.both, found.neither) == (1, 1, 0, 0)
     with pytest.raises(ValueError, match="other references"):
         paired_test(row(), row(ids=IDS[::-1]))
 
@@ -62,21 +64,24 @@ def test_polymorphs_by_hand() -> None:
     found = polymorph_test(first, other, 1)
     assert (found.first_only, found.second_only, found.both, found.neither) == (0, 2, 1, 1)
     assert polymorph_test(first, other, 5).second_only == 1
+    assert polymorph_test(first, other, 1, new=True).second_only == 1
     with pytest.raises(ValueError, match="'beside' was not asked for any polymorph"):
         polymorph_test(first, row("beside"), 1)
     with pytest.raises(ValueError, match="other references"):
         polymorph_test(first, row(ids=IDS[::-1], polymorphs=(0, 0, 0, 0)), 1)
     text = to_markdown([first, row("beside"), other])
     assert "## Any polymorph" not in to_markdown([row()])
-    asked = text.split("## Any polymorph")[1].split("## Answers")[0]
+    asked = text.split("## Any polymorph")[1].split("## Paired")[0]
     assert "beside" not in asked
     assert cells(asked, "model")[:3] == ["25.00 (4.6 to 69.9)", "50.00", "50.00"]
     assert cells(asked, "model")[3:] == [
         *("0.00 (0.0 to 65.8)", "0.00", "0.00"),
         *("50.00 (9.5 to 90.5)", "100", "100"),
-        *("-", "-"),
     ]
-    assert cells(asked, "other")[-2:] == ["0.5", "1"]
+    paired = text.split("## Paired tests")[1].split("## Answers")[0]
+    assert cells(paired, "model against beside") == ["0 : 0, 1", "0 : 0, 1", "-", "-", "-"]
+    assert cells(paired, "model against other")[2:] == ["0 : 2, 0.5", "0 : 1, 1", "0 : 1, 1"]
+    assert "## Paired tests" not in to_markdown([row()])
 
 
 def cells(text: str, start: str) -> list[str]:
@@ -91,9 +96,9 @@ def test_markdown() -> None:
     assert cells(text, "model") == [
         *("50.00 (15.0 to 85.0)", "50.00", "75.00"),
         *("25.00 (4.6 to 69.9)", "50.00", "75.00"),
-        *("75.00", "0.5000", "-"),
+        *("75.00", "0.5000"),
     ]
-    assert cells(text, "prior")[-1] == "0.62"
+    assert cells(text, "model against prior") == ["1 : 3, 0.62", "0 : 2, 0.5"]
     new, known, answers = (text.split(f"## {part}")[1] for part in ("Formulas", "Other", "Answers"))
     assert "2 of 4 rows" in new
     assert cells(new, "model")[3:] == ["0.00 (0.0 to 65.8)", "0.00", "50.00"]
@@ -136,7 +141,10 @@ def test_files(tmp_path: Path) -> None:
     assert [outcome["polymorph"] for outcome in other["outcomes"]] == [0, 3, None, 20]
     assert other["polymorphs"]["known_formula"]["5"]["hits"] == 2
     assert first["polymorphs"] is None
-    assert data["paired_tests"][0]["p_value"] == 1
+    (tested,) = data["paired_tests"]
+    assert (tested["first"], tested["second"]) == ("model", "other")
+    assert tested["tests"].keys() == {"assignment @1", "assignment @1, new formulas"}
+    assert tested["tests"]["assignment @1"]["p_value"] == 1
     assert matplotlib.image.imread(paths["png"]).shape[0] > 300
     before = {suffix: path.read_bytes() for suffix, path in paths.items()}
     write_symmetry_report([row(), other_row], tmp_path / "new")

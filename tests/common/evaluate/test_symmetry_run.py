@@ -3,13 +3,17 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from common.checkpoint import shipped_language
 from common.cli import run
+from common.crystal.structure import Crystal, Site
 from common.data.store import Record, write_records
-from common.evaluate.symmetry_run import SymmetryEvaluation, properties_of, training_of
+from common.errors import UserError
+from common.evaluate.symmetry_run import History, SymmetryEvaluation, properties_of
 from common.prior import TemplatePrior
-from common.ranking import load_ranker
+from common.ranking import SHARPNESS, load_ranker
 from tests.training import textbook_records
 
 RECORDS = textbook_records()
@@ -20,8 +24,13 @@ def prior() -> TemplatePrior:
     return TemplatePrior.load()
 
 
-def evaluation(prior: TemplatePrior, training: list[Record], target: str) -> SymmetryEvaluation:
-    return SymmetryEvaluation(RECORDS, "textbook", target, training, "some", prior)
+def evaluation(
+    prior: TemplatePrior,
+    training: list[Record],
+    target: str,
+    references: list[Record] = RECORDS,
+) -> SymmetryEvaluation:
+    return SymmetryEvaluation(references, "textbook", target, training, "some", prior)
 
 
 def test_model_and_controls(prior: TemplatePrior, textbook_model: Path) -> None:
@@ -29,7 +38,8 @@ def test_model_and_controls(prior: TemplatePrior, textbook_model: Path) -> None:
     assert ranker.model is not None
     known = [record for record in RECORDS if record.reduced_formula != "NaCl"]
     measured = evaluation(prior, known, "band_gap")
-    model, average = measured.model(ranker.model, "tiny", 7)
+    history = History((("further", 90), ("others", 40)), 7)
+    model, average = measured.model(ranker.model, "tiny", history)
     rows = [model, average, *measured.controls()]
     for row in rows:
         assert row.ids == tuple(record.material_id for record in RECORDS)
@@ -38,7 +48,8 @@ def test_model_and_controls(prior: TemplatePrior, textbook_model: Path) -> None:
         assert new == [r.material_id for r in RECORDS if r.reduced_formula == "NaCl"]
         assert (row.run.split, row.run.target) == ("textbook", "band_gap")
     assert (model.run.model, model.run.seed) == (ranker.model.name, 7)
-    assert (model.run.training_set, model.run.training_size) == ("some", len(known))
+    for row in (model, average):
+        assert (row.run.training_set, row.run.training_size) == ("further, then others", 90)
     assert model.rate("assignment", 20).hits > len(RECORDS) // 2, "it was shown all of them"
     assert model.figures["nats_of_truth"] > 0
     assert 0 < model.answers.rouge["rouge_chinese"]["rouge-1"] <= 100
@@ -63,7 +74,7 @@ def test_any_polymorph(prior: TemplatePrior, textbook_model: Path) -> None:
     ranker = load_ranker([], textbook_model)
     assert ranker.model is not None
     measured = evaluation(prior, RECORDS[:4], "none")
-    model, average = measured.model(ranker.model, "tiny", 7)
+    model, average = measured.model(ranker.model, "tiny", History())
     plain, new_only, *_ = measured.controls()
     assert model.polymorphs is None, "it was asked for others"
     assert new_only.polymorphs is None
@@ -114,9 +125,28 @@ def test_property_of_a_row() -> None:
     assert properties_of(RECORDS[2], "band_gap") == {"band_gap": 1.0}
 
 
-def test_settings_of_training(textbook_model: Path, tmp_path: Path) -> None:
-    assert training_of(textbook_model)["steps"] == 120
-    assert training_of(tmp_path) == {}
+def test_history_of_a_model(textbook_model: Path, tmp_path: Path) -> None:
+    """An adapter has seen what its base has, and the shipped base further rows before its last."""
+    ((name, rows),) = History.of(textbook_model).data
+    assert (name.endswith(".parquet"), rows) == (True, len(RECORDS))
+    assert History.of(textbook_model).seed == 0
+    unknown = History.of(tmp_path)
+    assert (unknown, unknown.training) == (History(), ("unknown", 0))
+    shipped = shipped_language()
+    base = History.of(shipped["glm4_tiny"])
+    assert base.data == (("train+extra", 41866), ("train", 25505))
+    assert base.training == ("train+extra, then train", 41866)
+    adapter = History.of(shipped["glm4_tiny_fm"])
+    assert adapter.data == (*base.data, ("train", 25505))
+    assert adapter.training == base.training
+
+
+def test_larger_cells_than_a_model_answers_are_named(prior: TemplatePrior) -> None:
+    sites = tuple(Site(6, "a", (x / 125, 0.0, 0.0)) for x in range(121))
+    large = Record("mp-1", Crystal(1, sites, np.diag([30.0, 9.0, 9.0])))
+    asked = evaluation(prior, [], "none", [large])
+    with pytest.raises(UserError, match=r"mp-1 has 121 atoms .* at most 120: leave it out"):
+        asked.model(None, "model", History())  # type: ignore[arg-type]
 
 
 def test_command(
@@ -141,7 +171,12 @@ def test_command(
     assert own["run"]["training_size"] == len(RECORDS)
     assert own["run"]["seed"] == 0
     assert own["new_formulas"] == 0
-    assert len(report["paired_tests"]) == 5
+    assert [row["figures"].keys() for row in report["rows"][:2]] == [
+        {"sequences_scored", "nats_of_truth", "best_temperature"},
+        {"sharpness", "best_sharpness"},
+    ]
+    assert report["rows"][1]["figures"]["sharpness"] == SHARPNESS
+    assert len(report["paired_tests"]) == 15
     assert (tmp_path / "out" / "symmetry.png").is_file()
 
 

@@ -7,7 +7,13 @@ import pytest
 
 from common.composition import parse_formula
 from common.crystal.wyckoff import wyckoff_summary
-from common.language.calibration import Choice, answer_nats, fit_temperature, true_choices
+from common.language.calibration import (
+    Choice,
+    answer_nats,
+    fit_sharpness,
+    fit_temperature,
+    true_choices,
+)
 from common.language.grammar import AnswerGrammar, TokenGrammar
 from common.language.model import rank_questions, search_request, write_answers
 from common.language.prompt import Question, Symmetry, parse_answer, write_answer
@@ -95,3 +101,17 @@ def test_request_is_the_question() -> None:
     answer = COMPACT.answer_ids(WURTZITE)
     assert request.grammar.cursor(answer).is_done
     assert parse_answer(write_answer(WURTZITE)) == request.grammar.read(answer)
+
+
+def test_sharpness_is_found_again() -> None:
+    """Truths are drawn from the probabilities to a power, among those that are listed."""
+    rng = np.random.default_rng(3)
+    rankings: list[tuple[list[float], int | None]] = []
+    for _ in range(4000):
+        own = rng.dirichlet([0.5] * 4)
+        powers = own**1.6
+        rankings.append((list(own), int(rng.choice(4, p=powers / powers.sum()))))
+    assert fit_sharpness(rankings) == pytest.approx(1.6, rel=0.05)
+    beside = [([0.9, 0.1], None), ([0.7, 0.0, 0.2], 1), ([], None)]
+    assert fit_sharpness([*rankings, *beside]) == fit_sharpness(rankings)
+    assert fit_sharpness(beside) == 1.0
