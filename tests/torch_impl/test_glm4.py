@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from common.checkpoint import latest, load_checkpoint, save_checkpoint
+from common.checkpoint import latest, load_checkpoint, rows_seen_by, save_checkpoint
 from common.composition import Formula
 from common.data.store import Record, read_records, write_records
 from common.errors import UserError
@@ -220,6 +220,12 @@ def test_peft_reads_the_adapter(trained: Path, adapter: Path) -> None:
     found = load_language_model(adapter / "final")([ids], [None])[0][0]
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
     assert np.abs(found - before).max() > 1e-3
+
+
+def test_adapter_has_seen_what_its_base_has(parquet: Path, adapter: Path) -> None:
+    rows = len(read_records(parquet))
+    for folder in (adapter / "final", adapter / "step_00000003"):
+        assert rows_seen_by(folder) == ((str(parquet), rows),) * 2
 
 
 def test_adapter_goes_on_to_the_byte(parquet: Path, trained: Path, adapter: Path) -> None:

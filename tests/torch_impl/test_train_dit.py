@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from common.checkpoint import latest, load_checkpoint, save_step
+from common.checkpoint import latest, load_checkpoint, rows_seen_by, save_step
 from common.config import RunConfig
 from common.data.store import Record, read_records, write_records
 from common.errors import UserError
@@ -246,6 +246,7 @@ def test_log_and_finished_checkpoint(parquet: Path, records: list[Record], tmp_p
     final = load_checkpoint(tmp_path / "final")
     assert RunConfig.model_validate(final.config) == run
     assert final.manifest["extra"]["training_rows"] == len(records)
+    assert rows_seen_by(tmp_path / "final") == ((str(parquet), len(records)),)
     assert final.optimizer is None
     assert final.hash == load_checkpoint(tmp_path).hash
     assert load(tmp_path / "final", "cpu").properties == run.model.properties
@@ -291,6 +292,8 @@ def test_starts_from_a_checkpoint(records: list[Record], parquet: Path, tmp_path
     trainer = trainer_of(records, tiny_run(init_from=str(final), seed=5))
     weights = load_checkpoint(final).model
     assert trainer.step == 0
+    seen = [(str(parquet), len(records)), (trainer.config.train.data, len(records))]
+    assert trainer.account == {"training_rows": len(records), "data": seen}
     for name, parameter, average in zip(
         trainer.names, trainer.parameters, trainer.average, strict=True
     ):
