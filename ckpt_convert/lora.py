@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ckpt_convert.stream import Shard, Stored
+from ckpt_convert.stream import CHUNK, Shard, Stored
 from common.errors import UserError
 from common.language.parameters import Parameter, lora_parameters
 
@@ -70,9 +70,13 @@ class Merged:
         return self.weight.size
 
     def chunks(self) -> Iterator[bytes]:
-        """The sum, computed in float32 and rounded to the weight's own type."""
-        addition = np.float32(self.scale) * (_values(self.b) @ _values(self.a))
-        yield _bytes(_values(self.weight) + addition, self.weight.dtype)
+        """The sum, some rows at a time, computed in float32 and rounded to the weight's type."""
+        a, b = _values(self.a), _values(self.b)
+        count = max(1, CHUNK // a[0].nbytes)
+        for begin in range(0, len(b), count):
+            end = min(begin + count, len(b))
+            addition = np.float32(self.scale) * (b[begin:end] @ a)
+            yield _bytes(_values(self.weight.rows(begin, end)) + addition, self.weight.dtype)
 
 
 def merge(

@@ -1,7 +1,7 @@
 """Safetensors that are larger than memory, copied piece by piece from file to file.
 
 A folder has one file of weights, or several and an index that names each tensor's, as transformers
-writes them. Nothing but headers, and a chunk, is ever held.
+writes them. Nothing but headers, and a few chunks, is ever held.
 """
 
 import json
@@ -75,19 +75,18 @@ class Stored:
         """Bytes."""
         return sum(piece.size for piece in self.pieces)
 
-    def split(self, count: int) -> list["Stored"]:
-        """Equal shares of the rows; only of a tensor in one piece."""
+    def rows(self, begin: int, end: int) -> "Stored":
+        """Some of the rows; only of a tensor in one piece."""
         (piece,) = self.pieces
         assert isinstance(piece, Piece)
-        rows, size = self.shape[0] // count, piece.size // count
-        return [
-            Stored(
-                self.dtype,
-                (rows, *self.shape[1:]),
-                (Piece(piece.path, piece.begin + i * size, size),),
-            )
-            for i in range(count)
-        ]
+        size = piece.size // self.shape[0]
+        own = Piece(piece.path, piece.begin + begin * size, (end - begin) * size)
+        return Stored(self.dtype, (end - begin, *self.shape[1:]), (own,))
+
+    def split(self, count: int) -> list["Stored"]:
+        """Equal shares of the rows; only of a tensor in one piece."""
+        rows = self.shape[0] // count
+        return [self.rows(i * rows, (i + 1) * rows) for i in range(count)]
 
 
 def join(parts: list[Stored]) -> Stored:

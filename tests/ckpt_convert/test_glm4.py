@@ -18,11 +18,12 @@ from transformers import GlmForCausalLM
 from typer.testing import CliRunner
 
 from ckpt_convert.convert import convert
+from ckpt_convert.stream import CHUNK, Stored, find_shards
 from common.checkpoint import save_checkpoint
 from common.cli import app
 from common.errors import UserError
 from common.language.config import GlmConfig, LoraConfig
-from common.language.parameters import parameters
+from common.language.parameters import lora_parameters, parameters
 from common.language.tokenizer import compact_tokenizer
 from torch_impl.glm4 import add_adapter, build
 from torch_impl.language_model import load_language_model
@@ -317,18 +318,29 @@ def test_command(pair: tuple[Path, Path], tmp_path: Path) -> None:
 
 # Size
 
-#: GLM-4-9B's proportions at half its width: files of its own size take half a minute to copy on a
-#: busy disk, and show no more, for memory goes by the chunk and not by the tensor.
-LARGE = {
+#: GLM-4-9B with one layer.
+GLM4_9B = {
     **CONFIG,
-    "vocab_size": 1024,
-    "hidden_size": 2048,
-    "intermediate_size": 6848,
+    "vocab_size": 151_552,
+    "hidden_size": 4096,
+    "intermediate_size": 13_696,
     "num_hidden_layers": 1,
-    "num_attention_heads": 16,
+    "num_attention_heads": 32,
     "num_key_value_heads": 2,
     "head_dim": 128,
 }
+#: Its proportions at half its width, of which every byte is written and compared.
+LARGE = {
+    **GLM4_9B,
+    "vocab_size": 1024,
+    "hidden_size": 2048,
+    "intermediate_size": 6848,
+    "num_attention_heads": 16,
+}
+#: Bytes that a conversion may take, whatever the size of files and tensors.
+HELD = 16 * CHUNK
+#: Bytes of a sparse tensor that are not zero, at three places of each of its parts.
+STRIPE = 64
 
 MEASURED = """
 import sys
@@ -343,14 +355,33 @@ before = peak()
 if sys.argv[3] == "whole":
     content = Path(sys.argv[1], "model.safetensors").read_bytes()
 else:
-    convert(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
+    base = Path(sys.argv[4]) if len(sys.argv) > 4 else None
+    convert(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], base=base)
 print(peak() - before)
 """
 
+#: Before it: new files have holes where zeros are written, and so take no room on the disk.
+SPARSE = """
+import io
+from pathlib import Path
 
-def peak_memory(*arguments: str) -> int:
+class Sparse(io.FileIO):
+    def write(self, data):
+        if data != bytes(len(data)):
+            return super().write(data)
+        self.seek(len(data), 1)
+        return len(data)
+
+def opened(path, mode="r", **options):
+    return Sparse(path, mode) if mode == "xb" else open(path, mode, **options)
+
+Path.open = opened
+"""
+
+
+def peak_memory(*arguments: object, before: str = "") -> int:
     """Bytes that a conversion takes, in a process of its own; ``whole`` reads a file instead."""
-    command = [sys.executable, "-c", MEASURED, *arguments]
+    command = [sys.executable, "-c", before + MEASURED, *map(str, arguments)]
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
@@ -368,8 +399,91 @@ def test_memory_on_large_tensors(tmp_path: Path) -> None:
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     size = sum(tensor.nbytes for tensor in weights.values())
     del weights
-    assert peak_memory(str(folder), "", "whole") > size
-    assert peak_memory(str(folder), str(tmp_path / "mf"), "mindspore") < size / 4
-    assert peak_memory(str(tmp_path / "mf"), str(tmp_path / "back"), "torch") < size / 4
+    assert peak_memory(folder, "", "whole") > size
+    assert peak_memory(folder, tmp_path / "mf", "mindspore") < size / 4
+    assert peak_memory(tmp_path / "mf", tmp_path / "back", "torch") < size / 4
     assert contents(tmp_path / "back") == contents(folder)
     shutil.rmtree(tmp_path / "mf")
+
+
+def stripe_places(size: int) -> tuple[int, int, int]:
+    """Where the parts of a sparse tensor, of so many bytes, are not zero."""
+    return 0, (size - STRIPE) // 2, size - STRIPE
+
+
+def save_sparse(folder: Path, config: dict[str, Any]) -> None:
+    """Weights in bfloat16, zero but for stripes; a file each for embedding, layer, norm and head.
+
+    MindFormers' parts of them have stripes of their own.
+    """
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    random = np.random.default_rng(0)
+    places = {p.torch: f"{p.torch.rsplit('.')[-2]}.safetensors" for p in parameters(config)}
+    places |= {name: "layer.safetensors" for name in places if ".layers." in name}
+    for file in set(places.values()):
+        header, stripes, end = {}, [], 0
+        for p in (p for p in parameters(config) if places[p.torch] == file):
+            size = 2 * int(np.prod(p.shape)) // len(p.mindformers)
+            begin = end
+            for _ in p.mindformers:
+                stripes += [end + place for place in stripe_places(size)]
+                end += size
+            header[p.torch] = {"dtype": "BF16", "shape": p.shape, "data_offsets": [begin, end]}
+        text = json.dumps(header).encode()
+        with (folder / file).open("wb") as content:
+            content.write(len(text).to_bytes(8, "little") + text)
+            content.truncate(8 + len(text) + end)
+            for stripe in stripes:
+                content.seek(8 + len(text) + stripe)
+                content.write(random.bytes(STRIPE))
+    index = {"metadata": {}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def stripes(tensor: Stored) -> list[bytes]:
+    """Of a part of a sparse tensor."""
+    (piece,) = tensor.pieces
+    content = np.memmap(piece.path, np.uint8, "r", piece.begin, piece.size)
+    return [content[place : place + STRIPE].tobytes() for place in stripe_places(piece.size)]
+
+
+def stored(folder: Path) -> dict[str, Stored]:
+    return {name: t for shard in find_shards(folder)[0] for name, t in shard.tensors.items()}
+
+
+def test_memory_on_tensors_of_glm4_9b(tmp_path: Path) -> None:
+    """One layer; the embedding alone is a file of 1.2 GB."""
+    hf, mf, back = (tmp_path / name for name in ("hf", "mf", "back"))
+    save_sparse(hf, GLM4_9B)
+    largest = max(path.stat().st_size for path in hf.iterdir())
+    assert largest > 1.2e9
+    assert peak_memory(hf, mf, "mindspore", before=SPARSE) < HELD < 2 * largest
+    assert peak_memory(mf, back, "torch", before=SPARSE) < HELD
+    ours, theirs, again = (stored(folder) for folder in (hf, mf, back))
+    for p in parameters(GLM4_9B):
+        count = len(p.mindformers)
+        parts, back_again = ours[p.torch].split(count), again[p.torch].split(count)
+        for name, part, other in zip(p.mindformers, parts, back_again, strict=True):
+            assert theirs[name].shape == other.shape == part.shape, name
+            assert len(set(stripes(part))) == 3, name
+            assert stripes(theirs[name]) == stripes(other) == stripes(part), name
+
+
+def test_memory_of_merging(tmp_path: Path) -> None:
+    """Into a layer of GLM-4-9B's, of which a product's weight alone is 67 MB in float32."""
+    hf, adapter, merged = (tmp_path / name for name in ("hf", "adapter", "merged"))
+    save_sparse(hf, GLM4_9B | {"vocab_size": 1024})
+    lora = LoraConfig()
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps(lora.to_peft(None, None)))
+    table = lora_parameters(GLM4_9B, lora.rank, lora.targets)
+    additions = {p.torch: torch.ones(p.shape) for p in table}
+    for name, values in additions.items():
+        if "lora_B" in name:
+            values *= torch.arange(len(values))[:, None] // 16
+    save_file(additions, adapter / "adapter_model.safetensors")
+    assert peak_memory(adapter, merged, "torch", hf, before=SPARSE) < HELD
+    found = load_file(merged / "layer.safetensors")["model.layers.0.self_attn.o_proj.weight"]
+    wanted = torch.arange(4096)[:, None] // 16 * lora.rank * (lora.alpha / lora.rank)
+    assert torch.equal(found[1:-1, 64:4000], wanted.bfloat16().expand(4096, 3936)[1:-1])

@@ -73,8 +73,16 @@ def test_many_at_once_are_ranked_alike(ranker: Ranker) -> None:
 
 
 def test_property_is_told(ranker: Ranker) -> None:
-    first, second = (rank_symmetries(make_query("NaCl", x), ranker, 5) for x in (0.0, 6.0))
-    assert first != second
+    """To the language model, which alone ranks: no crystal of NaCl is known to the prior."""
+    ranker = replace(ranker, share=1.0)
+    queries = [make_query("NaCl", x) for x in (0.0, 6.0)]
+    assert not ranker.prior.known_symmetries(queries[0].formula.counts)
+    alone = [rank_symmetries(query, ranker, 5) for query in queries]
+    together = ranker.rank([(query.formula.counts, query.properties) for query in queries], 5)
+    for first, second in (alone, together):
+        assert {c.source for c in (*first, *second)} == {LANGUAGE}
+        after = {c.key: c.probability for c in second}
+        assert {c.key: c.probability for c in first} != pytest.approx(after, rel=1e-3)
 
 
 def test_space_group_is_a_condition(ranker: Ranker) -> None:

@@ -10,10 +10,14 @@ from pathlib import Path
 
 import pytest
 
+from common.checkpoint import shipped_language
+from common.config import read_settings
 from common.data.store import write_records
+from common.language.config import LanguageRunConfig
 from common.machine import ascend_count
 from tests.conftest import REPOSITORY
-from tests.training import alike_records, tiny_run
+from tests.language import language_run
+from tests.training import alike_records, textbook_records, tiny_run
 
 DOCUMENT = REPOSITORY / "docs" / "ascend.md"
 LAUNCHER = REPOSITORY / "scripts" / "run_ascend_distributed.sh"
@@ -36,11 +40,26 @@ def config(tmp_path: Path) -> Path:
     return path
 
 
-def trained(config: Path, device: str, *settings: str) -> list[dict[str, float]]:
+@pytest.fixture
+def adapter_config(tmp_path: Path) -> Path:
+    """Three steps of LoRA on the shipped GLM-4, each on all textbook crystals."""
+    base = shipped_language()["glm4_tiny"]
+    write_records(textbook_records(), tmp_path / "textbook.parquet")
+    settings = {"steps": 3, "token_budget": 8192, "learning_rate": 1e-3}
+    run = language_run(tmp_path / "textbook.parquet", init_from=str(base), **settings)
+    network = {"model": read_settings(base / "config.yaml")["model"], "lora": {"rank": 4}}
+    path = tmp_path / "adapter.yaml"
+    path.write_text(LanguageRunConfig.model_validate(run.model_dump() | network).model_dump_json())
+    return path
+
+
+def trained(
+    config: Path, device: str, *settings: str, backend: str = "mindspore"
+) -> list[dict[str, float]]:
     """What one process logs."""
-    out = config.parent / "-".join((device, *settings))
+    out = config.parent / "-".join((backend, device, *settings))
     changes = [word for setting in settings for word in ("--set", setting)]
-    options = ["--backend", "mindspore", "--device", device, "--out", out, *changes]
+    options = ["--backend", backend, "--device", device, "--out", out, *changes]
     call([sys.executable, "-m", "common", "train", *options, config])
     return logged(out)
 
@@ -135,6 +154,51 @@ def test_sampler_agrees_with_a_cpu() -> None:
             assert max(map(abs, apart)) < 1e-3
 
 
+@pytest.mark.ascend(npus=1)
+def test_lora_training_agrees_with_torch(adapter_config: Path) -> None:
+    """Through MindFormers, whose attention has kernels for narrow numbers only."""
+    found = trained(adapter_config, "ascend", "train.precision=bfloat16")
+    check(found, trained(adapter_config, "cpu", backend="torch"), BFLOAT16)
+
+
+RANKING = """
+import json, sys
+from common.backend import load_language_model
+from common.checkpoint import shipped_language
+from common.language.model import rank_questions
+from common.language.prompt import Question
+from ms_impl.device import use_device
+
+backend, device = sys.argv[1:]
+if backend == "mindspore":
+    use_device(device)
+folders = shipped_language()
+model = load_language_model(folders["glm4_tiny_fm"], backend, folders["glm4_tiny"])
+rows = ({11: 1, 17: 1}, {38: 1, 22: 1, 8: 3})
+questions = [Question.ask(counts, {"formation_energy": -2.0}) for counts in rows]
+logits, _ = model([model.tokenizer.question_ids(question) for question in questions], [None] * 2)
+for own, ranking in zip(logits, rank_questions(model, questions, top=5, known=True)):
+    first = ranking.candidates[0]
+    print(json.dumps([own.tolist(), [first.space_group, first.sites, first.probability]]))
+"""
+
+
+def ranked(backend: str, device: str) -> list[tuple[list[float], list]]:
+    """Logits behind two questions, and the likeliest symmetries with their probabilities."""
+    lines = call([sys.executable, "-c", RANKING, backend, device]).splitlines()
+    return [json.loads(line) for line in lines if line.startswith("[[")]
+
+
+@pytest.mark.ascend(npus=1)
+def test_language_model_agrees_with_torch() -> None:
+    found, expected = ranked("mindspore", "ascend"), ranked("torch", "cpu")
+    assert len(found) == len(expected) == 2
+    for (logits, first), (others, other) in zip(found, expected, strict=True):
+        assert logits == pytest.approx(others, abs=1e-3)  # they lie within about ten of zero
+        assert first[:2] == other[:2]
+        assert first[2] == pytest.approx(other[2], abs=1e-3)
+
+
 # Here: nothing is skipped in silence
 
 
@@ -157,7 +221,7 @@ def listed() -> list[str]:
 def test_document_lists_what_needs_npus() -> None:
     files = sorted((REPOSITORY / "tests").rglob("test_*.py"))
     expected = [name for file in files for name in marked(file)]
-    assert len(expected) == 6
+    assert len(expected) == 8
     assert sorted(listed()) == sorted(expected)
 
 

@@ -1,5 +1,7 @@
 """Files of questions and answers: what is in them, how they are parted, and what they share."""
 
+import base64
+import importlib.util
 import json
 from pathlib import Path
 
@@ -159,3 +161,66 @@ def test_command(tmp_path: Path) -> None:
     assert sum(part["rows"] for part in report["parts"].values()) == 36
     first = json.loads((tmp_path / "out" / "train.jsonl").read_text().splitlines()[0])
     assert first["input"].endswith("\nProperty: none")
+
+
+# What MindFormers makes of its form
+
+
+@pytest.fixture(scope="module")
+def listed(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Files of the command, none of whose rows are left out."""
+    folder = tmp_path_factory.mktemp("listed")
+    write_records(salts(), folder / "data.parquet")
+    (folder / "unseen.txt").write_text("absent\n")
+    arguments = ["prompts", folder / "data.parquet", "--out", folder / "out"]
+    arguments += ["--against", folder / "unseen.txt", "--format", "mindformers"]
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exception is None, result.output
+    return [folder / "out" / f"{part}.json" for part in PARTS]
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("mindformers") is None,
+    reason="MindFormers is not installed: scripts/install.sh",
+)
+@pytest.mark.parametrize(
+    ("handler", "blank", "answer"),
+    [
+        ("AlpacaInstructDataHandler", " ", "ASSISTANT: {output}</s>"),
+        ("CodeAlpacaInstructDataHandler", "\n", "{output}"),
+    ],
+)
+def test_mindformers_reads_its_form(
+    listed: list[Path], tmp_path: Path, handler: str, blank: str, answer: str
+) -> None:
+    """By its own loader, handlers and tokenizer: the question is read, the answer learned."""
+    from ms_impl.glm4 import prepare_mindformers
+
+    prepare_mindformers()
+    from mindformers.dataset.dataloader import build_dataset_loader
+
+    # Ranks of GLM-4's tokenizer that join no bytes, so that tokens are the text itself.
+    ranks = [f"{base64.b64encode(bytes([byte])).decode()} {byte}" for byte in range(256)]
+    (tmp_path / "tokenizer.model").write_text("\n".join(ranks))
+    tokenizer = {"type": "ChatGLM4Tokenizer", "vocab_file": str(tmp_path / "tokenizer.model")}
+    loader = build_dataset_loader(
+        {
+            "type": "HFDataLoader",
+            "path": "json",
+            "data_files": [str(path) for path in listed],
+            "split": "train",
+            "cache_dir": str(tmp_path / "cache"),
+            "handler": [{"type": handler, "seq_length": 1400, "tokenizer": tokenizer}],
+            "python_multiprocessing": False,
+        }
+    )
+    question = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:" + blank
+    rows = prompt_rows(salts(), "band_gap")
+    expected = [(question.format_map(row), answer.format_map(row)) for row in rows]
+    found = []
+    for tokens, labels in loader.create_tuple_iterator(num_epochs=1, output_numpy=True):
+        text, learned = (bytes(i for i in ids if 0 <= i < 256).decode() for ids in (tokens, labels))
+        assert text.endswith(learned)
+        asked = text.removesuffix(learned)
+        found.append((asked[asked.index("### Instruction") :], learned))
+    assert sorted(found) == sorted(expected)
