@@ -186,6 +186,7 @@ def load_ranker(
     symmetry_model: str | Path | None = None,
     prior: "TemplatePrior | str | Path | None" = None,
     backend: str = "auto",
+    device: str = "auto",
 ) -> Ranker:
     """What ranks symmetries for a property (or none).
 
@@ -195,6 +196,7 @@ def load_ranker(
             None is ``glm4``, but ``prior`` beside a prior of one's own or where none is shipped.
         prior: or its path; the shipped one without it.
         backend: as in ``common.backend.load_backend``.
+        device: where the language model is, as in ``common.backend.load_generator``.
 
     Raises:
         UserError: if a file is missing or damaged.
@@ -207,7 +209,7 @@ def load_ranker(
     if folder is None:
         return Ranker(prior)
     try:
-        model = load_language_model(folder, backend, _shipped_base(folder))
+        model = load_language_model(folder, backend, _shipped_base(folder), device)
         return Ranker(prior, model, _name(folder), folder)
     except ModuleNotFoundError as error:
         package = (error.name or "").split(".")[0]

@@ -255,7 +255,7 @@ def load_language_model(
 
     Args:
         folder: of this project or of transformers.
-        device: where to, unless this process has chosen one before.
+        device: ``auto``, ``cpu`` or ``ascend``, unless this process has chosen one before.
         base: folder of what an adapter adds to; by default the one that it names.
 
     Raises:

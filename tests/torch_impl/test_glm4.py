@@ -26,6 +26,7 @@ from common.language.tokenizer import compact_tokenizer
 from common.training import Shard
 from tests.language import language_run
 from tests.training import textbook_records
+from torch_impl import generator
 from torch_impl.backend import train_language
 from torch_impl.glm4 import answer_loss, build
 from torch_impl.language_model import LanguageModel, load_language_model
@@ -404,6 +405,18 @@ def test_folder_of_transformers(model: LanguageModel, tmp_path: Path) -> None:
     ids = prompts()[1]
     found = load_language_model(tmp_path)([ids], [None])[0][0]
     np.testing.assert_allclose(found, full_logits(model, ids), rtol=1e-5, atol=1e-5)
+
+
+def test_device(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first one here unless another is wanted; what is not here is refused."""
+
+    def place(device: str) -> str:
+        return next(load_language_model(trained / "final", device).model.parameters()).device.type
+
+    monkeypatch.setattr(generator, "devices", lambda: ["meta", "cpu"])
+    assert [place("auto"), place("cpu"), place("meta")] == ["meta", "cpu", "meta"]
+    with pytest.raises(UserError, match="no device 'cuda' here: give meta or cpu"):
+        place("cuda")
 
 
 def refused(folder: Path) -> str:
