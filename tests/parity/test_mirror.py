@@ -55,7 +55,6 @@ ALLOWED = {
     "train_glm4.py Average": "torch's is in adamw.py",
     "train_glm4.py Trainer.run": "MindFormers' Trainer makes the steps",
     "train_glm4.py Trainer.fixed": "MindSpore compiles a graph for every shape",
-    "train_glm4.py fixed_shape": "MindSpore compiles a graph for every shape",
     "train_dit.py Trainer.batches": "MindSpore's data pipeline prepares them ahead",
     "distributed.py CANN": "the versions that this MindSpore accepts",
     "distributed.py TIMEOUT": "MindSpore's is the communication library's",
