@@ -28,7 +28,7 @@ from common.language.mindformers import sections
 from common.language.training import LanguageTrainer
 from common.training import Shard, records_of, run_training
 from common.weights import MOMENTS, WEIGHT_PREFIX, Arrays
-from ms_impl.device import available_precision, use_device
+from ms_impl.device import available_precision, say_unheeded, use_device
 from ms_impl.distributed import joined, sum_values
 from ms_impl.glm4 import (
     AnswerLoss,
@@ -83,6 +83,8 @@ class Trainer(LanguageTrainer):
         shard: Shard = Shard(),  # noqa: B008 - frozen
     ) -> None:
         super().__init__(config, train_records, validation_records, shard)
+        if not shard.rank:
+            say_unheeded(config.train)
         if config.train.precision == "float16":
             raise UserError("train.precision float16: GLM-4 on MindSpore takes bfloat16 or float32")
         self.device = use_device(device)
