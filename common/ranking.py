@@ -192,7 +192,8 @@ def load_ranker(
 
     Args:
         properties: names, at most one.
-        symmetry_model: a folder, ``glm4`` for the shipped model, ``prior`` for the prior alone.
+        symmetry_model: a folder, a repository as in ``common.language.hub``, ``glm4`` for the
+            shipped model, ``prior`` for the prior alone.
             None is ``glm4``, but ``prior`` beside a prior of one's own or where none is shipped.
         prior: or its path; the shipped one without it.
         backend: as in ``common.backend.load_backend``.
@@ -208,9 +209,13 @@ def load_ranker(
     folder = model_folder(next(iter(properties), None), symmetry_model)
     if folder is None:
         return Ranker(prior)
+    name = _name(folder)
     try:
+        from common.language.hub import weights_folder
+
+        folder = weights_folder(folder)
         model = load_language_model(folder, backend, _shipped_base(folder), device)
-        return Ranker(prior, model, _name(folder), folder)
+        return Ranker(prior, model, name, folder)
     except ModuleNotFoundError as error:
         package = (error.name or "").split(".")[0]
         if not package or package in _OWN:

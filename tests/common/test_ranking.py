@@ -299,7 +299,7 @@ def test_shipped_model_for_the_property(monkeypatch: pytest.MonkeyPatch) -> None
         raise ModuleNotFoundError(name="transformers.models")
 
     monkeypatch.setattr(ranking, "load_language_model", load)
-    folders = {n: Path("absent") / n for n in ("glm4_tiny", "glm4_tiny_bg", "other")}
+    folders = {n: Path("/absent") / n for n in ("glm4_tiny", "glm4_tiny_bg", "other")}
     monkeypatch.setattr(ranking, "shipped_language", lambda: folders)
     for properties in (["band_gap"], ["formation_energy"], []):
         assert load_ranker(properties, "glm4").model is None

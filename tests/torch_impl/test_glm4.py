@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -23,6 +24,7 @@ from common.language.model import write_answers
 from common.language.prompt import Question
 from common.language.search import SearchRequest, rank_answers
 from common.language.tokenizer import compact_tokenizer
+from common.ranking import load_ranker
 from common.training import Shard
 from tests.language import language_run
 from tests.training import textbook_records
@@ -317,6 +319,36 @@ def test_base_of_transformers(parquet: Path, foreign: Path, tmp_path: Path) -> N
     TOKENIZER.save(other)
     with pytest.raises(UserError, match="belongs to weights"):
         load_language_model(tmp_path / "run" / "final", base=other)
+
+
+def test_base_of_the_hub(
+    parquet: Path, foreign: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same run as with its folder; its adapter finds its base again, or says that it cannot."""
+    name = "zai-org/tiny@v1"
+    asked: list[str] = []
+
+    def fetch(repository: str, *, revision: str, **_: object) -> str:
+        asked.append(f"{repository}@{revision}")
+        return str(held)
+
+    held = foreign
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    train_language(narrow(parquet, Path(name)), tmp_path / "hub", device="cpu")
+    assert asked == [name]
+    train_language(narrow(parquet, foreign), tmp_path / "folder", device="cpu")
+    saved, other = (load_checkpoint(tmp_path / run / "final") for run in ("hub", "folder"))
+    for key, array in saved.model.items():
+        np.testing.assert_array_equal(array, other.model[key])
+    assert name in (saved.path / "adapter_config.json").read_text()
+    load_language_model(saved.path)
+    ranker = load_ranker([], name)
+    assert (ranker.name, ranker.folder) == ("tiny@v1", foreign)
+    assert asked == [name] * 3
+    held = tmp_path / "moved"
+    build(language_run().model.to_huggingface(TOKENIZER)).save_pretrained(held)
+    with pytest.raises(UserError, match="belongs to weights"):
+        load_language_model(saved.path)
 
 
 def test_wrong_bases(parquet: Path, foreign: Path, tmp_path: Path) -> None:
