@@ -149,7 +149,7 @@ def load_generator(checkpoint: Path, backend: str = "auto", device: str = "auto"
 
 
 def load_language_model(
-    folder: Path, backend: str = "auto", base: Path | None = None
+    folder: Path, backend: str = "auto", base: Path | None = None, device: str = "auto"
 ) -> "LanguageModel":
     """Loads a language model with a framework.
 
@@ -157,10 +157,11 @@ def load_language_model(
         folder: of the model, or of an adapter.
         backend: as in `load_backend`.
         base: what an adapter adds to, if not the one that it names.
+        device: as in `load_generator`.
 
     Raises:
         UserError: if there is no such backend here, or the model cannot be read.
         ModuleNotFoundError: if a package that it needs is not installed.
     """
-    model: LanguageModel = load_backend(backend).load_language_model(folder, "cpu", base)
+    model: LanguageModel = load_backend(backend, device).load_language_model(folder, device, base)
     return model

@@ -9,6 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from common.data.batch import PROPERTY_NAMES
 from common.errors import UserError
 
+#: Settings of `train` that torch alone heeds; MindSpore, which reads the same files, says so.
+TORCH_ONLY = ("compile", "fsdp")
+
 PropertyName = Literal["band_gap", "formation_energy"]
 
 
@@ -109,7 +112,7 @@ class Optimisation(Settings):
     precision: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="Of products of matrices; the loss is scaled in float16."
     )
-    compile: bool = Field(False, description="torch.compile where most of the time goes.")
+    compile: bool = Field(False, description="torch.compile where most of the time goes (torch).")
     init_from: str | None = Field(None, description="Checkpoint whose weights to start from.")
     checkpoint_every: int = Field(1000, ge=1, description="Steps between checkpoints.")
     log_every: int = Field(50, ge=1, description="Steps between lines of the log.")

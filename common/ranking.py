@@ -186,15 +186,18 @@ def load_ranker(
     symmetry_model: str | Path | None = None,
     prior: "TemplatePrior | str | Path | None" = None,
     backend: str = "auto",
+    device: str = "auto",
 ) -> Ranker:
     """What ranks symmetries for a property (or none).
 
     Args:
         properties: names, at most one.
-        symmetry_model: a folder, ``glm4`` for the shipped model, ``prior`` for the prior alone.
+        symmetry_model: a folder, a repository as in ``common.language.hub``, ``glm4`` for the
+            shipped model, ``prior`` for the prior alone.
             None is ``glm4``, but ``prior`` beside a prior of one's own or where none is shipped.
         prior: or its path; the shipped one without it.
         backend: as in ``common.backend.load_backend``.
+        device: where the language model is, as in ``common.backend.load_generator``.
 
     Raises:
         UserError: if a file is missing or damaged.
@@ -206,9 +209,13 @@ def load_ranker(
     folder = model_folder(next(iter(properties), None), symmetry_model)
     if folder is None:
         return Ranker(prior)
+    name = _name(folder)
     try:
-        model = load_language_model(folder, backend, _shipped_base(folder))
-        return Ranker(prior, model, _name(folder), folder)
+        from common.language.hub import weights_folder
+
+        folder = weights_folder(folder)
+        model = load_language_model(folder, backend, _shipped_base(folder), device)
+        return Ranker(prior, model, name, folder)
     except ModuleNotFoundError as error:
         package = (error.name or "").split(".")[0]
         if not package or package in _OWN:

@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -143,8 +144,14 @@ class TrainingRun(ABC, Generic[Data]):
         self.loss_scale = LossScale(config.train.precision)
         self.fingerprint = fingerprint(train_records)
         self.num_rows = num_rows
-        start = config.train.init_from
-        self._seen_before = rows_seen_by(Path(start)) if start else ()
+        start = self.start_folder
+        self._seen_before = rows_seen_by(start) if start else ()
+
+    @cached_property
+    def start_folder(self) -> Path | None:
+        """What the weights start from, if they do not start at random."""
+        start = self.config.train.init_from
+        return Path(start) if start else None
 
     @abstractmethod
     def batches(self) -> Iterator[Data]:

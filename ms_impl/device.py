@@ -10,6 +10,7 @@ import mindspore as ms
 from mindspore import nn
 
 from common.backend import wrong_version
+from common.config import TORCH_ONLY, Optimisation
 from common.data.batch import Batch
 from common.errors import UserError
 from common.machine import ascend_count
@@ -92,6 +93,14 @@ def set_precision(network: nn.Cell, precision: str, device: str) -> None:
     for _, cell in network.cells_and_names():
         if isinstance(cell, Linear):
             cell.precision = PRECISIONS[precision]
+
+
+def say_unheeded(train: Optimisation) -> None:
+    """Names the settings of a run that are torch's alone, in one line, if it has any."""
+    found = [f"train.{name}" for name in TORCH_ONLY if getattr(train, name, False)]
+    if found:
+        line = f"{', '.join(found)}: torch's alone, without effect on MindSpore"
+        print(line, file=sys.stderr, flush=True)
 
 
 def available_precision(precision: str, device: str) -> str:

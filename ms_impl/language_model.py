@@ -19,6 +19,7 @@ from common.checkpoint import ADAPTER, LATEST, MANIFEST, Checkpoint, load_checkp
 from common.errors import UserError
 from common.language.adapters import with_additions
 from common.language.foreign import FolderWeights, base_of, is_foreign, read_config, read_json
+from common.language.hub import weights_folder
 from common.language.parameters import check_network, parameters
 from common.language.pasts import Call, Past, alike
 from common.language.tokenizer import SymmetryTokenizer, load_tokenizer
@@ -254,15 +255,15 @@ def load_language_model(
     """Reads a model's folder, or an adapter's.
 
     Args:
-        folder: of this project or of transformers.
-        device: where to, unless this process has chosen one before.
+        folder: of this project or of transformers, or a repository; see ``common.language.hub``.
+        device: ``auto``, ``cpu`` or ``ascend``, unless this process has chosen one before.
         base: folder of what an adapter adds to; by default the one that it names.
 
     Raises:
         UserError: if it is absent, damaged, not GLM-4's, or an adapter of another base.
     """
     use_device(chosen_device(device))
-    path = Path(folder)
+    path = weights_folder(os.fspath(folder))
     analogues = 0
     if any((path / name).is_file() for name in (LATEST, MANIFEST)):
         saved = load_checkpoint(path)

@@ -25,7 +25,7 @@ from common.training import (
 )
 from common.weights import MODEL_PREFIX, MOMENTS, WEIGHT_PREFIX, Arrays, model_weights
 from ms_impl.crystal_dit import CrystalDiT
-from ms_impl.device import PerBucket, set_precision, use_device
+from ms_impl.device import PerBucket, say_unheeded, set_precision, use_device
 from ms_impl.diffusion import Loss, NoisyTensors, denoising_loss
 from ms_impl.distributed import joined, sum_values
 from ms_impl.optimizer import AdamW, Gradient, Norm
@@ -48,6 +48,8 @@ class Trainer(BaseTrainer):
         shard: Shard = Shard(),  # noqa: B008 - frozen
     ) -> None:
         super().__init__(config, train_records, validation_records, shard)
+        if not shard.rank:
+            say_unheeded(config.train)
         self.device = use_device(device)
         settings, diffusion = config.train, config.diffusion
         ms.set_seed(settings.seed)

@@ -23,12 +23,12 @@ from common.checkpoint import Checkpoint
 from common.data.store import Record
 from common.errors import UserError
 from common.language.config import LanguageRunConfig
-from common.language.examples import IGNORED, TokenBatch
+from common.language.examples import IGNORED, TokenBatch, fixed_shape
 from common.language.mindformers import sections
 from common.language.training import LanguageTrainer
 from common.training import Shard, records_of, run_training
 from common.weights import MOMENTS, WEIGHT_PREFIX, Arrays
-from ms_impl.device import available_precision, use_device
+from ms_impl.device import available_precision, say_unheeded, use_device
 from ms_impl.distributed import joined, sum_values
 from ms_impl.glm4 import (
     AnswerLoss,
@@ -83,6 +83,8 @@ class Trainer(LanguageTrainer):
         shard: Shard = Shard(),  # noqa: B008 - frozen
     ) -> None:
         super().__init__(config, train_records, validation_records, shard)
+        if not shard.rank:
+            say_unheeded(config.train)
         if config.train.precision == "float16":
             raise UserError("train.precision float16: GLM-4 on MindSpore takes bfloat16 or float32")
         self.device = use_device(device)
@@ -158,9 +160,11 @@ class Trainer(LanguageTrainer):
         """A batch padded to one of a few shapes, for a graph is compiled for each."""
         train = self.config.train
         rows, length = fixed_shape(
-            data.tokens.shape[1], train.token_budget, self.config.model.positions
+            data.tokens.shape[1],
+            train.token_budget,
+            self.config.model.positions,
+            self.shard.count,
         )
-        rows = -(-rows // self.shard.count)
         tokens = np.full((rows, length), self.tokenizer.pad_id, np.int64)
         targets = np.full((rows, length), IGNORED, np.int64)
         own = np.s_[: data.tokens.shape[0], : data.tokens.shape[1]]
@@ -265,24 +269,6 @@ class _AfterStep(Callback):
         self.trainer.seconds += time.perf_counter() - self.start
         self.trainer.done = run_context.original_args().net_outputs[:5]
         self.follow(self.trainer.train_step(self.waiting.popleft()))
-
-
-def fixed_shape(length: int, budget: int, limit: int) -> tuple[int, int]:
-    """Rows and length that a batch is padded to.
-
-    Lengths are powers of two and halfway between these; each has the rows that the shortest batch
-    padded to it can have.
-
-    Args:
-        length: of a batch as ``common.language.examples`` makes them.
-        budget: its ``token_budget``.
-        limit: the longest length.
-    """
-    shorter, longer = 0, 32
-    while longer < length:
-        power = 1 << (longer.bit_length() - 1)
-        shorter, longer = longer, (3 * power // 2 if longer == power else 2 * power)
-    return max(1, budget // (shorter + 8)), max(length, min(longer, limit))
 
 
 def _trainer_settings(

@@ -1,13 +1,16 @@
 """Memory and time of a language model's LoRA on paper, from what small networks need.
 
     python scripts/plan_language.py CONFIG [--devices 8] [--peak 313] [--share 0.3]
+        [--tokenizer FOLDER]
 
 Measured, with torch on the CPU, for three blocks: bytes that a block keeps for its gradient, and
-floating-point operations, per token. Computed from these: everything else. A fourth block tells how
-far the law is off.
+floating-point operations, per token. Counted: the tokens of an epoch's batches, padded as
+MindFormers' graphs have them. Computed from these: everything else. A fourth block tells how far
+the law is off.
 """
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -23,10 +26,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from common.commands.train import parse_run
 from common.config import read_settings
+from common.data.locations import dataset
+from common.data.store import Record
 from common.errors import UserError
+from common.language.analogues import AnalogueIndex
 from common.language.config import GlmConfig, LanguageRunConfig, LoraConfig
+from common.language.examples import Examples, fixed_shape
 from common.language.parameters import lora_parameters, parameters
-from common.language.tokenizer import compact_tokenizer
+from common.language.tokenizer import SymmetryTokenizer, compact_tokenizer, load_tokenizer
 from torch_impl.glm4 import add_adapter, build
 
 #: Width, feed-forward width, and that of keys: three for the law, one to check it.
@@ -106,6 +113,60 @@ def frozen_operations(config: Mapping[str, Any]) -> float:
 
 
 @dataclass(frozen=True)
+class Padding:
+    """What the batches of an epoch are padded to, on one of the devices.
+
+    Attributes:
+        shapes: rows and length of MindFormers' graphs, and how many batches each computes.
+        widest: tokens of a device's share with torch, at most.
+    """
+
+    shapes: Counter[tuple[int, int]]
+    widest: int
+
+    @property
+    def most(self) -> int:
+        """Tokens of the largest graph."""
+        return max(rows * length for rows, length in self.shapes)
+
+    @property
+    def mean(self) -> float:
+        """Tokens of a step."""
+        total = sum(rows * length * count for (rows, length), count in self.shapes.items())
+        return total / self.shapes.total()
+
+
+def padding(
+    run: LanguageRunConfig, tokenizer: SymmetryTokenizer, records: Sequence[Record], devices: int
+) -> Padding:
+    """Counts the batches of a run's first epoch.
+
+    Args:
+        run: the run.
+        tokenizer: of its base.
+        records: its training rows.
+        devices: that share every batch.
+    """
+    train = run.train
+    examples = Examples(
+        records,
+        tokenizer,
+        train.questions,
+        train.token_budget,
+        AnalogueIndex.shipped(train.analogues) if train.analogues else None,
+        train.rehearsals,
+        run.model.positions,
+    )
+    shapes: Counter[tuple[int, int]] = Counter()
+    widest = 0
+    for rows, forms in examples.epoch(train.seed, 0):
+        length = examples.length(rows, forms)
+        shapes[fixed_shape(length, train.token_budget, run.model.positions, devices)] += 1
+        widest = max(widest, -(-len(rows) // devices) * length)
+    return Padding(shapes, widest)
+
+
+@dataclass(frozen=True)
 class Plan:
     """Of one device, in bytes, and of a step of all of them, in operations."""
 
@@ -123,8 +184,10 @@ class Plan:
         return self.weights + self.additions + self.inputs + self.block + self.logits
 
 
-def plan(run: LanguageRunConfig, coefficients: NDArray[np.float64], devices: int) -> Plan:
-    """What a run needs.
+def plan(
+    run: LanguageRunConfig, coefficients: NDArray[np.float64], padded: Padding, devices: int
+) -> Plan:
+    """What a run needs with MindFormers: memory of its largest graph, operations of a mean step.
 
     Raises:
         UserError: if it has no lora.
@@ -134,7 +197,7 @@ def plan(run: LanguageRunConfig, coefficients: NDArray[np.float64], devices: int
     config = run.model.to_huggingface(compact_tokenizer()) | {"vocab_size": VOCABULARY}
     count = sum(prod(p.shape) for p in parameters(config))
     added = sum(prod(p.shape) for p in lora_parameters(config, run.lora.rank, run.lora.targets))
-    tokens = run.train.token_budget / devices
+    tokens = padded.most
     width, layers = run.model.width, run.model.layers
     keys = width // run.model.heads * run.model.groups
     per_token = layers * frozen_operations(config) + 4 * VOCABULARY * width
@@ -145,7 +208,7 @@ def plan(run: LanguageRunConfig, coefficients: NDArray[np.float64], devices: int
         block=float(coefficients @ np.array([width, run.model.feed_forward, keys])) * tokens,
         logits=4.0 * LOGIT_COPIES * VOCABULARY * tokens,
         # Checkpointing computes every block's forward half again.
-        operations=1.5 * per_token * run.train.token_budget,
+        operations=1.5 * per_token * padded.mean * devices,
         steps=run.train.steps,
     )
 
@@ -155,10 +218,15 @@ def main(
     devices: Annotated[int, typer.Option(min=1, help="NPUs or GPUs.")] = 8,
     peak: Annotated[float, typer.Option(help="TFLOP/s of one in bfloat16, the vendor's.")] = 313.0,
     share: Annotated[float, typer.Option(help="Of the peak that is reached: assumed.")] = 0.3,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Folder of the base's tokenizer; the base's own.")
+    ] = None,
 ) -> None:
     """Measures small networks and prints a plan."""
     run = parse_run(read_settings(config), str(config))
     assert isinstance(run, LanguageRunConfig)
+    folder = tokenizer or Path(run.train.init_from or "")
+    padded = padding(run, load_tokenizer(folder), dataset(run.train.data), devices)
     torch.manual_seed(0)
     needs = {shape: block(shape, run.lora or LoraConfig()) for shape in SHAPES}
     coefficients = law(needs)
@@ -170,7 +238,14 @@ def main(
             f"law {wanted:.0f}; {need.operations:.3g} operations, {operations:.3g} without "
             "LoRA and attention"
         )
-    own = plan(run, coefficients, devices)
+    batches = padded.shapes.total()
+    for (rows, length), count in sorted(padded.shapes.items(), key=lambda item: item[0][1]):
+        console.print(
+            f"graph of {rows} rows of {length} tokens on each device, {rows * length} in all: "
+            f"{count / batches:.0%} of {batches} batches"
+        )
+    console.print(f"mean of a step {padded.mean:.0f}; torch at most {padded.widest}")
+    own = plan(run, coefficients, padded, devices)
     table = Table(f"{run.name}, {devices} devices", "GB of each")
     for name in ("weights", "additions", "inputs", "block", "logits", "bytes"):
         table.add_row(name, f"{getattr(own, name) / 1e9:.2f}")

@@ -15,7 +15,7 @@ from common.speed import (
     step_costs,
 )
 from torch_impl.crystal_dit import CrystalDiT
-from torch_impl.generator import Generator, devices
+from torch_impl.generator import Generator, available_device
 from torch_impl.train_dit import Trainer
 
 
@@ -53,7 +53,7 @@ def benchmark_steps(
         device: ``auto``, ``cpu`` or ``cuda``.
     """
     torch.set_num_threads(threads)
-    device = devices()[0] if device == "auto" else device
+    device = available_device(device)
     records = dataset(configs[0].train.data)
     return step_costs([Trainer(one, records, records[:1], device) for one in configs], steps)
 

@@ -10,6 +10,7 @@ from common.config import RunConfig
 from common.crystal.structure import Crystal
 from common.diffusion.scaler import Standardizer
 from common.diffusion.score import ScoreProcess
+from common.errors import UserError
 from common.precedents import PrecedentIndex
 from common.sampling import Array, BaseGenerator, Call, read_checkpoint
 from torch_impl.crystal_dit import CrystalDiT
@@ -89,15 +90,30 @@ def load(checkpoint: Path, device: str = "auto") -> Generator:
     """Loads a checkpoint folder.
 
     Raises:
-        UserError: if it is unreadable or damaged, or does not fit the network it names.
+        UserError: if it is unreadable or damaged, does not fit the network it names, or the device
+            is not here.
     """
+    device = available_device(device)
     config, standardizer, precedents, saved = read_checkpoint(checkpoint)
     model = CrystalDiT(config.model)
     load_weights(model, saved.model, str(checkpoint))
-    device = devices()[0] if device == "auto" else device
     return Generator(config, model, standardizer, device, precedents)
 
 
 def devices() -> list[str]:
     """What ``device`` may be here, best first."""
     return ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
+
+
+def available_device(device: str) -> str:
+    """A device of this machine, or the best one for ``auto``.
+
+    Raises:
+        UserError: if it is not here.
+    """
+    known = devices()
+    if device == "auto":
+        return known[0]
+    if device.split(":")[0] not in known:
+        raise UserError(f"torch finds no device '{device}' here: give {' or '.join(known)}")
+    return device

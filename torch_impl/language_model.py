@@ -23,8 +23,10 @@ from transformers.masking_utils import sdpa_mask
 from common.checkpoint import ADAPTER, LATEST, MANIFEST, Checkpoint, load_checkpoint
 from common.errors import UserError
 from common.language.foreign import base_of, read_config, read_json
+from common.language.hub import weights_folder
 from common.language.pasts import Call, Past, alike
 from common.language.tokenizer import SymmetryTokenizer, load_tokenizer
+from torch_impl.generator import available_device
 from torch_impl.glm4 import add_adapter, build, load_adapter, load_weights
 
 
@@ -226,14 +228,16 @@ def load_language_model(
     """Reads a model's folder, or an adapter's.
 
     Args:
-        folder: of this project or of transformers.
-        device: where to.
+        folder: of this project or of transformers, or a repository; see ``common.language.hub``.
+        device: ``auto`` for the best one here, or what torch calls it.
         base: folder of what an adapter adds to; by default the one that it names.
 
     Raises:
-        UserError: if it is absent, damaged, not GLM-4's, or an adapter of another base.
+        UserError: if it is absent, damaged, not GLM-4's, or an adapter of another base, or if the
+            device is not here.
     """
-    path = Path(folder)
+    device = available_device(device)
+    path = weights_folder(os.fspath(folder))
     analogues = 0
     if (path / LATEST).is_file() or (path / MANIFEST).is_file():
         saved = load_checkpoint(path)

@@ -1,4 +1,10 @@
-"""Training of GLM-4 as transformers has it."""
+"""Training of GLM-4 as transformers has it, with peft's LoRA.
+
+The loop is this project's and not transformers' Trainer or TRL's, for MindFormers' run shares it
+(``common.training``): with both frameworks batches come in the same order, nats and gradients are
+sums over all processes' answers, one kind of log is written, and a run goes on from the other's
+checkpoints, with torch's own to the byte.
+"""
 
 from pathlib import Path
 

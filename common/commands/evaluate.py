@@ -92,7 +92,9 @@ def crystals(
     with output_folder(target, "give another --out"):
         generator = load_generator(folder, backend, device)
         if given == "composition":
-            ranker = load_ranker(generator.properties[:1], symmetry_model, backend=backend)
+            ranker = load_ranker(
+                generator.properties[:1], symmetry_model, backend=backend, device=device
+            )
             if ranker.note:
                 raise UserError(ranker.note)
         references = _references(data, limit, workers)
@@ -161,6 +163,7 @@ def symmetry(
     ] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; one per CPU.")] = None,
     backend: Annotated[str, typer.Option(help="auto, torch or mindspore.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or ascend.")] = "auto",
 ) -> None:
     """Rank the symmetries of known crystals' compositions, and write JSON, Markdown and a plot."""
     from rich.console import Console
@@ -170,7 +173,9 @@ def symmetry(
     from common.evaluate.symmetry_run import History, SymmetryEvaluation
     from common.ranking import load_ranker
 
-    ranker = load_ranker([] if target == "none" else [target], model, backend=backend)
+    ranker = load_ranker(
+        [] if target == "none" else [target], model, backend=backend, device=device
+    )
     if ranker.note:
         raise UserError(ranker.note)
     if ranker.model is None and not controls:

@@ -140,6 +140,10 @@ class Examples:
             step = max(0, step - len(plans))
             epoch += 1
 
+    def length(self, rows: Int, forms: Int) -> int:
+        """Tokens that every row of a batch is padded to."""
+        return _padded(int(self._lengths[rows, forms].max()))
+
     def collate(self, rows: Int, forms: Int, share: Int, real: NDArray[np.bool_]) -> TokenBatch:
         """A process's share of a batch.
 
@@ -148,7 +152,7 @@ class Examples:
             share, real: positions in it, and which of them count; see ``common.training.Shard``.
         """
         whole = [self._forms[row][form] for row, form in zip(rows, forms, strict=True)]
-        length = _padded(max(len(example.tokens) for example in whole))
+        length = self.length(rows, forms)
         tokens = np.full((len(share), length), self._pad, dtype=np.int64)
         targets = np.full((len(share), length), IGNORED, dtype=np.int64)
         for index, (position, counts) in enumerate(zip(share, real, strict=True)):
@@ -160,6 +164,26 @@ class Examples:
                 targets[index, : end - 1] = following[1:]
         answer_tokens = sum(int(example.counted.sum()) for example in whole)
         return TokenBatch(tokens, targets, len(whole), answer_tokens)
+
+
+def fixed_shape(length: int, budget: int, limit: int, processes: int = 1) -> tuple[int, int]:
+    """Rows and length that each process pads its share of a batch to, for a graph of a fixed shape.
+
+    Lengths are powers of two and halfway between these; each has the rows that the shortest batch
+    padded to it can have.
+
+    Args:
+        length: of a batch, as ``Examples.length`` has it.
+        budget: its ``token_budget``.
+        limit: the longest length.
+        processes: that share the rows.
+    """
+    shorter, longer = 0, 32
+    while longer < length:
+        power = 1 << (longer.bit_length() - 1)
+        shorter, longer = longer, (3 * power // 2 if longer == power else 2 * power)
+    rows = max(1, budget // (shorter + _LENGTH_STEP))
+    return -(-rows // processes), max(length, min(longer, limit))
 
 
 def _questions(

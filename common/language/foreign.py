@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from common.checkpoint import LATEST, MANIFEST, Checkpoint, load_checkpoint
 from common.errors import UserError
 from common.language.config import GlmConfig
+from common.language.hub import weights_folder
 from common.language.parameters import check_network
 
 CONFIG = "config.json"
@@ -72,13 +73,13 @@ def base_of(adapter: Checkpoint, base: Path | None = None) -> tuple[Path, Checkp
 
     Args:
         adapter: with its adapter_config.json.
-        base: the folder; by default the one that the adapter names.
+        base: the folder or repository; by default what the adapter names.
 
     Raises:
         UserError: if it is another one, or cannot be read.
     """
     config = read_json(adapter.path / "adapter_config.json")
-    folder = base or Path(str(config.get("base_model_name_or_path")))
+    folder = weights_folder(base or str(config.get("base_model_name_or_path")))
     saved = None if is_foreign(folder) else load_checkpoint(folder)
     name = FolderWeights(folder).name if saved is None else saved.hash
     if name != config.get("revision"):

@@ -4,6 +4,7 @@ import json
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from common.language.analogues import AnalogueIndex
 from common.language.config import LanguageRunConfig
 from common.language.examples import Examples, Int, TokenBatch
 from common.language.foreign import FolderWeights, is_foreign, network_config
+from common.language.hub import weights_folder
 from common.language.initial import initial_weights
 from common.language.parameters import lora_parameters, parameters
 from common.language.tokenizer import compact_tokenizer, load_tokenizer
@@ -54,10 +56,16 @@ class LanguageTrainer(TrainingRun[TokenBatch]):
         self.start: Mapping[str, Any] | None = None
         self.tokenizer = compact_tokenizer()
         self.network_config = config.model.to_huggingface(self.tokenizer)
-        if settings.init_from:
-            self._begin_with(Path(settings.init_from))
+        if self.start_folder is not None:
+            self._begin_with(self.start_folder)
         self.data = self._examples(train_records, settings.rehearsals)
         self.validation = self._examples(validation_records[: settings.validation_rows], 0)
+
+    @cached_property
+    def start_folder(self) -> Path | None:
+        """That of a repository of the hub, too; see ``common.language.hub``."""
+        start = self.config.train.init_from
+        return weights_folder(start) if start else None
 
     def _begin_with(self, folder: Path) -> None:
         """Takes weights, and of a folder of transformers network and tokenizer as well."""

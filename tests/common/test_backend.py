@@ -2,6 +2,7 @@
 
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -62,6 +63,27 @@ def test_a_backend_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch) -> N
     message = "imported: mindspore 2.4.1 is installed, .* install mindspore==2"
     with pytest.raises(UserError, match=message):
         load_backend("mindspore")
+
+
+def test_language_model_is_put_where_it_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The best device here if nothing is said, and the backend that has it."""
+    asked: list[tuple[object, ...]] = []
+    module = SimpleNamespace(load_language_model=lambda *given: asked.append(given))
+
+    def load(name: str, device: str) -> object:
+        asked.append((name, device))
+        return module
+
+    monkeypatch.setattr(backend, "load_backend", load)
+    folder, base = Path("folder"), Path("base")
+    backend.load_language_model(folder)
+    backend.load_language_model(folder, "torch", base, "cuda")
+    assert asked == [
+        ("auto", "auto"),
+        (folder, "auto", None),
+        ("torch", "cuda"),
+        (folder, "cuda", base),
+    ]
 
 
 def test_unknown_backend() -> None:

@@ -292,13 +292,13 @@ def test_missing_language_packages_are_one_line(
 
     monkeypatch.setattr(ranking, "load_language_model", load)
     command = ["generate", "--formula", "NaCl", "--top", "1", "--num-samples", "1"]
-    command += ["--checkpoint", str(checkpoint), "--symmetry-model", "some/model"]
+    command += ["--checkpoint", str(checkpoint), "--symmetry-model", "some-model"]
     assert run([*command, "--out", str(tmp_path / "out")]) == 0
     output = capsys.readouterr().out
     assert output.count("'peft' is not installed") == 1
     assert "symmetries ranked by template prior" in output
     with pytest.warns(UserWarning, match="'peft' is not installed"):
-        make(checkpoint, top=1, num_samples=1, symmetry_model="some/model")
+        make(checkpoint, top=1, num_samples=1, symmetry_model="some-model")
 
 
 def test_foreign_folder_is_left_alone(checkpoint: Path, tmp_path: Path) -> None:

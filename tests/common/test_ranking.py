@@ -8,6 +8,8 @@ from types import SimpleNamespace
 import pytest
 
 from common import ranking
+from common.cli import run
+from common.commands import evaluate
 from common.crystal.wyckoff import wyckoff_summary
 from common.errors import UserError
 from common.language.config import LanguageRunConfig
@@ -300,12 +302,12 @@ def test_identity(ranker: Ranker) -> None:
 def test_shipped_model_for_the_property(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Path] = []
 
-    def load(folder: Path, backend: str, base: Path | None) -> object:
+    def load(folder: Path, backend: str, base: Path | None, device: str) -> object:
         asked.append(folder)
         raise ModuleNotFoundError(name="transformers.models")
 
     monkeypatch.setattr(ranking, "load_language_model", load)
-    folders = {n: Path("absent") / n for n in ("glm4_tiny", "glm4_tiny_bg", "other")}
+    folders = {n: Path("/absent") / n for n in ("glm4_tiny", "glm4_tiny_bg", "other")}
     monkeypatch.setattr(ranking, "shipped_language", lambda: folders)
     for properties in (["band_gap"], ["formation_energy"], []):
         assert load_ranker(properties, "glm4").model is None
@@ -325,7 +327,7 @@ def test_shipped_model_for_the_property(monkeypatch: pytest.MonkeyPatch) -> None
 def test_missing_packages(textbook_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One line, and no hidden bugs."""
 
-    def load(folder: Path, backend: str, base: Path | None) -> object:
+    def load(folder: Path, backend: str, base: Path | None, device: str) -> object:
         raise ModuleNotFoundError(name=missing)
 
     missing = "transformers.models"
@@ -337,6 +339,27 @@ def test_missing_packages(textbook_model: Path, monkeypatch: pytest.MonkeyPatch)
     missing = "common.absent"
     with pytest.raises(ModuleNotFoundError):
         load_ranker([], textbook_model)
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+def test_device_of_the_language_model(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of both commands that evaluate it, the network's."""
+    asked: list[str] = []
+
+    def load(folder: Path, backend: str, base: Path | None, device: str) -> object:
+        asked.append(device)
+        raise UserError("seen")
+
+    def network(folder: Path, backend: str, device: str) -> object:
+        asked.append(device)
+        return SimpleNamespace(properties=())
+
+    monkeypatch.setattr(ranking, "load_language_model", load)
+    monkeypatch.setattr(evaluate, "load_generator", network)
+    assert run(["evaluate", "symmetry", "--device", device]) == 2
+    assert asked == [device]
+    assert run(["evaluate", "--given", "composition", "--device", device]) == 2
+    assert asked == [device] * 3
 
 
 def test_absent_and_foreign_folders(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from common.checkpoint import load_checkpoint, save_step
 from common.config import RunConfig
 from common.data.store import Record, write_records
 from common.errors import UserError
-from common.training import LOSS_SCALE, MODEL_PREFIX, BaseTrainer, TrainingBatch
+from common.training import LOSS_SCALE, MODEL_PREFIX, BaseTrainer, Shard, TrainingBatch
 from ms_impl.backend import load, train
 from ms_impl.layers import Linear
 from ms_impl.train_dit import Trainer
@@ -224,6 +224,16 @@ def test_starts_from_a_checkpoint(records: list[Record], compiled: tuple[Trainer
     wider = run.model_copy(update={"model": run.model.model_copy(update={"width": 32})})
     with pytest.raises(UserError, match="has shape"):
         Trainer(wider, records, records)
+
+
+def test_what_is_torchs_alone_is_said(
+    records: list[Record], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the first process alone."""
+    for rank in (1, 0):
+        assert "train.compile" not in capsys.readouterr().err
+        Trainer(run_of(compile=True), records, records, shard=Shard(rank, 2))
+    assert "train.compile: torch's alone" in capsys.readouterr().err
 
 
 # Data

@@ -3,13 +3,15 @@
 import mindspore as ms
 import pytest
 
-from common.config import Optimisation
+from common.config import TORCH_ONLY, Optimisation
 from common.errors import UserError
-from common.language.config import LanguageRunConfig
+from common.language.config import LanguageRunConfig, LanguageTrainConfig
 from common.training import TrainingRun
 from ms_impl import glm4
+from ms_impl.device import say_unheeded
 from ms_impl.mindformers_parts import WarmUpCosineLR
 from ms_impl.train_glm4 import Trainer
+from tests.conftest import REPOSITORY
 from tests.training import textbook_records
 
 
@@ -46,3 +48,23 @@ def test_precision() -> None:
 
 def test_unknown_weights() -> None:
     assert "does not exist" in trained(init_from="absent")
+
+
+def test_what_is_torchs_alone_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    trained(precision="float16", compile=True)
+    line = "train.compile: torch's alone, without effect on MindSpore\n"
+    assert capsys.readouterr().err == line
+    trained(precision="float16")
+    assert not capsys.readouterr().err
+    train = LanguageTrainConfig(compile=True, fsdp=True)
+    say_unheeded(train)
+    assert capsys.readouterr().err.startswith("train.compile, train.fsdp: torch's alone")
+
+
+def test_what_is_torchs_alone_is_documented() -> None:
+    """And says so where it is described."""
+    text = (REPOSITORY / "docs" / "ascend.md").read_text()
+    assert TORCH_ONLY
+    for name in TORCH_ONLY:
+        assert f"`train.{name}`" in text
+        assert "(torch" in str(LanguageTrainConfig.model_fields[name].description)

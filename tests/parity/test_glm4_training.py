@@ -183,20 +183,3 @@ def test_weights_of_another_network(parquet: Path, base: Path) -> None:
     rows = read_records(parquet)
     with pytest.raises(UserError, match="weights do not belong to this network"):
         train_glm4.Trainer(config.model_copy(update={"model": other}), rows, rows)
-
-
-# Shapes
-
-
-@pytest.mark.parametrize(
-    ("length", "shape"),
-    [(24, (384, 32)), (32, (384, 32)), (40, (76, 48)), (104, (29, 128)), (400, (7, 512))],
-)
-def test_few_shapes(length: int, shape: tuple[int, int]) -> None:
-    assert train_glm4.fixed_shape(length, 3072, 512) == shape
-    assert shape[0] >= 3072 // length
-
-
-def test_lengths_end_at_the_limit() -> None:
-    assert train_glm4.fixed_shape(104, 3072, 112) == (29, 112)
-    assert train_glm4.fixed_shape(120, 3072, 112) == (29, 120)

@@ -4,11 +4,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pytest
 
 from common import backend
-from common.checkpoint import shipped_language
+from common.checkpoint import load_checkpoint, shipped_language
 from common.composition import parse_formula
 from common.errors import UserError
 from common.language.model import LanguageModel, rank_questions, write_answers
@@ -84,6 +85,17 @@ def test_mindspore_alone_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     ranker = load_ranker(["formation_energy"], "glm4")
     assert type(ranker.model).__module__ == "ms_impl.language_model"
     assert not ranker.note
+
+
+@pytest.mark.parametrize("load", LOADERS, ids=["torch", "mindspore"])
+def test_repositories_of_the_hub(
+    load: Callable[..., LanguageModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In place of the adapter's folder and of its base's."""
+    held = {"some/adapter": ADAPTER, "some/base": BASE}
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: str(held[name]))
+    found = load("some/adapter@v1", base=Path("some/base@v1"))
+    assert found.name == load_checkpoint(ADAPTER).hash
 
 
 @pytest.mark.parametrize("load", LOADERS, ids=["torch", "mindspore"])

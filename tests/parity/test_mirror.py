@@ -55,13 +55,13 @@ ALLOWED = {
     "train_glm4.py Average": "torch's is in adamw.py",
     "train_glm4.py Trainer.run": "MindFormers' Trainer makes the steps",
     "train_glm4.py Trainer.fixed": "MindSpore compiles a graph for every shape",
-    "train_glm4.py fixed_shape": "MindSpore compiles a graph for every shape",
     "train_dit.py Trainer.batches": "MindSpore's data pipeline prepares them ahead",
     "distributed.py CANN": "the versions that this MindSpore accepts",
     "distributed.py TIMEOUT": "MindSpore's is the communication library's",
     "distributed.py share_out": "MindSpore's processes hold all of the base",
     "distributed.py sum_gradients": "torch wraps the network; here the step sums its one vector",
     "generator.py MAX_PARALLEL_CALLS": "MindSpore runs a graph once at a time",
+    "generator.py available_device": "MindSpore's is chosen in device.py",
     "generator.py Generator.sample": "torch's number of threads is set while it lasts",
 }
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -23,9 +24,11 @@ from common.language.model import write_answers
 from common.language.prompt import Question
 from common.language.search import SearchRequest, rank_answers
 from common.language.tokenizer import compact_tokenizer
+from common.ranking import load_ranker
 from common.training import Shard
 from tests.language import language_run
 from tests.training import textbook_records
+from torch_impl import generator
 from torch_impl.backend import train_language
 from torch_impl.glm4 import answer_loss, build
 from torch_impl.language_model import LanguageModel, load_language_model
@@ -318,6 +321,36 @@ def test_base_of_transformers(parquet: Path, foreign: Path, tmp_path: Path) -> N
         load_language_model(tmp_path / "run" / "final", base=other)
 
 
+def test_base_of_the_hub(
+    parquet: Path, foreign: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same run as with its folder; its adapter finds its base again, or says that it cannot."""
+    name = "zai-org/tiny@v1"
+    asked: list[str] = []
+
+    def fetch(repository: str, *, revision: str, **_: object) -> str:
+        asked.append(f"{repository}@{revision}")
+        return str(held)
+
+    held = foreign
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    train_language(narrow(parquet, Path(name)), tmp_path / "hub", device="cpu")
+    assert asked == [name]
+    train_language(narrow(parquet, foreign), tmp_path / "folder", device="cpu")
+    saved, other = (load_checkpoint(tmp_path / run / "final") for run in ("hub", "folder"))
+    for key, array in saved.model.items():
+        np.testing.assert_array_equal(array, other.model[key])
+    assert name in (saved.path / "adapter_config.json").read_text()
+    load_language_model(saved.path)
+    ranker = load_ranker([], name)
+    assert (ranker.name, ranker.folder) == ("tiny@v1", foreign)
+    assert asked == [name] * 3
+    held = tmp_path / "moved"
+    build(language_run().model.to_huggingface(TOKENIZER)).save_pretrained(held)
+    with pytest.raises(UserError, match="belongs to weights"):
+        load_language_model(saved.path)
+
+
 def test_wrong_bases(parquet: Path, foreign: Path, tmp_path: Path) -> None:
     """One line each: no folder, another network, no tokenizer, one that is too large."""
     rows = read_records(parquet)
@@ -404,6 +437,18 @@ def test_folder_of_transformers(model: LanguageModel, tmp_path: Path) -> None:
     ids = prompts()[1]
     found = load_language_model(tmp_path)([ids], [None])[0][0]
     np.testing.assert_allclose(found, full_logits(model, ids), rtol=1e-5, atol=1e-5)
+
+
+def test_device(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first one here unless another is wanted; what is not here is refused."""
+
+    def place(device: str) -> str:
+        return next(load_language_model(trained / "final", device).model.parameters()).device.type
+
+    monkeypatch.setattr(generator, "devices", lambda: ["meta", "cpu"])
+    assert [place("auto"), place("cpu"), place("meta")] == ["meta", "cpu", "meta"]
+    with pytest.raises(UserError, match="no device 'cuda' here: give meta or cpu"):
+        place("cuda")
 
 
 def refused(folder: Path) -> str:

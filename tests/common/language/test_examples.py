@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from common.data.store import Record
-from common.language.examples import IGNORED, Examples
+from common.language.examples import IGNORED, Examples, fixed_shape
 from common.language.prompt import Symmetry, parse_question, write_answer
 from common.language.tokenizer import SymmetryTokenizer
 from common.training import Shard
@@ -92,3 +92,27 @@ def test_shares_make_the_batch(examples: Examples) -> None:
         assert (part.answers, part.answer_tokens) == (whole.answers, whole.answer_tokens)
         counted += [row.tolist() for row in part.targets if (row != IGNORED).any()]
     assert counted == whole.targets.tolist()
+
+
+# Fixed shapes
+
+
+@pytest.mark.parametrize(
+    ("length", "shape"),
+    [(24, (384, 32)), (32, (384, 32)), (40, (76, 48)), (104, (29, 128)), (400, (7, 512))],
+)
+def test_few_shapes(length: int, shape: tuple[int, int]) -> None:
+    assert fixed_shape(length, 3072, 512) == shape
+    assert shape[0] >= 3072 // length
+
+
+def test_lengths_end_at_the_limit() -> None:
+    assert fixed_shape(104, 3072, 112) == (29, 112)
+    assert fixed_shape(120, 3072, 112) == (29, 120)
+
+
+def test_processes_share_the_rows() -> None:
+    """More than the budget's tokens in all, for what is not there is padded, too."""
+    assert fixed_shape(200, 16384, 1024, 8) == (11, 256)
+    assert fixed_shape(300, 16384, 1024, 8) == (8, 384)
+    assert 8 * 11 >= 16384 // 200
