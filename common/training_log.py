@@ -30,7 +30,7 @@ class TrainingLog:
     def __init__(self, folder: Path, step: int) -> None:
         self._lines = folder / "log.jsonl"
         seconds, rest = divmod(time.time_ns(), 10**9)
-        name = f"events.out.tfevents.{seconds:010d}.{socket.gethostname()}.{os.getpid()}.{rest}"
+        name = f"events.out.tfevents.{seconds:010d}.{socket.gethostname()}.{os.getpid()}.{rest:09d}"
         self._events = folder / "tensorboard" / name
         self._events.parent.mkdir(exist_ok=True)
         self._add(Event(step=step, file_version="brain.Event:2"))

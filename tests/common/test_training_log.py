@@ -1,11 +1,24 @@
 """What a run writes while it trains, read by TensorBoard itself."""
 
 import json
+import time
 from pathlib import Path
 
+import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from common.training_log import TrainingLog
+
+
+def test_files_of_one_second_are_read_in_their_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorBoard sorts their names as text; the first is from the second's first tenth."""
+    for value, nanoseconds in ((1.0, 5), (2.0, 98_765_432), (3.0, 112_486_000)):
+        monkeypatch.setattr(time, "time_ns", lambda now=10**18 + nanoseconds: now)
+        TrainingLog(tmp_path, 3).write("train", 3, 0.1, {"loss": value})
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(3, 3.0)]
 
 
 def test_tensorboard_reads_it(tmp_path: Path) -> None:
