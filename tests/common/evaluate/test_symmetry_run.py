@@ -1,6 +1,7 @@
 """Rankings of textbook crystals by a small model that was shown them, and by its controls."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,10 @@ from common.crystal.structure import Crystal, Site
 from common.data.store import Record, write_records
 from common.errors import UserError
 from common.evaluate.symmetry_run import History, SymmetryEvaluation, properties_of
+from common.language.model import rank_questions
+from common.language.prompt import Question
 from common.prior import TemplatePrior
-from common.ranking import SHARPNESS, load_ranker
+from common.ranking import SHARPNESS, load_ranker, pooled, sharpened
 from tests.training import textbook_records
 
 RECORDS = textbook_records()
@@ -123,6 +126,31 @@ def test_property_of_a_row() -> None:
     assert properties_of(record, "formation_energy") == {}
     assert properties_of(record, "none") == {}
     assert properties_of(RECORDS[2], "band_gap") == {"band_gap": 1.0}
+
+
+def test_sharpness_that_truths_ask_for(prior: TemplatePrior, textbook_model: Path) -> None:
+    """The figure is of the plain average: the likeliest exponent, none of its neighbours is."""
+    ranker = load_ranker([], textbook_model)
+    assert ranker.model is not None
+    _, average = evaluation(prior, [], "none").model(ranker.model, "tiny", History())
+    counts = [record.crystal.formula_counts for record in RECORDS]
+    asked = rank_questions(ranker.model, [Question.ask(own) for own in counts], known=True)
+    plain = [
+        pooled(found.candidates, prior.rank_new(own, top=20), ranker.share)
+        for found, own in zip(asked, counts, strict=True)
+    ]
+
+    def nats(exponent: float) -> float:
+        return -sum(
+            math.log(candidate.probability)
+            for pool, record in zip(plain, RECORDS, strict=True)
+            for candidate in sharpened(pool, exponent)
+            if candidate.key == record.crystal.symmetry_key and candidate.probability
+        )
+
+    best = average.figures["best_sharpness"]
+    assert abs(best - 1) > 0.02
+    assert nats(best) < min(nats(best * 0.98), nats(best * 1.02))
 
 
 def test_history_of_a_model(textbook_model: Path, tmp_path: Path) -> None:
