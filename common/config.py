@@ -131,6 +131,10 @@ class TrainConfig(Optimisation):
     precedent_dropout: float = Field(
         0.15, ge=0, le=1, description="Rows trained without precedent, where there is one."
     )
+    descriptions: Literal["nearest", "random"] = Field(
+        "nearest",
+        description="Of a crystal with its precedent: the known crystal's own, or a random one.",
+    )
 
 
 class AnyRunConfig(Settings):

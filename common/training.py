@@ -376,6 +376,13 @@ class BaseTrainer(TrainingRun[TrainingBatch]):
         masks = group.batch.free_mask[plan.rows], group.batch.k_mask[plan.rows]
         rows = plan.rows[share]
         batch = group.batch.take(rows)
+        if stream == "train" and settings.descriptions == "random":
+            anew = group.descriptions.anew(rows, draws.origins[:, 0], draws.first_atoms)
+            known = batch.precedent_mask[:, None, None]
+            batch = batch.replace(
+                free_params=np.where(known, anew[0], batch.free_params),
+                precedent_params=np.where(known, anew[1], batch.precedent_params),
+            )
         if stream == "train":
             keep = draws.keep_property >= settings.property_dropout
             keep_precedent = draws.keep_precedent >= settings.precedent_dropout
@@ -401,9 +408,9 @@ class BaseTrainer(TrainingRun[TrainingBatch]):
         start = starting_points(
             batch, self.standardizer, diffusion, draws.free, draws.free_normal, draws.lattice
         )
-        free = group.descriptions.nearest(rows, draws.free, draws.origins)
-        # Those with a precedent are described as near to it as can be.
-        free = np.where(batch.precedent_mask[:, None, None], batch.free_params, free)
+        free = batch.free_params.copy()  # with a precedent already as near to it as can be
+        rest = np.flatnonzero(~batch.precedent_mask)
+        free[rest] = group.descriptions.nearest(rows[rest], draws.free[rest], draws.origins[rest])
         return make_path(free, lattice, *start, draws.t)
 
     def validate(self) -> dict[str, float]:

@@ -20,6 +20,7 @@ class TrainingDraws:
         free_normal: [B,S,3], standard normal.
         lattice: [B,6], standard normal.
         origins: [B,O,4], uniform, see ``Descriptions.nearest``.
+        first_atoms: [B,S], uniform, see ``Descriptions.anew``.
         keep_property: [B], uniform; a property is dropped where it is below the dropout rate.
         keep_precedent: [B], likewise for precedents.
     """
@@ -29,6 +30,7 @@ class TrainingDraws:
     free_normal: Array
     lattice: Array
     origins: Array
+    first_atoms: Array
     keep_property: Array
     keep_precedent: Array
 
@@ -58,6 +60,7 @@ class TrainingDraws:
             free_normal=draw("free", (size, sites, 3), uniform=False),
             lattice=draw("lattice", (size, 6), uniform=False),
             origins=draw("origins", (size, origins, 4)),
+            first_atoms=draw("first_atoms", (size, sites)),
             keep_property=draw("property", (size,)),
             keep_precedent=draw("precedent", (size,)),
         )

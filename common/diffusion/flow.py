@@ -9,6 +9,7 @@ along the group's normaliser. Each noise is joined to the description nearest to
 are short and seldom cross. The noise stays uniform, and every description is a true one.
 """
 
+from collections import defaultdict
 from functools import cache
 
 import numpy as np
@@ -113,22 +114,28 @@ class Descriptions:
         self._inverse = np.array([np.linalg.pinv(p.rotations[0]) for p in positions], np.float32)
         groups = [normalizer_translations(int(number)) for number in batch.space_group]
         self._polar = np.array([polar for _, polar in groups], np.float32)
-        self._origins = self._all_origins(batch, max_origins)
+        self._origins = self._all_origins(batch, batch.free_params, max_origins)
+        self._precedent_origins = self._origins
+        if batch.precedent_mask.any():
+            self._precedent_origins = self._all_origins(batch, batch.precedent_params, max_origins)
 
-    def _all_origins(self, batch: Batch, max_origins: int) -> Array:
+    def _all_origins(self, batch: Batch, params: Array, max_origins: int) -> Array:
         """Free parameters after every discrete origin shift that keeps all letters: [B,O,S,3].
 
         Crystals with fewer shifts repeat theirs.
         """
-        free = np.where(batch.free_mask, batch.free_params, 0.0).astype(np.float32)
+        free = np.where(batch.free_mask, params, 0.0).astype(np.float32)
         result = np.repeat(free[:, None], max_origins, axis=1)
-        for row, number in enumerate(batch.space_group):
-            letters = batch.letter[row, batch.site_mask[row]]
-            shifts = _site_shifts(int(number), tuple(letters.tolist()))[:max_origins]
+        alike: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for row, (number, mask) in enumerate(zip(batch.space_group, batch.site_mask, strict=True)):
+            alike[int(number), *batch.letter[row, mask].tolist()].append(row)
+        for (number, *letters), rows in alike.items():
+            shifts = _site_shifts(number, tuple(letters))[:max_origins]
+            params = free[rows, : len(letters)]
             for k in range(max_origins):
                 linear, offset = shifts[k % len(shifts)]
-                moved = np.einsum("sij,sj->si", linear, free[row, : len(letters)]) + offset
-                result[row, k, : len(letters)] = wrap(moved)
+                moved = np.einsum("sij,nsj->nsi", linear, params) + offset
+                result[rows, k, : len(letters)] = wrap(moved)
         return result
 
     def nearest(self, rows: NDArray[np.int64], noise: Array, draws: Array) -> Array:
@@ -143,13 +150,10 @@ class Descriptions:
         Returns:
             [B,S,3] in [0,1), zero where not free.
         """
-        picks = (draws[..., 0] * self._origins.shape[1]).astype(int)
-        params = self._origins[rows[:, None], picks]  # [B,O,S,3]
-        shifts = np.einsum("boj,bji->boi", draws[..., 1:], self._polar[rows])
         position = self._position[rows]
-        params = params + np.einsum("bsij,boj->bosi", self._inverse[position], shifts)
+        params = self._moved(self._origins, rows, draws)
         count = self._count[position]
-        index = self._start[position][..., None] + np.arange(count.max()) % count[..., None]
+        index = self._start[position][..., None] + np.arange(count.max(initial=1)) % count[..., None]
         # [B,O,S,E,3]: every equivalent of every site for every origin
         images = np.einsum("bseij,bosj->bosei", self._linear[index], params, optimize=True)
         images += self._offset[index][:, None]
@@ -162,6 +166,40 @@ class Descriptions:
         batch_rows, sites = np.arange(len(rows)), np.arange(mask.shape[1])
         chosen = images[batch_rows[:, None], origin[:, None], sites, equivalent[batch_rows, origin]]
         return np.where(mask, wrap(chosen), 0.0).astype(np.float32)
+
+    def anew(
+        self, rows: NDArray[np.int64], draws: Array, first_atoms: Array
+    ) -> tuple[Array, Array]:
+        """Crystals and their precedents in another equivalent description, the same for both.
+
+        What is near in one description is near in all of them.
+
+        Args:
+            rows: [B], which crystals.
+            draws: [B,4] uniform in [0,1), each picks an origin as in ``nearest``.
+            first_atoms: [B,S] uniform in [0,1), each picks the atom of its orbit that comes first.
+
+        Returns:
+            The free parameters of crystals and precedents, [B,S,3] in [0,1), zero where not free.
+        """
+        position, mask = self._position[rows], self._free_mask[rows]
+        index = self._start[position] + (first_atoms * self._count[position]).astype(int)
+        linear, offset = self._linear[index], self._offset[index]  # [B,S,3,3], [B,S,3]
+
+        def described(origins: Array) -> Array:
+            params = self._moved(origins, rows, draws[:, None])[:, 0]
+            params = np.einsum("bsij,bsj->bsi", linear, params) + offset
+            return np.where(mask, wrap(params), 0.0).astype(np.float32)
+
+        return described(self._origins), described(self._precedent_origins)
+
+    def _moved(self, origins: Array, rows: NDArray[np.int64], draws: Array) -> Array:
+        """Free parameters [B,O,S,3] after the origin shifts that draws [B,O,4] pick."""
+        picks = (draws[..., 0] * origins.shape[1]).astype(int)
+        shifts = np.einsum("boj,bji->boi", draws[..., 1:], self._polar[rows])
+        inverse = self._inverse[self._position[rows]]
+        moved: Array = origins[rows[:, None], picks] + np.einsum("bsij,boj->bosi", inverse, shifts)
+        return moved
 
 
 @cache

@@ -22,6 +22,8 @@ _PRIOR_VOLUME = 18.0
 _PRIOR_WEIGHT = 0.1
 _VOLUME_RANGE = (2.0, 120.0)
 _MIN_SCALE = 0.02
+#: Crystal system of every space group; none has number zero.
+_SYSTEMS = np.array([-1, *(crystal_system(number) for number in range(1, 231))])
 
 
 @dataclass(frozen=True)
@@ -127,4 +129,4 @@ def element_counts(batch: Batch) -> Array:
 
 
 def _systems(batch: Batch) -> NDArray[np.int64]:
-    return np.array([crystal_system(int(number)) for number in batch.space_group], dtype=np.int64)
+    return _SYSTEMS[batch.space_group]

@@ -20,6 +20,7 @@ def test_shapes_and_types() -> None:
         "free_normal": (64, 5, 3),
         "lattice": (64, 6),
         "origins": (64, 3, 4),
+        "first_atoms": (64, 5),
         "keep_property": (64,),
         "keep_precedent": (64,),
     }
@@ -42,6 +43,7 @@ def test_distributions() -> None:
         ("t", "uniform"),
         ("free", "uniform"),
         ("origins", "uniform"),
+        ("first_atoms", "uniform"),
         ("keep_property", "uniform"),
         ("free_normal", "norm"),
         ("lattice", "norm"),
@@ -76,6 +78,7 @@ def test_fields_are_independent() -> None:
         draws.free_normal[:, 0, 0],
         draws.lattice[:, 0],
         draws.origins[:, 0, 0],
+        draws.first_atoms[:, 0],
         draws.keep_property,
         draws.t,
     ]

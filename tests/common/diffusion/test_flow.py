@@ -7,7 +7,7 @@ from pymatgen.core import Structure
 from common.crystal.lattice import k_constraints, k_to_lattice
 from common.crystal.structure import Crystal, Site
 from common.crystal.symmetry import nearest_zero, space_group
-from common.data.batch import BatchItem, collate
+from common.data.batch import BatchItem, Precedent, collate
 from common.diffusion.flow import (
     VELOCITY_SCALE,
     Descriptions,
@@ -36,6 +36,47 @@ def sorted_distances(structure: Structure) -> np.ndarray:
     pairs = numbers[:, None] * 100 + numbers
     order = np.lexsort((structure.distance_matrix.ravel().round(5), pairs.ravel()))
     return np.stack([pairs.ravel(), structure.distance_matrix.ravel()])[:, order]
+
+
+def with_params(crystal: Crystal, params: np.ndarray) -> Crystal:
+    """The crystal with other free parameters [S,3]."""
+    sites = (
+        Site(site.atomic_number, site.letter, tuple(row.astype(float)))
+        for site, row in zip(crystal.sites, params, strict=False)
+    )
+    return Crystal(crystal.space_group, tuple(sites), crystal.lattice)
+
+
+@pytest.mark.parametrize("number", GROUPS)
+def test_new_description_is_of_the_same_crystal_and_of_the_same_precedent(number: int) -> None:
+    random = np.random.default_rng(number)
+    crystal = random_crystal(number, random)
+    given = np.array([site.free_params for site in crystal.sites])
+    near = with_params(crystal, given + random.normal(0, 0.02, given.shape))
+    item = BatchItem(crystal, {}, Precedent(near, (0.0,) * len(given), "near"))
+    batch = collate([item], "asymmetric")
+    descriptions, row = Descriptions(batch), np.array([0])
+    mask = batch.free_mask[0, : len(given)]
+    apart = nearest_zero(batch.precedent_params - batch.free_params)[0, : len(given)]
+    apart = np.where(mask, apart, 0)
+    seen = []
+    for _ in range(12):
+        draws = random.random((1, 4), dtype=np.float32)
+        first = random.random((1, batch.free_params.shape[1]), dtype=np.float32)
+        free, precedent = (found[0, : len(given)] for found in descriptions.anew(row, draws, first))
+        for params, whole in ((free, crystal), (precedent, near)):
+            expected = sorted_distances(whole.to_structure())
+            found = sorted_distances(with_params(crystal, params).to_structure())
+            np.testing.assert_allclose(found, expected, atol=2e-4)
+        moved = nearest_zero(precedent - free)
+        np.testing.assert_allclose(
+            np.linalg.norm(np.where(mask, moved, 0), axis=1) > 1e-4,
+            np.linalg.norm(apart, axis=1) > 1e-4,
+        )
+        assert np.abs(moved).max() < 4 * np.abs(apart).max() + 1e-4
+        seen.append(free)
+    if mask.any():
+        assert max(np.abs(nearest_zero(other - seen[0])).max() for other in seen) > 0.01
 
 
 @pytest.mark.parametrize("number", GROUPS)
