@@ -153,7 +153,8 @@ class Descriptions:
         position = self._position[rows]
         params = self._moved(self._origins, rows, draws)
         count = self._count[position]
-        index = self._start[position][..., None] + np.arange(count.max(initial=1)) % count[..., None]
+        equivalents = np.arange(count.max(initial=1)) % count[..., None]
+        index = self._start[position][..., None] + equivalents
         # [B,O,S,E,3]: every equivalent of every site for every origin
         images = np.einsum("bseij,bosj->bosei", self._linear[index], params, optimize=True)
         images += self._offset[index][:, None]
