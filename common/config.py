@@ -47,6 +47,10 @@ class ModelConfig(Settings):
     precedents: bool = Field(
         False, description="Starts from, and sees, the most similar known crystal (flow)."
     )
+    target: Literal["velocity", "difference"] = Field(
+        "velocity",
+        description="Said of a crystal with a precedent: how fast it moves, or where it differs.",
+    )
     properties: tuple[PropertyName, ...] = Field(
         ("formation_energy",), description="Properties that condition the network."
     )
@@ -76,6 +80,9 @@ class DiffusionConfig(Settings):
     sigma_max: float = Field(0.5, gt=0, description="Largest sigma, in cells (score).")
     coordinate_weight: float = Field(1.0, gt=0, description="Weight of the coordinate loss.")
     lattice_weight: float = Field(0.5, gt=0, description="Weight of the lattice loss.")
+    precedent_bend: float | None = Field(
+        None, gt=0, description="Errors beyond so many units count linearly, with a precedent."
+    )
     steps: int = Field(50, ge=1, description="Network calls per sample (flow).")
     step_lr: float = Field(1e-5, gt=0, description="Langevin step of the corrector (score).")
     velocity_boost: float = Field(

@@ -39,7 +39,7 @@ from common.data.loader import BatchPlan, Bucket, BucketedData
 from common.data.locations import dataset
 from common.data.store import Record, fingerprint
 from common.diffusion.draws import TrainingDraws
-from common.diffusion.flow import PRECEDENT_SCALE, make_path, starting_points
+from common.diffusion.flow import error_units, make_path, starting_points
 from common.diffusion.noisy import LossWeights, NoisyCrystals
 from common.diffusion.scaler import Standardizer
 from common.diffusion.score import score_process
@@ -390,11 +390,13 @@ class BaseTrainer(TrainingRun[TrainingBatch]):
                 property_mask=batch.property_mask & keep[:, None],
                 precedent_mask=batch.precedent_mask & keep_precedent,
             )
-        unit = np.where(batch.precedent_mask, PRECEDENT_SCALE, 1.0).astype(np.float32)
+        known = batch.precedent_mask
+        bend = np.where(known, diffusion.precedent_bend or np.inf, np.inf).astype(np.float32)
+        units = error_units(known, draws.t, self.config.model.target)
         return TrainingBatch(
             batch,
             self._add_noise(group, batch, rows, draws),
-            LossWeights.of(*masks).take(share, real).in_units(unit),
+            LossWeights.of(*masks).take(share, real).in_units(*units, bend),
         )
 
     def _add_noise(

@@ -13,7 +13,12 @@ from mindspore.common.initializer import Normal, Zero, initializer
 
 from common.config import ModelConfig
 from common.crystal.lattice import LATTICE_BASIS
-from common.diffusion.flow import PRECEDENT_SCALE
+from common.diffusion.flow import (
+    DIFFERENCE_SCALES,
+    MIN_REMAINING,
+    PRECEDENT_SCALE,
+    VELOCITY_SCALE,
+)
 from ms_impl.layers import (
     LAYER_NORM_EPS,
     MLP,
@@ -266,9 +271,41 @@ class CrystalDiT(nn.Cell):
         velocity = self.lattice_velocity(batch, nodes, condition.astype(ms.float32))
         if self.precedent is None:
             return coordinates, velocity
+        if self.config.target == "difference":
+            return self.towards_precedent(batch, free_params, lattice, t, coordinates, velocity)
         known = ops.expand_dims(batch["precedent_mask"].astype(ms.float32), 1)
         unit = 1 - (1 - PRECEDENT_SCALE) * known  # [B,1]
         return coordinates * ops.expand_dims(unit, -1), velocity * unit
+
+    def towards_precedent(
+        self,
+        batch: TensorBatch,
+        free_params: Tensor,
+        lattice: Tensor,
+        t: Tensor,
+        coordinates: Tensor,
+        velocity: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Velocities, where the outputs are differences from the precedents of those that have one.
+
+        What is left of the way to where the crystal is expected, over the time that is left.
+
+        Args:
+            batch, free_params, lattice, t: as in ``construct``.
+            coordinates, velocity: the outputs, [B,S,3] and [B,6].
+        """
+        known = ops.expand_dims(batch["precedent_mask"], 1)  # [B,1]
+        rest = ops.expand_dims(ops.maximum(1 - t, MIN_REMAINING), 1)
+        apart = batch["precedent_params"] - free_params
+        apart = VELOCITY_SCALE * (apart - ops.round(apart)) * batch["free_mask"]
+        expected = apart + DIFFERENCE_SCALES[0] * coordinates
+        other = (batch["precedent_lattice"] - lattice) * batch["k_mask"]
+        expected_lattice = other + DIFFERENCE_SCALES[1] * velocity
+        moved = expected / ops.expand_dims(rest, -1)
+        return (
+            ops.where(ops.expand_dims(known, -1), moved, coordinates),
+            ops.where(known, expected_lattice / rest, velocity),
+        )
 
     def geometry(self, batch: TensorBatch, free_params: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Edge features [B,T,A,.] and differences [B,T,A,3].

@@ -20,12 +20,19 @@ class NoisyTensors(Tensors):
     lattice_target: Tensor
     coordinate_weight: Tensor
     lattice_weight: Tensor
+    coordinate_bend: Tensor
+    lattice_bend: Tensor
 
     @classmethod
     def from_arrays(cls, noisy: NoisyCrystals, weights: LossWeights) -> "NoisyTensors":
         """Copies noisy crystals to the device."""
-        arrays = {**vars(noisy)}
-        arrays["coordinate_weight"], arrays["lattice_weight"] = weights.coordinate, weights.lattice
+        arrays = {
+            **vars(noisy),
+            "coordinate_weight": weights.coordinate,
+            "lattice_weight": weights.lattice,
+            "coordinate_bend": weights.coordinate_bend,
+            "lattice_bend": weights.lattice_bend,
+        }
         return cls({name: Tensor(np.ascontiguousarray(array)) for name, array in arrays.items()})
 
 
@@ -41,10 +48,15 @@ class Loss(NamedTuple):
     per_crystal: Tensor
 
 
+def bent(error: Tensor, bend: Tensor) -> Tensor:
+    """Squares of errors, but linear far beyond a bend; see ``LossWeights``."""
+    return 2 * ops.square(error) / (1 + ops.sqrt(1 + ops.square(error / bend)))
+
+
 def denoising_loss(
     model: nn.Cell, batch: TensorBatch, noisy: NoisyTensors, config: DiffusionConfig
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Weighted squared error of the targets.
+    """Weighted error of the targets, squared or bent.
 
     Args:
         model: a CrystalDiT, or what stands for it when several processes train it.
@@ -57,9 +69,10 @@ def denoising_loss(
     """
     coordinates, lattice = model(batch, noisy["free_params"], noisy["lattice"], noisy["t"])
     free = batch["free_mask"].astype(coordinates.dtype)
-    squared = ops.square(coordinates - noisy["coordinate_target"]) * free  # [B,S,3]
-    coordinate = (noisy["coordinate_weight"] * squared).sum()
-    lattice_loss = (noisy["lattice_weight"] * ops.square(lattice - noisy["lattice_target"])).sum()
+    error = coordinates - noisy["coordinate_target"]  # [B,S,3]
+    coordinate = (noisy["coordinate_weight"] * bent(error, noisy["coordinate_bend"])).sum()
+    lattice_error = lattice - noisy["lattice_target"]
+    lattice_loss = (noisy["lattice_weight"] * bent(lattice_error, noisy["lattice_bend"])).sum()
     total = config.coordinate_weight * coordinate + config.lattice_weight * lattice_loss
-    per_crystal = squared.sum((1, 2)) / ops.maximum(free.sum((1, 2)), 1)
+    per_crystal = (ops.square(error) * free).sum((1, 2)) / ops.maximum(free.sum((1, 2)), 1)
     return total, coordinate, lattice_loss, per_crystal

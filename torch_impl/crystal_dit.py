@@ -10,7 +10,12 @@ from torch import Tensor, nn
 
 from common.config import ModelConfig
 from common.crystal.lattice import LATTICE_BASIS
-from common.diffusion.flow import PRECEDENT_SCALE
+from common.diffusion.flow import (
+    DIFFERENCE_SCALES,
+    MIN_REMAINING,
+    PRECEDENT_SCALE,
+    VELOCITY_SCALE,
+)
 from torch_impl.layers import (
     LAYER_NORM_EPS,
     MLP,
@@ -246,9 +251,41 @@ class CrystalDiT(nn.Module):
             velocity = self.lattice_velocity(batch, nodes.float(), condition.float())
         if self.precedent is None:
             return coordinates, velocity
-        known = batch.precedent_mask.float()[:, None]
-        unit = 1 - (1 - PRECEDENT_SCALE) * known  # [B,1]
+        if self.config.target == "difference":
+            return self.towards_precedent(batch, free_params, lattice, t, coordinates, velocity)
+        known = batch.precedent_mask.float()[:, None]  # [B,1]
+        unit = 1 - (1 - PRECEDENT_SCALE) * known
         return coordinates * unit[..., None], velocity * unit
+
+    def towards_precedent(
+        self,
+        batch: TensorBatch,
+        free_params: Tensor,
+        lattice: Tensor,
+        t: Tensor,
+        coordinates: Tensor,
+        velocity: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Velocities, where the outputs are differences from the precedents of those that have one.
+
+        What is left of the way to where the crystal is expected, over the time that is left.
+
+        Args:
+            batch, free_params, lattice, t: as in ``forward``.
+            coordinates, velocity: the outputs, [B,S,3] and [B,6].
+        """
+        known = batch.precedent_mask[:, None]  # [B,1]
+        rest = (1 - t).clamp(min=MIN_REMAINING)[:, None]
+        apart = batch.precedent_params - free_params
+        apart = VELOCITY_SCALE * (apart - apart.round()) * batch.free_mask
+        expected = apart + DIFFERENCE_SCALES[0] * coordinates
+        other = (batch.precedent_lattice - lattice) * batch.k_mask
+        expected_lattice = other + DIFFERENCE_SCALES[1] * velocity
+        moved = expected / rest[..., None]
+        return (
+            torch.where(known[..., None], moved, coordinates),
+            torch.where(known, expected_lattice / rest, velocity),
+        )
 
     def geometry(self, batch: TensorBatch, free_params: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Edge features [B,T,A,.] and differences [B,T,A,3].

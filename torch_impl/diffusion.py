@@ -22,14 +22,21 @@ class NoisyTensors:
     lattice_target: Tensor
     coordinate_weight: Tensor
     lattice_weight: Tensor
+    coordinate_bend: Tensor
+    lattice_bend: Tensor
 
     @classmethod
     def from_arrays(
         cls, noisy: NoisyCrystals, weights: LossWeights, device: torch.device | str = "cpu"
     ) -> "NoisyTensors":
         """Copies noisy crystals to a device."""
-        arrays = {**vars(noisy)}
-        arrays["coordinate_weight"], arrays["lattice_weight"] = weights.coordinate, weights.lattice
+        arrays = {
+            **vars(noisy),
+            "coordinate_weight": weights.coordinate,
+            "lattice_weight": weights.lattice,
+            "coordinate_bend": weights.coordinate_bend,
+            "lattice_bend": weights.lattice_bend,
+        }
         return cls(
             **{n: torch.from_numpy(np.ascontiguousarray(a)).to(device) for n, a in arrays.items()}
         )
@@ -48,10 +55,15 @@ class Loss:
     per_crystal: Tensor
 
 
+def bent(error: Tensor, bend: Tensor) -> Tensor:
+    """Squares of errors, but linear far beyond a bend; see ``LossWeights``."""
+    return 2 * error**2 / (1 + (1 + (error / bend) ** 2).sqrt())
+
+
 def denoising_loss(
     model: nn.Module, batch: TensorBatch, noisy: NoisyTensors, config: DiffusionConfig
 ) -> Loss:
-    """Weighted squared error of the targets.
+    """Weighted error of the targets, squared or bent.
 
     Args:
         model: a CrystalDiT, or what stands for it when several processes train it.
@@ -61,12 +73,13 @@ def denoising_loss(
     """
     coordinates, lattice = model(batch, noisy.free_params, noisy.lattice, noisy.t)
     free = batch.free_mask.float()
-    squared = (coordinates.float() - noisy.coordinate_target) ** 2 * free  # [B,S,3]
-    coordinate = (noisy.coordinate_weight * squared).sum()
-    lattice_loss = (noisy.lattice_weight * (lattice.float() - noisy.lattice_target) ** 2).sum()
+    error = coordinates.float() - noisy.coordinate_target  # [B,S,3]
+    coordinate = (noisy.coordinate_weight * bent(error, noisy.coordinate_bend)).sum()
+    lattice_error = lattice.float() - noisy.lattice_target
+    lattice_loss = (noisy.lattice_weight * bent(lattice_error, noisy.lattice_bend)).sum()
     return Loss(
         total=config.coordinate_weight * coordinate + config.lattice_weight * lattice_loss,
         coordinate=coordinate,
         lattice=lattice_loss,
-        per_crystal=squared.sum((1, 2)) / free.sum((1, 2)).clamp(min=1),
+        per_crystal=(error**2 * free).sum((1, 2)) / free.sum((1, 2)).clamp(min=1),
     )

@@ -30,6 +30,29 @@ VELOCITY_SCALE = float(np.sqrt(12))
 
 #: Paths from a precedent are so much shorter than those from uniform noise.
 PRECEDENT_SCALE = 0.35
+#: Units in which crystals differ from their precedents: of coordinates (times ``VELOCITY_SCALE``)
+#: and of standardised lattice numbers.
+DIFFERENCE_SCALES = (0.1, 0.3)
+#: Of a path, at least, when its velocity is what a difference leaves to be gone.
+MIN_REMAINING = 1e-3
+
+
+def error_units(known: NDArray[np.bool_], t: Array, target: str) -> tuple[Array, Array]:
+    """Units of the errors of velocities: of coordinates and of lattice numbers, [B] each.
+
+    Args:
+        known: [B], which crystals start from a precedent.
+        t: [B] in [0,1].
+        target: what the network says of these, as in ``common.config.ModelConfig``.
+    """
+    scales: tuple[Array, ...]
+    if target == "difference":
+        rest = np.maximum(1 - t, np.float32(MIN_REMAINING))
+        scales = tuple(np.float32(scale) / rest for scale in DIFFERENCE_SCALES)
+    else:
+        scales = (np.full_like(t, PRECEDENT_SCALE),) * 2
+    coordinate, lattice = (np.where(known, s, np.float32(1)).astype(np.float32) for s in scales)
+    return coordinate, lattice
 
 
 def starting_points(

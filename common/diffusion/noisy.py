@@ -29,31 +29,53 @@ class NoisyCrystals:
 
 @dataclass(frozen=True)
 class LossWeights:
-    """Weight of every squared error in the loss; those of a whole batch sum to one.
+    """How errors count in the loss.
+
+    An error e counts as 2 e^2 / (1 + sqrt(1 + (e / d)^2)) times its weight: as e^2 where it is
+    small beside d, as 2 d |e| where it is large (pseudo-Huber; Charbonnier et al., ICIP 1994).
 
     Attributes:
-        coordinate: [B,S,3], alike for all free coordinates, else zero.
-        lattice: [B,6], alike for all free lattice numbers, else zero.
+        coordinate: weights [B,S,3], alike for all free coordinates, else zero; their sum over a
+            batch is one, but for their units.
+        lattice: likewise [B,6], of the free lattice numbers.
+        coordinate_bend: d of the coordinates, [B,1,1]; infinity where errors are squared always.
+        lattice_bend: likewise [B,1].
     """
 
     coordinate: Array
     lattice: Array
+    coordinate_bend: Array
+    lattice_bend: Array
 
     @classmethod
     def of(cls, free_mask: NDArray[np.bool_], k_mask: NDArray[np.bool_]) -> "LossWeights":
-        """Weights of a batch with these masks, [B,S,3] and [B,6]."""
-        return cls(_shares(free_mask), _shares(k_mask))
+        """Weights of squared errors of a batch with these masks, [B,S,3] and [B,6]."""
+        never = np.full(len(k_mask), np.inf, np.float32)
+        return cls(_shares(free_mask), _shares(k_mask), never[:, None, None], never[:, None])
 
     def take(self, rows: NDArray[np.int64], real: NDArray[np.bool_]) -> "LossWeights":
         """Those of some rows, zero for the rows that are not real."""
         return LossWeights(
-            self.coordinate[rows] * real[:, None, None], self.lattice[rows] * real[:, None]
+            self.coordinate[rows] * real[:, None, None],
+            self.lattice[rows] * real[:, None],
+            self.coordinate_bend[rows],
+            self.lattice_bend[rows],
         )
 
-    def in_units(self, unit: Array) -> "LossWeights":
-        """Those of errors that are counted in units of their own, [B]."""
-        scale = unit.astype(np.float32) ** -2
-        return LossWeights(self.coordinate * scale[:, None, None], self.lattice * scale[:, None])
+    def in_units(self, coordinate: Array, lattice: Array, bend: Array) -> "LossWeights":
+        """Those of errors that are counted in units of their own.
+
+        Args:
+            coordinate, lattice: the units, [B].
+            bend: d in these units, [B].
+        """
+        first, second = coordinate[:, None, None], lattice[:, None]
+        return LossWeights(
+            self.coordinate * first**-2,
+            self.lattice * second**-2,
+            bend[:, None, None] * first,
+            bend[:, None] * second,
+        )
 
 
 def _shares(mask: NDArray[np.bool_]) -> Array:

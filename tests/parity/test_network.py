@@ -16,6 +16,7 @@ import torch_impl.crystal_dit as torch_dit
 import torch_impl.diffusion as torch_diffusion
 from common.config import DiffusionConfig, ModelConfig
 from common.data.batch import Batch, collate
+from common.diffusion.flow import error_units
 from common.diffusion.noisy import LossWeights, NoisyCrystals
 from common.diffusion.scaler import Standardizer
 from tests.networks import SYSTEMS, fitted, noise_of, random_items, small
@@ -42,6 +43,7 @@ CONFIGS = {
     "mean aggregation, frames off": small(layers=1, aggregation="mean", frames=False),
     "no feed-forward, no modulation": small(layers=1, feed_forward=0, modulation=False),
     "precedents": small(layers=1, precedents=True),
+    "differences from precedents": small(layers=1, precedents=True, target="difference"),
     "conventional cell, precedents": small(layers=1, cell="conventional", precedents=True),
     "conventional cell": small(layers=1, cell="conventional"),
 }
@@ -71,7 +73,9 @@ def example(cell: str) -> Example:
         coordinate_target=random.normal(size=free.shape).astype(np.float32),
         lattice_target=random.normal(size=lattice.shape).astype(np.float32),
     )
-    weights = LossWeights.of(batch.free_mask, batch.k_mask)
+    units = error_units(batch.precedent_mask, t, "difference")
+    bend = np.where(batch.precedent_mask, 0.5, np.inf).astype(np.float32)
+    weights = LossWeights.of(batch.free_mask, batch.k_mask).in_units(*units, bend)
     return Example(batch, fitted(items), noisy, weights)
 
 

@@ -11,8 +11,11 @@ from common.checkpoint import PRECEDENTS, save_checkpoint
 from common.crystal.lattice import lattice_to_k
 from common.crystal.symmetry import nearest_zero
 from common.data.store import Record
+from common.diffusion.flow import DIFFERENCE_SCALES, VELOCITY_SCALE
 from tests.training import alike_records, tiny_run
 from torch_impl.backend import load
+from torch_impl.diffusion import NoisyTensors, bent
+from torch_impl.tensors import TensorBatch
 from torch_impl.train_dit import Trainer
 
 RUN = tiny_run(model={"precedents": True}, steps=3)
@@ -55,6 +58,89 @@ def test_an_untrained_network_gives_the_precedent_back(trainer: Trainer, tmp_pat
         strain.append(np.abs(lattice_to_k(crystal.lattice) - lattice_to_k(found.crystal.lattice)))
     assert 0.018 < np.std(spread) < 0.022  # 0.05, times the temperature
     assert 0 < np.max(strain) < 1.5
+
+
+DIFFERENCES = tiny_run(
+    model={"precedents": True, "target": "difference"},
+    diffusion={"precedent_bend": 0.5},
+    descriptions="random",
+    precedents=4,
+)
+
+
+@pytest.mark.parametrize("steps", [1, 7])
+def test_an_untrained_network_of_differences_ends_at_the_precedent(
+    tmp_path: Path, steps: int
+) -> None:
+    """Its differences are zero: every path leads to the precedent, whatever the noise."""
+    records = alike_records()
+    save_checkpoint(tmp_path / "checkpoint", **Trainer(DIFFERENCES, records, records).final())
+    generator = load(tmp_path / "checkpoint", "cpu")
+    crystals = generator.sample([request(r, 1) for r in records], seed=0, steps=steps)
+    for crystal in crystals:
+        (found,) = generator.precedents.find(crystal)
+        for site, known, position in zip(
+            crystal.sites, found.crystal.sites, crystal.positions, strict=True
+        ):
+            apart = nearest_zero(np.array(site.free_params) - np.array(known.free_params))
+            assert np.abs(apart[position.free_mask]).max(initial=0) < 1e-5
+        strain = lattice_to_k(crystal.lattice) - lattice_to_k(found.crystal.lattice)
+        assert np.abs(strain).max() < 1e-4
+
+
+def test_differences_of_known_size_are_errors_of_the_same_size() -> None:
+    """The untrained network's loss is that of the differences in their units, at every time."""
+    records = alike_records()
+    trainer = Trainer(DIFFERENCES, records, records)
+    data = next(trainer.batches())
+    batch, t = data.batch, data.noisy.t
+    known = batch.precedent_mask
+    assert known.any()
+    with torch.no_grad():
+        tensors = TensorBatch.from_batch(batch, trainer.standardizer, DIFFERENCES.model.properties)
+        noisy = NoisyTensors.from_arrays(data.noisy, data.weights)
+        velocity, _ = trainer.model(tensors, noisy.free_params, noisy.lattice, noisy.t)
+    apart = VELOCITY_SCALE * nearest_zero(batch.precedent_params - batch.free_params)
+    error = (velocity.numpy() - data.noisy.coordinate_target) * (1 - t)[:, None, None]
+    free = batch.free_mask & known[:, None, None]
+    np.testing.assert_allclose(error[free], apart[free], atol=1e-4)
+    unit = DIFFERENCE_SCALES[0] / (1 - t)
+    np.testing.assert_allclose(
+        data.weights.coordinate_bend[known, 0, 0], 0.5 * unit[known], rtol=1e-5
+    )
+    first = data.weights.coordinate[free][0] * unit[np.nonzero(free)[0][0]] ** 2
+    weights = data.weights.coordinate * unit[:, None, None] ** 2
+    np.testing.assert_allclose(weights[free], first, rtol=1e-4)
+
+
+def test_errors_bend() -> None:
+    error = torch.tensor([0.0, 1e-3, -0.01, 3.0, -1e4])
+    squared = bent(error, torch.tensor(float("inf")))
+    torch.testing.assert_close(squared, error**2)
+    found = bent(error, torch.tensor(0.5))
+    torch.testing.assert_close(found[:3], error[:3] ** 2, rtol=2e-4, atol=0)
+    torch.testing.assert_close(found[-1:], 2 * 0.5 * error[-1:].abs(), rtol=1e-3, atol=0)
+    assert found[3] < squared[3] / 2
+
+
+def test_descriptions_change_from_epoch_to_epoch() -> None:
+    """Of crystals and precedents, both alike; validation keeps the records' own."""
+    records = alike_records()
+    trainer = Trainer(DIFFERENCES, records, records)
+    plans = trainer.data.epoch(0, 0)
+    group = trainer.data.buckets[plans[0].bucket]
+    own = group.batch.take(plans[0].rows)
+    seen = [trainer.prepare(trainer.data, plans[0], "train", step).batch for step in range(6)]
+    assert any(np.abs(nearest_zero(b.free_params - own.free_params)).max() > 0.01 for b in seen)
+    for batch in seen:
+        known = batch.precedent_mask[:, None, None] & batch.free_mask
+        before = np.where(known, nearest_zero(own.precedent_params - own.free_params), 0)
+        after = np.where(known, nearest_zero(batch.precedent_params - batch.free_params), 0)
+        # Axes that a first atom exchanges may differ; how far it is all in all, little.
+        assert (np.abs(after).max(axis=2) <= 3 * np.abs(before).max(axis=2) + 1e-4).all()
+    kept = trainer.prepare(trainer.data, plans[0], "validation", 3).batch
+    np.testing.assert_array_equal(kept.free_params, own.free_params)
+    np.testing.assert_array_equal(kept.precedent_params, own.precedent_params)
 
 
 def test_steps_learn_from_short_paths(trainer: Trainer) -> None:
