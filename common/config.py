@@ -47,6 +47,9 @@ class ModelConfig(Settings):
     precedents: bool = Field(
         False, description="Starts from, and sees, the most similar known crystal (flow)."
     )
+    former_elements: bool = Field(
+        False, description="Sites see which element the precedent had there."
+    )
     target: Literal["velocity", "difference"] = Field(
         "velocity",
         description="Said of a crystal with a precedent: how fast it moves, or where it differs.",

@@ -40,7 +40,7 @@ from common.templates import Assignment, Template, assign
 Array = NDArray[np.float64]
 
 #: Of the cached descriptions; another number makes them anew.
-_CACHE_VERSION = 2
+_CACHE_VERSION = 3
 #: Rows that are tried, for each precedent that is asked for, until one takes the letters.
 _TRIES = 4
 #: Crystals per process below which none is started.
@@ -166,8 +166,11 @@ class PrecedentIndex:
         if described is None:
             return None
         former = {new: old for old, new in elements.items()}
-        differences = tuple(float(self._difference[former[z], z]) for z, _ in wanted)
-        return Precedent(described, differences, self._known.material_id(row))
+        numbers = tuple(former[z] for z, _ in wanted)
+        differences = tuple(
+            float(self._difference[old, z]) for old, (z, _) in zip(numbers, wanted, strict=True)
+        )
+        return Precedent(described, differences, numbers, self._known.material_id(row))
 
     def _guess(self, crystal: Crystal) -> float:
         return float(sum(self._volume[z] * n for z, n in crystal.formula_counts.items()))
@@ -270,7 +273,10 @@ def _items(record: Record, found: Sequence[Mapping[str, Any]], count: int) -> li
 
 def _item(record: Record, row: Mapping[str, Any]) -> BatchItem:
     precedent = Precedent(
-        Crystal.from_dict(row["precedent"]), tuple(row["differences"]), row["material_id"]
+        Crystal.from_dict(row["precedent"]),
+        tuple(row["differences"]),
+        tuple(row["numbers"]),
+        row["material_id"],
     )
     return BatchItem(Crystal.from_dict(row["crystal"]), record.properties, precedent)
 
@@ -313,6 +319,7 @@ def _describe(index: PrecedentIndex, count: int, crystal: Crystal, name: str) ->
             "crystal": aligned(crystal, precedent.crystal)[0].to_dict(),
             "precedent": precedent.crystal.to_dict(),
             "differences": list(precedent.differences),
+            "numbers": list(precedent.numbers),
             "material_id": precedent.material_id,
         }
         for precedent in index.find(crystal, count, exclude=name)

@@ -101,8 +101,9 @@ class TokenEmbedding(nn.Cell):
 class PrecedentEmbedding(nn.Cell):
     """How far sites and lattice are from the precedent's, and how alike its elements are."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, former_elements: bool) -> None:
         super().__init__()
+        self.element = Embedding(NUM_ELEMENTS, width) if former_elements else None
         self.site = Linear(3 + 6 * PRECEDENT_FREQUENCIES + 2, width)
         self.cell = Linear(14, width)
 
@@ -117,6 +118,9 @@ class PrecedentEmbedding(nn.Cell):
         waves = fourier_features(apart, PRECEDENT_FREQUENCIES)
         of_site = ops.concat((apart, waves, difference, ops.ones_like(difference)), -1)
         embedded = self.site(of_site * ops.expand_dims(known, -1))  # [B,S,D]
+        if self.element is not None:
+            former = self.element(batch["precedent_numbers"])
+            embedded = embedded + former * ops.expand_dims(known, -1)
         weighted = batch["precedent_difference"] * batch["multiplicity"].astype(ms.float32)
         total = batch["num_atoms"].astype(ms.float32).reshape(-1, 1)
         mean = weighted.sum(1, keepdims=True) / total  # [B,1]
@@ -203,7 +207,9 @@ class CrystalDiT(nn.Cell):
         self.space_group = Embedding(NUM_SPACE_GROUPS, width)
         self.lattice_in = Linear(12, width)
         self.property = PropertyEmbedding(len(config.properties), width)
-        self.precedent = PrecedentEmbedding(width) if config.precedents else None
+        self.precedent = (
+            PrecedentEmbedding(width, config.former_elements) if config.precedents else None
+        )
         frames = 2 if config.frames else 1
         features = frames * 6 * config.frequencies
         features += 2 * RADIAL_CENTERS if config.distances else 0
@@ -219,6 +225,8 @@ class CrystalDiT(nn.Cell):
         """Every residual branch and the outputs start at zero (adaLN-zero)."""
         for embedding in (self.tokens.element, self.tokens.letter, self.space_group):
             _fill(embedding.weight, Normal(0.5))
+        if self.precedent is not None and self.precedent.element is not None:
+            _fill(self.precedent.element.weight, Normal(0.5))
         for block in self.blocks:
             if block.modulation is not None:
                 _fill(block.modulation.weight, Zero())

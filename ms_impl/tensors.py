@@ -49,6 +49,7 @@ class TensorBatch(Tensors):
     precedent_mask: Tensor
     precedent_params: Tensor
     precedent_difference: Tensor
+    precedent_numbers: Tensor
     precedent_lattice: Tensor
     lattice_center: Tensor
     lattice_scale: Tensor

@@ -69,9 +69,9 @@ def random_items(
         precedent = None
         if precedents and row % 3 < 2:
             differences = tuple(random.random(len(crystal.sites)).tolist())
-            precedent = Precedent(
-                random_crystal(group, letters, random), differences, f"known-{row}"
-            )
+            known = random_crystal(group, letters, random)
+            numbers = tuple((site.atomic_number + 1 + row) % 90 + 1 for site in crystal.sites)
+            precedent = Precedent(known, differences, numbers, f"known-{row}")
         items.append(BatchItem(crystal, given if properties else {}, precedent))
     return items
 

@@ -90,8 +90,9 @@ class TokenEmbedding(nn.Module):
 class PrecedentEmbedding(nn.Module):
     """How far sites and lattice are from the precedent's, and how alike its elements are."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, former_elements: bool) -> None:
         super().__init__()
+        self.element = nn.Embedding(NUM_ELEMENTS, width) if former_elements else None
         self.site = nn.Linear(3 + 6 * PRECEDENT_FREQUENCIES + 2, width)
         self.cell = nn.Linear(14, width)
 
@@ -106,6 +107,8 @@ class PrecedentEmbedding(nn.Module):
         waves = fourier_features(apart, PRECEDENT_FREQUENCIES)
         of_site = torch.cat([apart, waves, difference, torch.ones_like(difference)], dim=-1)
         embedded = self.site(of_site * known[..., None])  # [B,S,D]
+        if self.element is not None:
+            embedded = embedded + self.element(batch.precedent_numbers) * known[..., None]
         index = batch.token_site[..., None].expand(-1, -1, embedded.shape[-1])
         weighted = batch.precedent_difference * batch.multiplicity
         mean = weighted.sum(dim=1, keepdim=True) / batch.num_atoms[:, None]  # [B,1]
@@ -183,7 +186,9 @@ class CrystalDiT(nn.Module):
         self.space_group = nn.Embedding(NUM_SPACE_GROUPS, width)
         self.lattice_in = nn.Linear(12, width)
         self.property = PropertyEmbedding(len(config.properties), width)
-        self.precedent = PrecedentEmbedding(width) if config.precedents else None
+        self.precedent = (
+            PrecedentEmbedding(width, config.former_elements) if config.precedents else None
+        )
         frames = 2 if config.frames else 1
         features = frames * 6 * config.frequencies
         features += 2 * RADIAL_CENTERS if config.distances else 0
@@ -199,6 +204,8 @@ class CrystalDiT(nn.Module):
         """Every residual branch and the outputs start at zero (adaLN-zero)."""
         for embedding in (self.tokens.element, self.tokens.letter, self.space_group):
             nn.init.normal_(embedding.weight, std=0.5)
+        if self.precedent is not None and self.precedent.element is not None:
+            nn.init.normal_(self.precedent.element.weight, std=0.5)
         for block in self.blocks:
             if block.modulation is not None:
                 nn.init.zeros_(block.modulation.weight)

@@ -43,6 +43,7 @@ class TensorBatch:
     precedent_mask: Tensor
     precedent_params: Tensor
     precedent_difference: Tensor
+    precedent_numbers: Tensor
     precedent_lattice: Tensor
     lattice_center: Tensor
     lattice_scale: Tensor

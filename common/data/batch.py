@@ -79,6 +79,7 @@ class Batch:
         precedent_params: [B,S,3], its free parameters, as ``free_params``.
         precedent_k: [B,6], its lattice, as ``lattice_k``.
         precedent_difference: [B,S], how unlike the element is that its own took the place of.
+        precedent_numbers: [B,S], atomic number of that element, zero where there is none.
     """
 
     atomic_numbers: Int
@@ -110,6 +111,7 @@ class Batch:
     precedent_params: Float
     precedent_k: Float
     precedent_difference: Float
+    precedent_numbers: Int
 
     @property
     def size(self) -> int:
@@ -137,11 +139,13 @@ class Precedent:
     Attributes:
         crystal: its sites have the elements and letters that are wanted, in their order.
         differences: how unlike the element that was there is to the new one, per site.
+        numbers: atomic numbers of these elements.
         material_id: of the known crystal.
     """
 
     crystal: Crystal
     differences: tuple[float, ...]
+    numbers: tuple[int, ...]
     material_id: str
 
 
@@ -267,6 +271,7 @@ def _empty(size: int, sites: int, tokens: int, atoms: int) -> dict[str, np.ndarr
         "precedent_params": zeros(sites, 3),
         "precedent_k": zeros(6),
         "precedent_difference": zeros(sites),
+        "precedent_numbers": integers(sites),
     }
 
 
@@ -292,6 +297,7 @@ def _fill_precedent(arrays: dict[str, np.ndarray], row: int, precedent: Preceden
     arrays["precedent_params"][row, :count] = [s.free_params for s in precedent.crystal.sites]
     arrays["precedent_k"][row] = lattice_to_k(precedent.crystal.lattice)
     arrays["precedent_difference"][row, :count] = precedent.differences
+    arrays["precedent_numbers"][row, :count] = precedent.numbers
 
 
 def _fill_geometry(arrays: dict[str, np.ndarray], row: int, crystal: Crystal, view: View) -> None:

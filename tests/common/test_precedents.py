@@ -57,6 +57,7 @@ def test_the_most_similar_elements_come_first(index: PrecedentIndex) -> None:
         assert named == [(20, "b"), (22, "a"), (8, "c")]
     assert found[0].differences[1:] == (0.0, 0.0)
     assert 0 < found[0].differences[0] < found[1].differences[0]
+    assert [one.numbers for one in found] == [(38, 22, 8), (56, 22, 8), (19, 12, 9)]
     assert index.find(wanted, exclude="SrTiO3")[0].material_id == "BaTiO3"
     assert index.find(Crystal(225, (Site(11, "a"), Site(17, "b")), np.eye(3))) == []
 
@@ -121,6 +122,7 @@ def test_training_rows_are_described_near_their_precedents(
         assert one.precedent is not None
         assert other.precedent is not None
         assert one.precedent.differences == other.precedent.differences
+        assert one.precedent.numbers == other.precedent.numbers
 
 
 def test_a_damaged_cache_is_made_anew(index: PrecedentIndex, own_cache: Path) -> None:

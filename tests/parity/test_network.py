@@ -43,7 +43,9 @@ CONFIGS = {
     "mean aggregation, frames off": small(layers=1, aggregation="mean", frames=False),
     "no feed-forward, no modulation": small(layers=1, feed_forward=0, modulation=False),
     "precedents": small(layers=1, precedents=True),
-    "differences from precedents": small(layers=1, precedents=True, target="difference"),
+    "differences from precedents": small(
+        layers=1, precedents=True, target="difference", former_elements=True
+    ),
     "conventional cell, precedents": small(layers=1, cell="conventional", precedents=True),
     "conventional cell": small(layers=1, cell="conventional"),
 }

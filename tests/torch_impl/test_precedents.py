@@ -61,7 +61,7 @@ def test_an_untrained_network_gives_the_precedent_back(trainer: Trainer, tmp_pat
 
 
 DIFFERENCES = tiny_run(
-    model={"precedents": True, "target": "difference"},
+    model={"precedents": True, "target": "difference", "former_elements": True},
     diffusion={"precedent_bend": 0.5},
     descriptions="random",
     precedents=4,

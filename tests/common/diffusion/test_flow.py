@@ -53,7 +53,7 @@ def test_new_description_is_of_the_same_crystal_and_of_the_same_precedent(number
     crystal = random_crystal(number, random)
     given = np.array([site.free_params for site in crystal.sites])
     near = with_params(crystal, given + random.normal(0, 0.02, given.shape))
-    item = BatchItem(crystal, {}, Precedent(near, (0.0,) * len(given), "near"))
+    item = BatchItem(crystal, {}, Precedent(near, (0.0,) * len(given), (8,) * len(given), "near"))
     batch = collate([item], "asymmetric")
     descriptions, row = Descriptions(batch), np.array([0])
     mask = batch.free_mask[0, : len(given)]
