@@ -141,6 +141,9 @@ class TrainConfig(Optimisation):
     precedent_dropout: float = Field(
         0.15, ge=0, le=1, description="Rows trained without precedent, where there is one."
     )
+    at_precedent: float = Field(
+        0.0, ge=0, lt=1, description="Share of rows with a precedent shown where paths begin."
+    )
     descriptions: Literal["nearest", "random"] = Field(
         "nearest",
         description="Of a crystal with its precedent: the known crystal's own, or a random one.",

@@ -9,7 +9,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -391,6 +391,8 @@ class BaseTrainer(TrainingRun[TrainingBatch]):
                 precedent_mask=batch.precedent_mask & keep_precedent,
             )
         known = batch.precedent_mask
+        later = (draws.t - settings.at_precedent) / (1 - settings.at_precedent)
+        draws = replace(draws, t=np.where(known, later.clip(0), draws.t).astype(np.float32))
         bend = np.where(known, diffusion.precedent_bend or np.inf, np.inf).astype(np.float32)
         units = error_units(known, draws.t, self.config.model.target)
         return TrainingBatch(

@@ -11,7 +11,7 @@ from common.checkpoint import PRECEDENTS, save_checkpoint
 from common.crystal.lattice import lattice_to_k
 from common.crystal.symmetry import nearest_zero
 from common.data.store import Record
-from common.diffusion.flow import DIFFERENCE_SCALES, VELOCITY_SCALE
+from common.diffusion.flow import DIFFERENCE_SCALES, VELOCITY_SCALE, starting_points
 from tests.training import alike_records, tiny_run
 from torch_impl.backend import load
 from torch_impl.diffusion import NoisyTensors, bent
@@ -111,6 +111,32 @@ def test_differences_of_known_size_are_errors_of_the_same_size() -> None:
     first = data.weights.coordinate[free][0] * unit[np.nonzero(free)[0][0]] ** 2
     weights = data.weights.coordinate * unit[:, None, None] ** 2
     np.testing.assert_allclose(weights[free], first, rtol=1e-4)
+
+
+def test_so_many_rows_are_shown_at_their_precedent() -> None:
+    """The others' times are uniform, as all are without a precedent."""
+    records = alike_records(40)
+    run = tiny_run(
+        model={"precedents": True}, at_precedent=0.6, batch_size=40, precedent_dropout=0.3
+    )
+    trainer = Trainer(run, records, records)
+    data = next(trainer.batches())
+    t, known = data.noisy.t, data.batch.precedent_mask
+    assert 0 < known.sum() < len(known)
+    assert 0.4 < (t[known] == 0).mean() < 0.8
+    assert t[known].max() > 0.8
+    assert (t[~known] > 0).all()
+    at_start = known & (t == 0)
+    start = starting_points(
+        data.batch,
+        trainer.standardizer,
+        run.diffusion,
+        *(np.zeros_like(data.batch.free_params),) * 2,
+        np.zeros((len(t), 6), np.float32),
+        0.0,
+    )[0]
+    near = nearest_zero(data.noisy.free_params - start)[at_start]
+    assert np.abs(near[data.batch.free_mask[at_start]]).max() < 6 * run.diffusion.precedent_noise
 
 
 def test_errors_bend() -> None:
