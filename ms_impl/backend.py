@@ -4,7 +4,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.language.config import LanguageRunConfig
-from ms_impl.bench import benchmark, benchmark_sizes, benchmark_steps
+from ms_impl.bench import (
+    benchmark,
+    benchmark_delivery,
+    benchmark_sizes,
+    benchmark_steps,
+)
 from ms_impl.distributed import problems
 from ms_impl.generator import Generator, devices, load
 from ms_impl.train_dit import train
@@ -32,6 +37,7 @@ def train_language(config: LanguageRunConfig, out: Path, **options: Any) -> None
 __all__ = [
     "Generator",
     "benchmark",
+    "benchmark_delivery",
     "benchmark_sizes",
     "benchmark_steps",
     "devices",

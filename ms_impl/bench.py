@@ -1,5 +1,7 @@
 """Speed of training and sampling with MindSpore on this machine."""
 
+from pathlib import Path
+
 import mindspore as ms
 from mindspore import ops
 
@@ -10,14 +12,17 @@ from common.data.store import Record
 from common.size_cost import SizeCost, measure_sizes
 from common.speed import (
     PEAK_WIDTH,
+    Delivery,
     NetworkSpeed,
     StepCost,
+    deliver,
     network_speed,
     product_speed,
     step_costs,
 )
 from ms_impl.crystal_dit import CrystalDiT
-from ms_impl.generator import Generator
+from ms_impl.device import use_device
+from ms_impl.generator import Generator, load
 from ms_impl.train_dit import Trainer
 
 
@@ -56,6 +61,24 @@ def benchmark_steps(
     """
     records = dataset(configs[0].train.data)
     return step_costs([Trainer(one, records, records[:1], device) for one in configs], steps)
+
+
+def benchmark_delivery(
+    checkpoint: Path, records: list[Record], threads: int, device: str = "auto"
+) -> Delivery:
+    """How long a trained checkpoint takes for crystals, compilation included.
+
+    See ``common.speed.deliver``.
+
+    Args:
+        checkpoint: its folder.
+        records: what to sample.
+        threads: CPU threads, which are left to MindSpore.
+        device: ``auto``, ``cpu`` or ``ascend``.
+    """
+    device = use_device(device)  # which later kernels would not let one choose
+    times, _ = deliver(lambda: load(checkpoint, device), records, gemm_peak())
+    return times
 
 
 def _untrained(config: RunConfig, records: list[Record]) -> tuple[Trainer, Generator]:

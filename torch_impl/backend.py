@@ -4,7 +4,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.language.config import LanguageRunConfig
-from torch_impl.bench import benchmark, benchmark_sizes, benchmark_steps
+from torch_impl.bench import (
+    benchmark,
+    benchmark_delivery,
+    benchmark_sizes,
+    benchmark_steps,
+)
 from torch_impl.distributed import problems
 from torch_impl.generator import Generator, devices, load
 from torch_impl.train_dit import train
@@ -32,6 +37,7 @@ def train_language(config: LanguageRunConfig, out: Path, **options: Any) -> None
 __all__ = [
     "Generator",
     "benchmark",
+    "benchmark_delivery",
     "benchmark_sizes",
     "benchmark_steps",
     "devices",

@@ -1,5 +1,7 @@
 """Speed of training and sampling with torch on this machine."""
 
+from pathlib import Path
+
 import torch
 
 from common.config import RunConfig
@@ -8,14 +10,16 @@ from common.data.store import Record
 from common.size_cost import SizeCost, measure_sizes
 from common.speed import (
     PEAK_WIDTH,
+    Delivery,
     NetworkSpeed,
     StepCost,
+    deliver,
     network_speed,
     product_speed,
     step_costs,
 )
 from torch_impl.crystal_dit import CrystalDiT
-from torch_impl.generator import Generator, available_device
+from torch_impl.generator import Generator, available_device, load
 from torch_impl.train_dit import Trainer
 
 
@@ -58,6 +62,23 @@ def benchmark_steps(
     return step_costs([Trainer(one, records, records[:1], device) for one in configs], steps)
 
 
+def benchmark_delivery(
+    checkpoint: Path, records: list[Record], threads: int, device: str = "auto"
+) -> Delivery:
+    """How long a trained checkpoint takes for crystals; see ``common.speed.deliver``.
+
+    Args:
+        checkpoint: its folder.
+        records: what to sample.
+        threads: CPU threads.
+        device: ``auto``, ``cpu`` or ``cuda``.
+    """
+    torch.set_num_threads(threads)
+    device = available_device(device)
+    times, _ = deliver(lambda: load(checkpoint, device), records, gemm_peak(device))
+    return times
+
+
 def _untrained(config: RunConfig, records: list[Record], threads: int) -> tuple[Trainer, Generator]:
     torch.set_num_threads(threads)
     settings = config.train.model_copy(update={"compile": False, "init_from": None})
@@ -65,7 +86,8 @@ def _untrained(config: RunConfig, records: list[Record], threads: int) -> tuple[
     return trainer, Generator(config, CrystalDiT(config.model), trainer.standardizer, "cpu")
 
 
-def gemm_peak() -> float:
+def gemm_peak(device: str = "cpu") -> float:
     """Operations per second of large float32 products of matrices, with the threads as set."""
-    matrix = torch.ones(PEAK_WIDTH, PEAK_WIDTH)
-    return product_speed(lambda: matrix @ matrix)
+    matrix = torch.ones(PEAK_WIDTH, PEAK_WIDTH, device=device)
+    # Only a result that is read has been waited for.
+    return product_speed(lambda: (matrix @ matrix)[0, 0].item())

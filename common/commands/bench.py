@@ -21,6 +21,7 @@ from common.size_cost import Law, memories, to_png
 from common.speed import (
     DIFFCSP_PP_CALLS,
     NetworkSpeed,
+    deliver_apart,
     labelling_speed,
     measure_apart,
     measure_sizes_apart,
@@ -43,7 +44,10 @@ def command(
         Path | None, typer.Argument(help="Network to measure, YAML; the shipped one without it.")
     ] = None,
     data: Annotated[str, typer.Option(help="Crystals: train, val, or a file.")] = "val",
-    limit: Annotated[int, typer.Option(min=8, help="The first rows of it.")] = 256,
+    limit: Annotated[
+        int | None,
+        typer.Option(min=8, help="The first rows of it; 256, with --checkpoint 1000."),
+    ] = None,
     calls: Annotated[int, typer.Option(min=1, help="Network calls per sample.")] = 10,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; all of them.")] = None,
     backend: Annotated[str, typer.Option(help="auto, torch or mindspore.")] = "auto",
@@ -61,9 +65,29 @@ def command(
             help="PNG: sampling only, cost against size up to 52 atoms, and nothing else."
         ),
     ] = None,
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(
+            help="How long a trained one takes for crystals, and nothing else: name or folder."
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option(help="With --checkpoint: auto, cpu, cuda or ascend.")] = (
+        "auto"
+    ),
     out: Annotated[Path | None, typer.Option(help="JSON file for the figures.")] = None,
 ) -> None:
     """Measure training and sampling: one token per site against one per atom, or two backends."""
+    if checkpoint is not None:
+        if config is not None or against is not None or sizes is not None or by_size is not None:
+            raise UserError(
+                "--checkpoint goes without CONFIG, --against, --sizes and --by-size: leave them out"
+            )
+        folder = shipped().get(checkpoint, Path(checkpoint))
+        _show_delivery(folder, data, limit or 1000, backend, threads or cpu_count(), device, out)
+        return
+    if device != "auto":
+        raise UserError("--device goes with --checkpoint: leave it out")
+    limit = limit or 256
 
     run = load_config(config) if config else _shipped_config()
     records = dataset(data)[:limit]
@@ -108,6 +132,49 @@ def command(
             "labelling_rows_per_second_per_process": rate,
             "networks": {label: speed.to_dict() for label, speed in speeds.items()},
         }
+        write_atomic(out, json.dumps(figures, indent=1) + "\n")
+
+
+def _show_delivery(
+    folder: Path,
+    data: str,
+    limit: int,
+    backend: str,
+    threads: int,
+    device: str,
+    out: Path | None,
+) -> None:
+    """What a trained checkpoint takes for the first crystals of a data set."""
+    from rich.table import Table
+
+    name = parse_config(load_checkpoint(folder).config, f"{folder}/config.yaml").name
+    records = dataset(data)[:limit]
+    if not records:
+        raise UserError(f"{data}: no usable rows to measure with")
+    times = deliver_apart(backend, folder, records, threads, device)
+    table = Table("", name)
+    for label, value in (
+        ("crystals", f"{times.crystals:,}"),
+        ("loading the checkpoint, s", f"{times.loading:.2f}"),
+        ("finding precedents, s", f"{times.precedents:.2f}"),
+        ("network and all else, s", f"{times.network:.2f}"),
+        ("after loading, s", f"{times.seconds:.2f}"),
+        ("crystals/s", f"{times.crystals / times.seconds:.1f}"),
+        ("network calls per crystal", f"{times.calls}"),
+        ("GFLOP per crystal", f"{times.flops * 1e-9:.3f}"),
+        ("DiffCSP++, times as many", f"{times.saving:,.0f}"),
+        ("GEMM peak, GFLOP/s", f"{times.peak * 1e-9:,.1f}"),
+        ("network and all else, % of it", f"{100 * times.share:.1f}"),
+    ):
+        table.add_row(label, value)
+    console = Console()
+    console.print(table)
+    console.print(
+        f"first {len(records)} rows of {data}, one sample each, nothing warmed up; {times.device}",
+        soft_wrap=True,
+    )
+    if out is not None:
+        figures = {"checkpoint": name, "data": data, "threads": threads} | times.to_dict()
         write_atomic(out, json.dumps(figures, indent=1) + "\n")
 
 

@@ -6,11 +6,14 @@ from pathlib import Path
 import pytest
 import yaml
 
+from common.backend import SampleRequest
+from common.checkpoint import load_checkpoint, shipped
 from common.cli import run
 from common.config import load_config
 from common.data.store import write_records
-from common.speed import measure_steps_apart
-from tests.training import alike_records, tiny_run
+from common.speed import deliver, measure_steps_apart
+from tests.training import alike_records, textbook_records, tiny_run
+from torch_impl.generator import load
 
 
 @pytest.fixture
@@ -87,3 +90,62 @@ def test_cost_against_size_is_of_one_network(
     for other in (["--sizes", "1"], ["--against", "torch"]):
         assert run(["bench", *arguments, "--by-size", str(tmp_path / "x.png"), *other]) == 2
         assert "--by-size" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("backend", ["torch", "mindspore"])
+def test_how_long_a_checkpoint_takes(
+    backend: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Of a shipped model: its own calls, precedents found, the times adding up."""
+    rows, out = tmp_path / "rows.parquet", tmp_path / "figures.json"
+    write_records(textbook_records()[:8], rows)
+    choice = ["--checkpoint", "crystal_dit_small_fm", "--data", str(rows), "--backend", backend]
+    assert run(["bench", *choice, "--device", "cpu", "--threads", "1", "--out", str(out)]) == 0
+    figures = json.loads(out.read_text())
+    config = load_checkpoint(shipped()["crystal_dit_small_fm"]).config
+    assert figures["calls"] == config["diffusion"]["steps"]
+    assert figures["crystals"] == 8
+    assert min(figures[name] for name in ("loading", "precedents", "network")) > 0
+    assert figures["seconds"] == figures["precedents"] + figures["network"]
+    assert figures["saving"] == figures["diffcsp_pp_flops"] / figures["flops"] > 50
+    assert 0 < figures["share"] < 1
+    shown = capfd.readouterr().out
+    assert f"{figures['flops'] * 1e-9:.3f}" in shown
+    assert f"{figures['crystals'] / figures['seconds']:.1f}" in shown
+
+
+def test_delivery_is_what_the_sampler_gives() -> None:
+    """The crystals are those of the checkpoint, and precedents are looked for in it."""
+    records = textbook_records()[:6]
+    folder = shipped()["crystal_dit_small_fm"]
+    times, crystals = deliver(lambda: load(folder, "cpu"), records, 1e9)
+    requests = [
+        SampleRequest(
+            record.crystal.space_group,
+            tuple((site.atomic_number, site.letter) for site in record.crystal.sites),
+            {n: v for n, v in record.properties.items() if n == "formation_energy" and v},
+            key=record.material_id,
+        )
+        for record in records
+    ]
+    expected = load(folder, "cpu").sample(requests, 0)
+    assert [c.to_dict() for c in crystals] == [c.to_dict() for c in expected]
+    assert times.precedents > 0
+
+
+@pytest.mark.parametrize(
+    ("choice", "says"),
+    [
+        (["--checkpoint", "nowhere"], "nowhere"),
+        (["--checkpoint", "crystal_dit_small_fm", "--sizes", "2"], "--checkpoint goes without"),
+        (["--device", "cpu"], "--device goes with --checkpoint"),
+        (["--checkpoint", "crystal_dit_small_fm", "--data", "nowhere.csv"], "nowhere.csv"),
+    ],
+)
+def test_wrong_choices_of_a_checkpoint(
+    choice: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["bench", *choice]) == 2
+    error = capsys.readouterr().err
+    assert says in error
+    assert error.count("\n") == 1
