@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from common.data.batch import symmetry_only
+from common.config import load_config
+from common.data.batch import symmetry_only, view_sizes
 from common.size_cost import Law, PeakMemory, SizeCost, memories, requests_by_size, to_png
+from common.speed import network_flops
+from tests.conftest import REPOSITORY
 
 MIB = 2**20
 
@@ -89,3 +92,31 @@ def test_plot_has_a_panel_for_memory_if_it_is_known() -> None:
     )
     assert both.shape[1] == 2 * time_alone.shape[1]
     assert np.unique(both.reshape(-1, both.shape[-1]), axis=0).shape[0] > 50  # something is drawn
+
+
+@pytest.mark.parametrize("name", ["crystal_dit_small_fm", "crystal_dit_paper_fm"])
+def test_operations_grow_with_edges_and_no_faster(name: str) -> None:
+    """Twice the edges take at most twice the operations, at every size up to 52 atoms.
+
+    Attention among sites is quadratic in them, but they are no more than the atoms.
+    """
+    model = load_config(REPOSITORY / "configs" / f"{name}.yaml").model
+    crystals = [symmetry_only(r.space_group, r.sites) for r in requests_by_size("asymmetric")]
+    sizes = [view_sizes(crystal, "asymmetric") for crystal in crystals]
+    flops = [network_flops(model, *size) for size in sizes]
+    edges = [tokens * atoms for tokens, atoms in sizes]
+    law = Law.fit(edges, flops)
+    assert 0.7 < law.exponent < 1.02  # below one where what every site costs still counts
+    for tokens, atoms in sizes:
+        once, twice = (network_flops(model, tokens, n * atoms) for n in (1, 2))
+        assert once < twice < 2 * once
+        assert network_flops(model, 2 * tokens, atoms) < 2.02 * once
+    largest = network_flops(model, 200, 200) / network_flops(model, 52, 52)
+    assert 0.8 * (200 / 52) ** 2 < largest < (200 / 52) ** 2
+
+
+def test_conventional_cells_cost_the_square_of_their_atoms() -> None:
+    """What the comparison with sites x atoms is about: the same crystal, one token per atom."""
+    model = load_config(REPOSITORY / "configs" / "diffcsp_pp.yaml").model
+    one, two = (network_flops(model, n, n) for n in (200, 400))
+    assert 3.9 < two / one < 4
