@@ -291,6 +291,12 @@ def shipped_language() -> dict[str, Path]:
     return _checkpoints_in(SHIPPED_LANGUAGE)
 
 
+def checkpoint_folder(name: str | Path) -> Path:
+    """The folder that is named, or that of the shipped Crystal DiT of this name."""
+    folder = Path(name)
+    return folder if folder.exists() else shipped().get(str(name), folder)
+
+
 def _checkpoints_in(folder: Path) -> dict[str, Path]:
     if not folder.is_dir():
         return {}

@@ -21,7 +21,7 @@ from common.backend import (
     load_backend,
     load_generator,
 )
-from common.checkpoint import load_checkpoint, shipped
+from common.checkpoint import checkpoint_folder, load_checkpoint, shipped
 from common.composition import (
     MAX_GIVEN_ATOMS,
     Formula,
@@ -270,7 +270,7 @@ def _agrees(formula_units: int, z: int, number: int | None) -> bool:
 
 
 def find_checkpoint(properties: Sequence[str], path: Path | None = None) -> Path:
-    """The checkpoint for a property: the given one, or the shipped one that knows it.
+    """The checkpoint for a property: the given one, or the smallest shipped one that knows it.
 
     Without a property the band gap's is taken, and samples with the null property.
 
@@ -286,10 +286,14 @@ def find_checkpoint(properties: Sequence[str], path: Path | None = None) -> Path
                 f"not with {wanted}; give another --checkpoint"
             )
         return path
-    for folder in shipped().values():
+    for folder in sorted(shipped().values(), key=_size):
         if (wanted or "band_gap") in _known_properties(folder):
             return folder
     raise UserError(f"no checkpoint for {wanted or 'band_gap'} is installed; give --checkpoint")
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir())
 
 
 def _known_properties(folder: Path) -> tuple[str, ...]:
@@ -329,7 +333,9 @@ def load_engine(
     """
     if backend not in ("auto", *available_backends()):
         load_backend(backend)  # says what there is
-    folder = find_checkpoint(properties, None if checkpoint is None else Path(checkpoint))
+    folder = find_checkpoint(
+        properties, None if checkpoint is None else checkpoint_folder(checkpoint)
+    )
     loaded = load_checkpoint(folder)
     identity = {
         "name": folder.name,
@@ -373,7 +379,7 @@ def generate(
         seed: same seed, same crystals.
         steps: network calls per crystal; the checkpoint's own number without it.
         backend: ``auto``, ``torch`` or ``mindspore``.
-        checkpoint: folder; the shipped one for the property without it.
+        checkpoint: folder, or a shipped one's name; the smallest for the property without it.
         prior: symmetry prior; the shipped one without it.
         symmetry_model: what ranks symmetries: ``glm4`` (as without it), the shipped language model
             with the prior; ``prior`` alone (as without it beside a prior of one's own); or the

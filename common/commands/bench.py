@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from common.checkpoint import load_checkpoint, shipped
+from common.checkpoint import checkpoint_folder, load_checkpoint, shipped
 from common.config import RunConfig, load_config, parse_config
 from common.data.batch import View
 from common.data.locations import dataset
@@ -82,7 +82,7 @@ def command(
             raise UserError(
                 "--checkpoint goes without CONFIG, --against, --sizes and --by-size: leave them out"
             )
-        folder = shipped().get(checkpoint, Path(checkpoint))
+        folder = checkpoint_folder(checkpoint)
         _show_delivery(folder, data, limit or 1000, backend, threads or cpu_count(), device, out)
         return
     if device != "auto":

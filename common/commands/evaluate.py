@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from common.backend import load_generator
-from common.checkpoint import load_checkpoint, shipped
+from common.checkpoint import checkpoint_folder, load_checkpoint, shipped
 from common.cli import OnceGroup
 from common.config import parse_config
 from common.data.locations import DATASETS, dataset
@@ -34,7 +34,7 @@ def crystals(
         typer.Option(help="What is told of each reference: with its composition, symmetries."),
     ] = "symmetry",
     checkpoint: Annotated[
-        Path | None, typer.Option(help="Checkpoint folder; the shipped formation-energy model.")
+        Path | None, typer.Option(help="Folder or name; the small shipped formation-energy model.")
     ] = None,
     num_samples: Annotated[
         int, typer.Option(min=1, help="Samples per reference; the chosen one is counted.")
@@ -84,7 +84,7 @@ def crystals(
     from common.evaluate.run import Evaluation, Told
     from common.ranking import load_ranker
 
-    folder = checkpoint or _default_checkpoint()
+    folder = checkpoint_folder(checkpoint) if checkpoint else _default_checkpoint()
     saved = load_checkpoint(folder)
     config = parse_config(saved.config, f"{folder}/config.yaml")
     kind = "composition-" if given == "composition" else ""

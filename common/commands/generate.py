@@ -48,7 +48,7 @@ def command(
     ] = None,
     backend: Annotated[str, typer.Option(help="auto, torch or mindspore.")] = "auto",
     checkpoint: Annotated[
-        Path | None, typer.Option(help="Checkpoint folder; the shipped one for the property.")
+        Path | None, typer.Option(help="Folder or name; the smallest shipped one for the property.")
     ] = None,
     symmetry_model: Annotated[
         str | None,

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -14,14 +15,14 @@ from pymatgen.core import Composition, Structure
 from rich.console import Console
 
 from common import ranking, runs
-from common.checkpoint import load_checkpoint, save_checkpoint
+from common.checkpoint import checkpoint_folder, load_checkpoint, save_checkpoint
 from common.cli import run
 from common.commands.generate import _show_table
 from common.config import RunConfig
 from common.crystal.structure import Crystal, Site
 from common.data.store import Record
 from common.errors import UserError
-from common.pipeline import Settings, generate, make_query
+from common.pipeline import Settings, find_checkpoint, generate, make_query
 from common.requests import read_requests
 from common.runs import generate_many
 from common.selection import choose_sample
@@ -335,3 +336,36 @@ def test_killed_process_is_resumed(checkpoint: Path, tmp_path: Path) -> None:
     assert made == [Composition(f).reduced_formula for f in formulas]
     assert json.loads((tmp_path / "out" / "run.json").read_text())["status"] == "finished"
     assert not list(tmp_path.glob("out-*"))
+
+
+# Which checkpoint
+
+
+@pytest.fixture
+def library(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two shipped checkpoints, the larger one first by name."""
+    folder = tmp_path / "shipped"
+    for name in ("a_large", "b_small"):
+        shutil.copytree(checkpoint, folder / name)
+    (folder / "a_large" / "more.bin").write_bytes(bytes(1000))
+    monkeypatch.setattr("common.checkpoint.SHIPPED", folder)
+    return folder
+
+
+def test_the_smallest_shipped_checkpoint_is_taken(library: Path) -> None:
+    assert find_checkpoint(["band_gap"]) == library / "b_small"
+    assert find_checkpoint([]) == library / "b_small"
+
+
+def test_a_shipped_checkpoint_goes_by_its_name(
+    library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless there is a folder of that name."""
+    monkeypatch.chdir(tmp_path)
+    assert checkpoint_folder("a_large") == library / "a_large"
+    (tmp_path / "a_large").mkdir()
+    assert checkpoint_folder("a_large") == Path("a_large")
+    assert checkpoint_folder("elsewhere/c") == Path("elsewhere/c")
+    with pytest.raises(UserError, match="elsewhere"):
+        generate("SrTiO3", checkpoint="elsewhere")
+    assert len(generate("SrTiO3", checkpoint="b_small", top=1, num_samples=1)) == 1
