@@ -15,7 +15,16 @@ from common.language.parameters import ATTENTION
 from common.training import ADAM_BETAS, ADAM_EPS
 
 #: Of training, for which MindFormers has no place.
-_OWN = ("questions", "analogues", "rehearsals", "token_budget", "ema", "compile", "fsdp")
+_OWN = (
+    "questions",
+    "analogues",
+    "rehearsals",
+    "analogue_dropout",
+    "token_budget",
+    "ema",
+    "compile",
+    "fsdp",
+)
 #: Those that our settings fill; others are kept as they are.
 _FILLED = frozenset(
     [

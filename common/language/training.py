@@ -15,7 +15,7 @@ from common.data.store import Record
 from common.errors import UserError
 from common.language.analogues import AnalogueIndex
 from common.language.config import LanguageRunConfig
-from common.language.examples import Examples, Int, TokenBatch
+from common.language.examples import Examples, Int, TokenBatch, Told
 from common.language.foreign import FolderWeights, is_foreign, network_config
 from common.language.hub import weights_folder
 from common.language.initial import initial_weights
@@ -135,12 +135,13 @@ class LanguageTrainer(TrainingRun[TokenBatch]):
 
     def batches(self) -> Iterator[TokenBatch]:
         """The training batches from the current step on."""
-        for rows, forms in self.data.batches(self.config.train.seed, self.step):
-            yield self.prepare(self.data, rows, forms)
+        train = self.config.train
+        for batch in self.data.batches(train.seed, self.step, train.analogue_dropout):
+            yield self.prepare(self.data, *batch)
 
-    def prepare(self, data: Examples, rows: Int, forms: Int) -> TokenBatch:
+    def prepare(self, data: Examples, rows: Int, forms: Int, told: Told = None) -> TokenBatch:
         """This process's share of a batch."""
-        return data.collate(rows, forms, *self.shard.rows(len(rows)))
+        return data.collate(rows, forms, *self.shard.rows(len(rows)), told)
 
     def validate(self) -> dict[str, float]:
         """``loss``, nats per token of an answer, and ``answer``, nats per answer."""
