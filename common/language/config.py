@@ -82,6 +82,9 @@ class LanguageTrainConfig(Optimisation):
         le=1,
         description="Share of analogues left out of questions, anew in every epoch.",
     )
+    dropout: float = Field(
+        0.0, ge=0, lt=1, description="Share of zeros in embeddings and in what blocks add to them."
+    )
     token_budget: int = Field(3072, ge=64, description="Padded tokens in a batch, at most.")
     gradient_checkpointing: bool = Field(
         False, description="Blocks are computed again for the gradient, which saves memory."
