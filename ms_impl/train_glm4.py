@@ -99,6 +99,7 @@ class Trainer(LanguageTrainer):
         self.average = Average(self.parameters)
         self.optimizer = _optimizer(self.settings, self.parameters)
         self.network = AnswerLoss(model)
+        self.dropouts = [c for _, c in model.cells_and_names() if isinstance(c, nn.Dropout)]
         self.done: tuple[Tensor, ...] = ()
 
     # Steps
@@ -143,11 +144,20 @@ class Trainer(LanguageTrainer):
         }
 
     def loss(self, data: TokenBatch) -> Tensor:
-        """Nats of this process's answers, summed."""
-        return self.network(*_tensors(self.fixed(data)))
+        """Nats of this process's answers, summed, without dropout: MindFormers' step has its own.
+
+        What a graph drops is decided when it is compiled, for each length anew.
+        """
+        for cell in self.dropouts:
+            cell.set_train(False)
+        try:
+            return self.network(*_tensors(self.fixed(data)))
+        finally:
+            for cell in self.dropouts:
+                cell.set_train(True)
 
     def losses(self, data: TokenBatch) -> float:
-        """Of the current weights."""
+        """Of the current weights, without dropout."""
         return float(self.loss(data).asnumpy().reshape(-1)[0])
 
     def summed(self, values: list[float]) -> list[float]:

@@ -55,6 +55,28 @@ def answer_loss(model: nn.Module, tokens: Tensor, targets: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits, targets[counted], reduction="sum")
 
 
+def add_dropout(model: GlmForCausalLM, share: float) -> None:
+    """Makes a share of the embeddings, and of what blocks add to them, zero in training mode.
+
+    That is what MindFormers' ``hidden_dropout`` does. Masks come from torch's own generator.
+
+    Args:
+        model: itself changed; names of parameters stay.
+        share: of zeros, the others are divided by what is left.
+    """
+
+    def drop(module: nn.Module, _: Any, output: Any) -> Any:
+        if not isinstance(output, tuple):
+            return nn.functional.dropout(output, share, module.training)
+        values, *rest = output  # an attention's weights follow
+        return nn.functional.dropout(values, share, module.training), *rest
+
+    model.model.embed_tokens.register_forward_hook(drop)
+    for layer in model.model.layers:
+        layer.self_attn.register_forward_hook(drop)
+        layer.mlp.register_forward_hook(drop)
+
+
 class AnswerLoss(nn.Module):
     """``answer_loss`` as a network, for what wraps networks."""
 

@@ -18,7 +18,15 @@ from common.language.training import LanguageTrainer
 from common.training import Shard, records_of, run_training
 from torch_impl.adamw import AUTOCAST, AveragedAdamW
 from torch_impl.distributed import joined, share_out, sum_gradients, sum_values
-from torch_impl.glm4 import AnswerLoss, adapter_name, add_adapter, build, load_adapter, load_weights
+from torch_impl.glm4 import (
+    AnswerLoss,
+    adapter_name,
+    add_adapter,
+    add_dropout,
+    build,
+    load_adapter,
+    load_weights,
+)
 
 
 class Trainer(AveragedAdamW, LanguageTrainer):
@@ -39,6 +47,8 @@ class Trainer(AveragedAdamW, LanguageTrainer):
         precision = "float32" if lora is None else lora.base_precision
         self.model = build(self.network_config, precision, device)
         load_weights(self.model, self.first_weights(), str(settings.init_from))
+        if settings.dropout:
+            add_dropout(self.model, settings.dropout)  # before layers are compiled
         if settings.compile:
             for layer in self.model.model.layers:
                 layer.compile(dynamic=True)
@@ -66,6 +76,8 @@ class Trainer(AveragedAdamW, LanguageTrainer):
 
     def update(self, data: TokenBatch, rate: float, decay: float) -> dict[str, float]:
         """One step of AdamW; see ``common.training.TrainingRun``."""
+        if self.config.train.dropout:
+            torch.manual_seed(self.dropout_seed())
         nats = self.loss(data)
         norm = self.descend(nats / data.answer_tokens, rate, decay)
         total = sum_values(nats.detach()).item()
@@ -77,8 +89,12 @@ class Trainer(AveragedAdamW, LanguageTrainer):
 
     @torch.no_grad()
     def losses(self, data: TokenBatch) -> float:
-        """Of the current weights."""
-        return self.loss(data).item()
+        """Of the current weights, without dropout."""
+        self.model.eval()
+        try:
+            return self.loss(data).item()
+        finally:
+            self.model.train()
 
 
 def train(

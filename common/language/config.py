@@ -76,6 +76,15 @@ class LanguageTrainConfig(Optimisation):
         ge=0,
         description="Analogues answered after a row's answer; all but their group counts.",
     )
+    analogue_dropout: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Share of analogues left out of questions, anew in every epoch.",
+    )
+    dropout: float = Field(
+        0.0, ge=0, lt=1, description="Share of zeros in embeddings and in what blocks add to them."
+    )
     token_budget: int = Field(3072, ge=64, description="Padded tokens in a batch, at most.")
     gradient_checkpointing: bool = Field(
         False, description="Blocks are computed again for the gradient, which saves memory."
@@ -85,9 +94,11 @@ class LanguageTrainConfig(Optimisation):
     )
 
     @model_validator(mode="after")
-    def _can_rehearse(self) -> Self:
+    def _has_analogues(self) -> Self:
         if self.rehearsals and not self.analogues:
             raise ValueError("rehearsals are answers of analogues: give analogues, too")
+        if self.analogue_dropout and not self.analogues:
+            raise ValueError("analogue_dropout leaves analogues out: give analogues, too")
         return self
 
 

@@ -4,6 +4,11 @@ Every row is asked about one target property in an epoch, about the others in th
 Where questions tell of analogues, every second one tells of known polymorphs as well. Most of an
 answer is the sites of the analogue whose space group it has named. A row shows that for one of them
 at most, so others may follow its answer, *rehearsals*: all but their space group counts.
+
+A row can be learned by heart, for its analogues are the same in every epoch. Some of them, others
+in every epoch, may be left out of training's questions, and with them their rehearsals. Known
+polymorphs always stay: that the answer is none of them is part of the question.
+
 Rows of about the same length make a batch, so that little of it is padding.
 """
 
@@ -16,8 +21,16 @@ from numpy.typing import NDArray
 from rich.progress import track
 
 from common.data.store import Record
+from common.diffusion.noise import noise
 from common.language.analogues import AnalogueIndex
-from common.language.prompt import Analogues, Question, Symmetry, answer_pieces
+from common.language.prompt import (
+    Analogues,
+    Question,
+    Symmetry,
+    answer_pieces,
+    write_analogue,
+    write_target,
+)
 from common.language.tokenizer import SymmetryTokenizer
 
 #: A target that is no token: its position does not count.
@@ -30,6 +43,8 @@ _WINDOW = 4096
 _MANY = 1000
 
 Int = NDArray[np.int64]
+#: [B,A] by number of the analogue, or None where all are told of.
+Told = NDArray[np.bool_] | None
 
 
 @dataclass(frozen=True)
@@ -51,10 +66,22 @@ class TokenBatch:
 
 @dataclass(frozen=True)
 class _Example:
-    """Tokens of a question and what is answered, and which of them are to be foretold."""
+    """Tokens of a question and what is answered, and which of them are to be foretold.
+
+    Attributes:
+        tokens: [T].
+        counted: [T].
+        analogue: [T], number of the analogue that a token tells of or rehearses, from 0 on; or -1.
+    """
 
     tokens: NDArray[np.int32]
     counted: NDArray[np.bool_]
+    analogue: NDArray[np.int8]
+
+    def without(self, told: NDArray[np.bool_]) -> "_Example":
+        """With some analogues only: those whose number [A] is true."""
+        kept = np.append(told, True)[self.analogue]
+        return _Example(self.tokens[kept], self.counted[kept], self.analogue[kept])
 
 
 class Examples:
@@ -98,6 +125,8 @@ class Examples:
                     for turn, question in enumerate(asked)
                 ]
             )
+        numbers = (int(e.analogue.max()) for forms in self._forms for e in forms)
+        self._analogues = 1 + max(numbers, default=-1)
         self._lengths = np.array([[len(e.tokens) for e in forms] for forms in self._forms])
 
     def epoch(self, seed: int, epoch: int) -> list[tuple[Int, Int]]:
@@ -131,28 +160,53 @@ class Examples:
             yield rows[:size]
             rows = rows[size:]
 
-    def batches(self, seed: int, step: int) -> Iterator[tuple[Int, Int]]:
-        """Endless batches, from a step on."""
+    def batches(
+        self, seed: int, step: int, analogue_dropout: float = 0.0
+    ) -> Iterator[tuple[Int, Int, Told]]:
+        """Endless batches, from a step on.
+
+        Args:
+            seed: of the run.
+            step: the first one.
+            analogue_dropout: share of the analogues that is left out.
+
+        Yields:
+            Rows, what these are asked, and which analogues they are told of, or None for all.
+        """
         epoch = 0
         while True:
             plans = self.epoch(seed, epoch)
-            yield from plans[step:]
+            told = self._told(seed, epoch, analogue_dropout)
+            for rows, forms in plans[step:]:
+                yield rows, forms, None if told is None else told[rows]
             step = max(0, step - len(plans))
             epoch += 1
+
+    def _told(self, seed: int, epoch: int, dropout: float) -> Told:
+        """Which analogues every row is told of in an epoch."""
+        if not dropout:
+            return None
+        shape = len(self._forms), self._analogues
+        return noise(seed, "train", 0, "analogues", epoch, shape, "uniform") >= dropout
 
     def length(self, rows: Int, forms: Int) -> int:
         """Tokens that every row of a batch is padded to."""
         return _padded(int(self._lengths[rows, forms].max()))
 
-    def collate(self, rows: Int, forms: Int, share: Int, real: NDArray[np.bool_]) -> TokenBatch:
+    def collate(
+        self, rows: Int, forms: Int, share: Int, real: NDArray[np.bool_], told: Told = None
+    ) -> TokenBatch:
         """A process's share of a batch.
 
         Args:
             rows, forms: the batch.
             share, real: positions in it, and which of them count; see ``common.training.Shard``.
+            told: which analogues its rows are told of; all without it.
         """
         whole = [self._forms[row][form] for row, form in zip(rows, forms, strict=True)]
-        length = self.length(rows, forms)
+        if told is not None:
+            whole = [example.without(own) for example, own in zip(whole, told, strict=True)]
+        length = _padded(max(len(example.tokens) for example in whole))
         tokens = np.full((len(share), length), self._pad, dtype=np.int64)
         targets = np.full((len(share), length), IGNORED, dtype=np.int64)
         for index, (position, counts) in enumerate(zip(share, real, strict=True)):
@@ -220,9 +274,12 @@ def _example(
     """A question and its answers, as turns of the assistant; the first one is the row's."""
     (first, *rehearsals) = answers
     tokens = tokenizer.question_ids(question)
+    analogue = _analogue_numbers(tokenizer, question, len(tokens))
     own = tokenizer.answer_ids(first)
     counted = [False] * len(tokens) + [True] * len(own)
+    analogue += [-1] * len(own)
     tokens = tokens + own
+    numbers = {told.symmetry: number for number, told in enumerate(question.analogues.similar)}
     for symmetry in rehearsals:
         turn = [*tokenizer.turn_ids(), *tokenizer.answer_ids(symmetry)]
         if len(tokens) + len(turn) > positions:
@@ -231,8 +288,20 @@ def _example(
         start = len(tokenizer.turn_ids())
         start += sum(len(tokenizer.encode_piece(piece)) for piece in opening)
         counted += [False] * start + [True] * (len(turn) - start)
+        analogue += [numbers[symmetry]] * len(turn)
         tokens += turn
-    return _Example(np.array(tokens, dtype=np.int32), np.array(counted))
+    return _Example(
+        np.array(tokens, dtype=np.int32), np.array(counted), np.array(analogue, dtype=np.int8)
+    )
+
+
+def _analogue_numbers(tokenizer: SymmetryTokenizer, question: Question, length: int) -> list[int]:
+    """``_Example.analogue`` of a question's tokens: only its last line follows the analogues'."""
+    numbers: list[int] = []
+    for number, told in enumerate(question.analogues.similar):
+        numbers += [number] * len(tokenizer.encode(write_analogue(told)))
+    after = len(tokenizer.encode(write_target(question))) + len(tokenizer.turn_ids())
+    return [-1] * (length - after - len(numbers)) + numbers + [-1] * after
 
 
 def _padded(length: int) -> int:

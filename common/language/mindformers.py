@@ -15,7 +15,16 @@ from common.language.parameters import ATTENTION
 from common.training import ADAM_BETAS, ADAM_EPS
 
 #: Of training, for which MindFormers has no place.
-_OWN = ("questions", "analogues", "rehearsals", "token_budget", "ema", "compile", "fsdp")
+_OWN = (
+    "questions",
+    "analogues",
+    "rehearsals",
+    "analogue_dropout",
+    "token_budget",
+    "ema",
+    "compile",
+    "fsdp",
+)
 #: Those that our settings fill; others are kept as they are.
 _FILLED = frozenset(
     [
@@ -155,6 +164,7 @@ def model_config(run: LanguageRunConfig, network: Mapping[str, Any]) -> dict[str
     """
     settings = network_settings(network, run.model.positions)
     settings["compute_dtype"] = run.train.precision
+    settings["hidden_dropout"] = run.train.dropout
     if run.lora is not None:
         settings["param_init_type"] = run.lora.base_precision
         settings["pet_config"] = {
@@ -242,6 +252,7 @@ def _run_settings(data: Mapping[str, Any]) -> dict[str, Any]:
         "weight_decay": data["optimizer"]["weight_decay"],
         "clip_norm": data["runner_wrapper"]["max_grad_norm"],
         "precision": network["compute_dtype"],
+        "dropout": network["hidden_dropout"],
         "gradient_checkpointing": data["recompute_config"]["recompute"],
         "init_from": data["load_checkpoint"] or None,
         "seed": data["seed"],

@@ -271,19 +271,26 @@ def write_question(question: Question) -> str:
         values = zip(ELEMENT_LABELS, element_properties(atomic_number), strict=True)
         text += f"{ELEMENT} {element_symbol(atomic_number)}"
         text += "".join(label + value for label, value in values)
-    text += _write_analogues(question.analogues)
+    return text + _write_analogues(question.analogues) + write_target(question)
+
+
+def write_target(question: Question) -> str:
+    """Its last line: the target property."""
     if question.target is None or question.value is None:
-        return text + NO_PROPERTY
+        return NO_PROPERTY
     style = PROPERTY_TEXTS[question.target]
-    return f"{text}{style.label} {question.value:.{style.digits}f}{style.unit}"
+    return f"{style.label} {question.value:.{style.digits}f}{style.unit}"
 
 
 def _write_analogues(analogues: Analogues) -> str:
     text = "".join(KNOWN + _write_symmetry(symmetry) for symmetry in analogues.known)
-    for analogue in analogues.similar:
-        text += f"{ANALOGUE} {analogue.percent}{_write_symmetry(analogue.symmetry)}{REPLACED}"
-        text += "".join(map(element_piece, analogue.elements))
-    return text
+    return text + "".join(map(write_analogue, analogues.similar))
+
+
+def write_analogue(analogue: Analogue) -> str:
+    """Its line in a question."""
+    text = f"{ANALOGUE} {analogue.percent}{_write_symmetry(analogue.symmetry)}{REPLACED}"
+    return text + "".join(map(element_piece, analogue.elements))
 
 
 def _write_symmetry(symmetry: Symmetry) -> str:

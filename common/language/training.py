@@ -5,6 +5,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from common.data.store import Record
 from common.errors import UserError
 from common.language.analogues import AnalogueIndex
 from common.language.config import LanguageRunConfig
-from common.language.examples import Examples, Int, TokenBatch
+from common.language.examples import Examples, Int, TokenBatch, Told
 from common.language.foreign import FolderWeights, is_foreign, network_config
 from common.language.hub import weights_folder
 from common.language.initial import initial_weights
@@ -112,6 +113,16 @@ class LanguageTrainer(TrainingRun[TokenBatch]):
             self.config.model.positions,
         )
 
+    def dropout_seed(self) -> int:
+        """What the current step's masks come from: 31 bits, others in every step and process.
+
+        With torch. MindFormers' masks come from MindSpore's own generator, which knows no step, so
+        that a run with dropout is not repeated to the byte there.
+        """
+        settings = self.config.train
+        state = f"dropout {settings.seed} {self.step} {self.shard.rank}"
+        return int.from_bytes(sha256(state.encode()).digest()[:4], "little") >> 1
+
     def first_weights(self) -> Mapping[str, Any]:
         """Of the network: those that the run starts from, or random ones."""
         if self.start is not None:
@@ -127,7 +138,10 @@ class LanguageTrainer(TrainingRun[TokenBatch]):
 
     @abstractmethod
     def losses(self, data: TokenBatch) -> float:
-        """Nats of the answers of this process's share with the current weights, summed."""
+        """Nats of the answers of this process's share, summed.
+
+        With the current weights, and without dropout.
+        """
 
     @abstractmethod
     def averaged(self) -> AbstractContextManager[None]:
@@ -135,12 +149,13 @@ class LanguageTrainer(TrainingRun[TokenBatch]):
 
     def batches(self) -> Iterator[TokenBatch]:
         """The training batches from the current step on."""
-        for rows, forms in self.data.batches(self.config.train.seed, self.step):
-            yield self.prepare(self.data, rows, forms)
+        train = self.config.train
+        for batch in self.data.batches(train.seed, self.step, train.analogue_dropout):
+            yield self.prepare(self.data, *batch)
 
-    def prepare(self, data: Examples, rows: Int, forms: Int) -> TokenBatch:
+    def prepare(self, data: Examples, rows: Int, forms: Int, told: Told = None) -> TokenBatch:
         """This process's share of a batch."""
-        return data.collate(rows, forms, *self.shard.rows(len(rows)))
+        return data.collate(rows, forms, *self.shard.rows(len(rows)), told)
 
     def validate(self) -> dict[str, float]:
         """``loss``, nats per token of an answer, and ``answer``, nats per answer."""

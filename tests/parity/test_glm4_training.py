@@ -2,6 +2,7 @@
 
 import json
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from shutil import copytree
 
@@ -16,6 +17,7 @@ from common.language.examples import TokenBatch
 from tests.training import textbook_records
 from torch_impl import backend as torch_backend
 from torch_impl.language_model import load_language_model
+from torch_impl.train_glm4 import Trainer
 
 if find_spec("mindformers") is None:
     pytest.skip("MindFormers is not installed: scripts/install.sh", allow_module_level=True)
@@ -142,6 +144,43 @@ def test_mindspore_goes_on_with_torchs_run(
     ms_backend.train_language(settings(parquet, base), tmp_path, resume=True, device="cpu")
     assert apart(curve(tmp_path), curve(torch_run)[2:]) < LIMIT
     assert same_arrays(torch_run / f"step_{STEPS:08d}", tmp_path / f"step_{STEPS:08d}")
+
+
+# Regularisation
+
+
+def test_analogues_left_out_are_the_same(parquet: Path, base: Path, tmp_path: Path) -> None:
+    """In both frameworks, from their settings."""
+    changes = {"analogues": 3, "token_budget": 600}
+    whole, *found = tmp_path / "whole", tmp_path / "torch", tmp_path / "mindspore"
+    torch_backend.train_language(settings(parquet, base, **changes), whole, device="cpu")
+    for backend, out in zip((torch_backend, ms_backend), found, strict=True):
+        run = settings(parquet, base, **changes, analogue_dropout=0.5)
+        backend.train_language(run, out, device="cpu")
+    assert apart(curve(found[1]), curve(found[0])) < LIMIT
+    assert apart(curve(found[1], "validation"), curve(found[0], "validation")) < LIMIT
+    assert apart(curve(found[1]), curve(whole)) > LIMIT
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["base", "lora"])
+def test_dropout_in_steps_but_not_in_validation(parquet: Path, base: Path, adapted: bool) -> None:
+    """With weights that stay as they are: validation is torch's, and steps differ from it."""
+    config = settings(parquet, base if adapted else None, dropout=0.5, learning_rate=1e-12)
+    rows = read_records(parquet)
+    trainer = train_glm4.Trainer(config, rows, rows)
+    plain = config.train.model_copy(update={"dropout": 0.0})
+    other = Trainer(config.model_copy(update={"train": plain}), rows, rows)
+    wanted = other.validate()["loss"]
+    before = trainer.validate()["loss"]  # whose graphs come first
+    found: list[float] = []
+    trainer.run(lambda values: found.append(values["loss"]))
+    expected = [other.train_step(data)["loss"] for data in islice(other.batches(), STEPS)]
+    assert before == pytest.approx(wanted, rel=LIMIT)
+    assert trainer.validate()["loss"] == pytest.approx(wanted, rel=LIMIT)
+    assert all(abs(a / b - 1) > LIMIT for a, b in zip(found, expected, strict=True))
+    later = train_glm4.Trainer(config, rows, rows)
+    later.run(lambda values: None)
+    assert later.validate()["loss"] == pytest.approx(wanted, rel=LIMIT)  # whose come last
 
 
 # What must be noticed

@@ -49,6 +49,7 @@ ALLOWED = {
     "glm4.py build settings": "MindFormers' network knows precision and processes",
     "glm4.py Angles": "transformers makes them for every batch",
     "glm4.py answer_loss": "torch's head works on the positions that count alone",
+    "glm4.py add_dropout": "among MindFormers' settings",
     "glm4.py adapter_name": "peft's prefix; MindFormers' names are in common.language.parameters",
     "glm4.py torch_arrays": "torch's names are its own",
     "glm4.py prepare_mindformers": "transformers writes no logs",

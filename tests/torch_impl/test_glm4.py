@@ -30,7 +30,7 @@ from tests.language import language_run
 from tests.training import textbook_records
 from torch_impl import generator
 from torch_impl.backend import train_language
-from torch_impl.glm4 import answer_loss, build
+from torch_impl.glm4 import add_dropout, answer_loss, build
 from torch_impl.language_model import LanguageModel, load_language_model
 from torch_impl.train_glm4 import Trainer
 
@@ -186,6 +186,120 @@ def test_goes_on_to_the_byte(parquet: Path, trained: Path, tmp_path: Path) -> No
         np.testing.assert_array_equal(array, saved.model[name])
     for name, array in trainer.optimizer_arrays().items():
         np.testing.assert_array_equal(array, saved.optimizer[name])
+
+
+# Dropout
+
+
+def test_dropout_leaves_out_a_share() -> None:
+    """Of embeddings and of both parts of a block; the rest is larger, and none without training."""
+    network = build(language_run().model.to_huggingface(TOKENIZER))
+    names = [name for name, _ in network.named_parameters()]
+    layer = network.model.layers[0]
+    parts = (network.model.embed_tokens, layer.self_attn, layer.mlp)
+    seen: list[torch.Tensor] = []
+
+    def keep(module: torch.nn.Module, inputs: object, output: object) -> None:
+        seen.append(output[0] if isinstance(output, tuple) else output)
+
+    add_dropout(network, 0.25)
+    for part in parts:
+        part.register_forward_hook(keep)  # after the dropout's
+    tokens = torch.arange(1, 401).reshape(2, 200)  # not padding, which is zero by itself
+    network.eval()(input_ids=tokens)
+    plain, seen = seen, []
+    network.train()(input_ids=tokens)
+    for before, after in zip(plain, seen, strict=True):
+        assert before.all()
+        assert (after == 0).float().mean().item() == pytest.approx(0.25, abs=0.03)
+    kept = seen[0] != 0
+    torch.testing.assert_close(seen[0][kept], plain[0][kept] / 0.75)
+    assert not torch.equal(seen[1] == 0, seen[2] == 0)
+    assert [name for name, _ in network.named_parameters()] == names
+
+
+def losses_of(config: LanguageRunConfig, records: list[Record], steps: int = 4) -> list[float]:
+    trainer = Trainer(config, records, records)
+    return [trainer.train_step(b)["loss"] for b in islice(trainer.batches(), steps)]
+
+
+def test_dropout_changes_steps_but_no_validation(records: list[Record]) -> None:
+    plain, dropping = (
+        Trainer(language_run(dropout=share), records, records) for share in (0.0, 0.3)
+    )
+    assert dropping.validate() == plain.validate() == dropping.validate()
+    data = next(plain.batches())
+    assert dropping.losses(data) == plain.losses(data) == plain.loss(data).item()
+    assert dropping.loss(data).item() != dropping.loss(data).item() != plain.loss(data).item()
+    assert dropping.train_step(data)["loss"] != plain.train_step(data)["loss"]
+
+
+def test_masks_are_other_ones_in_every_step_and_process(records: list[Record]) -> None:
+    seeds = set()
+    for seed in (0, 1):
+        for shard in (Shard(), Shard(1, 2)):
+            trainer = Trainer(language_run(dropout=0.1, seed=seed), records, records, shard=shard)
+            for trainer.step in range(3):
+                seeds.add(trainer.dropout_seed())
+    assert len(seeds) == 12
+
+
+@pytest.mark.parametrize("setting", ["gradient_checkpointing", "analogues"])
+def test_dropout_goes_on_to_the_byte(parquet: Path, tmp_path: Path, setting: str) -> None:
+    """Whatever was drawn from torch's generator in between, and with analogues left out."""
+    changes: dict[str, object] = {"gradient_checkpointing": True}
+    if setting == "analogues":
+        changes = {"analogues": 2, "analogue_dropout": 0.5, "token_budget": 900}
+    config = language_run(parquet, dropout=0.2, **changes)
+    train_language(config, tmp_path, device="cpu")
+    rows = read_records(parquet)
+    trainer = Trainer(config, rows, rows)
+    trainer.resume(tmp_path / "step_00000003")
+    for data in islice(trainer.batches(), 3):
+        torch.rand(5)
+        trainer.train_step(data)
+    saved = load_checkpoint(tmp_path / "step_00000006", optimizer=True)
+    for name, array in trainer.average_arrays().items():
+        np.testing.assert_array_equal(array, saved.model[name])
+    for name, array in trainer.optimizer_arrays().items():
+        np.testing.assert_array_equal(array, saved.optimizer[name])
+
+
+def test_checkpointed_blocks_drop_the_same_again(records: list[Record]) -> None:
+    """The gradient is that of the loss."""
+    found = [
+        losses_of(language_run(dropout=0.3, gradient_checkpointing=setting), records)
+        for setting in (False, True)
+    ]
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+    assert found[0] != pytest.approx(losses_of(language_run(), records), rel=1e-3)
+
+
+def test_adapter_with_dropout(parquet: Path, trained: Path, records: list[Record]) -> None:
+    """What the additions add is dropped, too; only they are trained."""
+    config = adapted(parquet, trained)
+    settings = config.train.model_copy(update={"dropout": 0.3})
+    trainer = Trainer(config.model_copy(update={"train": settings}), records, records)
+    frozen = {n: p.clone() for n, p in trainer.model.named_parameters() if not p.requires_grad}
+    found = [trainer.train_step(b)["loss"] for b in islice(trainer.batches(), 3)]
+    assert found != pytest.approx(losses_of(config, records, 3), rel=1e-4)
+    now = dict(trainer.model.named_parameters())
+    assert all(torch.equal(parameter, now[name]) for name, parameter in frozen.items())
+    dropped: list[torch.Tensor] = []
+    attention = trainer.model.model.layers[0].self_attn
+    attention.register_forward_hook(lambda _, inputs, output: dropped.append(output[0]))
+    trainer.loss(next(trainer.batches()))
+    assert (dropped[0] == 0).float().mean().item() == pytest.approx(0.3, abs=0.03)
+
+
+def test_compiled_layers_drop(records: list[Record]) -> None:
+    """While they train, and not in validation; masks depend on the step's number alone."""
+    runs = [language_run(), *[language_run(dropout=0.3, compile=True)] * 2]
+    plain, first, again = (Trainer(run, records, records) for run in runs)
+    data = next(plain.batches())
+    assert first.losses(data) == pytest.approx(plain.losses(data), rel=1e-5)
+    losses = [t.train_step(data)["loss"] for t in (plain, first, again)]
+    assert losses[1] == losses[2] != pytest.approx(losses[0], rel=1e-4)
 
 
 def test_log(trained: Path) -> None:

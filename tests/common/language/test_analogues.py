@@ -1,15 +1,17 @@
 """What questions tell of known crystals: right, legal, in order, and never the answer itself."""
 
-from dataclasses import replace
-from itertools import pairwise
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import islice, pairwise
 
+import numpy as np
 import pytest
 
 from common.composition import parse_formula
 from common.data.store import Record
 from common.evaluate.symmetry_prediction import is_legal
 from common.language.analogues import AnalogueIndex
-from common.language.examples import Examples
+from common.language.examples import IGNORED, Examples, Int, Told
 from common.language.prompt import (
     AnswerError,
     Question,
@@ -22,6 +24,7 @@ from common.language.prompt import (
 from common.language.tokenizer import UNKNOWN, SymmetryTokenizer
 from common.prior import TemplatePrior
 from common.templates import reduce_counts
+from common.training import Shard
 from tests.training import textbook_records
 
 PEROVSKITE = Symmetry.of(221, [(38, "a"), (22, "b"), (8, "c")])
@@ -174,6 +177,136 @@ def test_rehearsals_fit(compact: SymmetryTokenizer, index: AnalogueIndex) -> Non
     assert short._lengths[none._lengths <= 200].max() <= 200 < whole._lengths.max()
     assert (short._lengths >= none._lengths).all()
     assert (short._lengths > none._lengths).any()
+
+
+# Analogues left out
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A row in a batch: whether it counts, its question, the answer, and the rehearsed ones."""
+
+    row: int
+    form: int
+    question: Question
+    answer: Symmetry
+    rehearsed: list[Symmetry]
+
+
+def asked_in(
+    batch: tuple[Int, Int, Told], examples: Examples, tokenizer: SymmetryTokenizer
+) -> Iterator[Asked]:
+    """What tokens and targets of a batch say; their forms are checked on the way."""
+    rows, forms, told = batch
+    data = examples.collate(rows, forms, *Shard().rows(len(rows)), told)
+    assert data.answer_tokens == (data.targets != IGNORED).sum()
+    assert data.tokens.shape[1] <= examples.length(rows, forms)
+    for row, form, tokens, targets in zip(rows, forms, data.tokens, data.targets, strict=True):
+        counted = targets != IGNORED
+        assert (targets[:-1][counted[:-1]] == tokens[1:][counted[:-1]]).all()
+        begin = int(counted.argmax()) + 1
+        text = tokenizer.decode(tokens[:begin])
+        question = parse_question(text[text.index("Composition") :].rstrip("\n"))
+        first, *others = tokenizer.decode(tokens[begin:]).split("\nSpace group:")
+        counts = tokenizer.decode(targets[counted])
+        assert counts == first + "".join(o[o.index("\nCandidate") :] for o in others)
+        yield Asked(
+            int(row),
+            int(form),
+            question,
+            parse_answer(first),
+            [parse_answer(f"Space group:{other}") for other in others],
+        )
+
+
+def dropping(
+    examples: Examples, tokenizer: SymmetryTokenizer, share: float, epochs: range
+) -> list[Asked]:
+    """All that is asked in some epochs."""
+    size = len(examples.epoch(3, 0))
+    assert all(len(examples.epoch(3, epoch)) == size for epoch in epochs)
+    batches = examples.batches(3, size * epochs.start, share)
+    batches = islice(batches, size * len(epochs))
+    return [asked for batch in batches for asked in asked_in(batch, examples, tokenizer)]
+
+
+@pytest.mark.parametrize("real", [False, True], ids=["compact", "glm4"])
+def test_analogues_left_out(
+    compact: SymmetryTokenizer, glm4: SymmetryTokenizer, index: AnalogueIndex, real: bool
+) -> None:
+    """With their rehearsals; all else stays, and the tokens are those of the shorter question."""
+    tokenizer = glm4 if real else compact
+    records = textbook_records()
+    examples = Examples(records, tokenizer, ("none", "band_gap"), 1, index, 2, 8192)
+    whole = dropping(examples, tokenizer, 0.0, range(1))
+    short = dropping(examples, tokenizer, 0.4, range(1))
+    dropped = kept = rehearsed = 0
+    for full, less in zip(whole, short, strict=True):
+        assert (full.row, full.form, full.answer) == (less.row, less.form, less.answer)
+        all_of_it, told = full.question.analogues, less.question.analogues
+        assert less.question == replace(full.question, analogues=told)
+        assert told.known == all_of_it.known
+        assert list(told.similar) == [a for a in all_of_it.similar if a in told.similar]
+        symmetries = [analogue.symmetry for analogue in told.similar]
+        assert less.rehearsed == [s for s in full.rehearsed if s in symmetries]
+        example = examples._forms[less.row][less.form]
+        numbers = [a in told.similar for a in all_of_it.similar]
+        padded = np.array(numbers + [False] * (examples._analogues - len(numbers)))
+        tokens = example.without(padded).tokens.tolist()
+        ids = tokenizer.question_ids(less.question)
+        assert tokens[: len(ids)] == ids
+        kept += len(told.similar)
+        dropped += len(all_of_it.similar) - len(told.similar)
+        rehearsed += len(less.rehearsed)
+    assert dropped / (dropped + kept) == pytest.approx(0.4, abs=0.1)
+    assert rehearsed < sum(len(full.rehearsed) for full in whole)
+    assert any(full.question.analogues.known for full in whole)
+
+
+def test_others_are_left_out_in_every_epoch(
+    compact: SymmetryTokenizer, index: AnalogueIndex
+) -> None:
+    """Always the same ones in the same epoch, also when it is begun in the middle."""
+    records = textbook_records()
+    examples = Examples(records, compact, ("none",), 1, index)
+    first, again, other = (
+        {asked.row: asked.question for asked in dropping(examples, compact, 0.5, epochs)}
+        for epochs in (range(2), range(2), range(2, 4))
+    )
+    assert first == again
+    assert sum(first[row].analogues != other[row].analogues for row in first) > len(first) / 2
+    plan = islice(examples.batches(3, 0, 0.5), 30)
+    for (rows, _, told), (same, _, same_told) in zip(
+        list(plan)[20:], islice(examples.batches(3, 20, 0.5), 10), strict=True
+    ):
+        np.testing.assert_array_equal(rows, same)
+        np.testing.assert_array_equal(told, same_told)
+
+
+def test_all_or_none_left_out(compact: SymmetryTokenizer, index: AnalogueIndex) -> None:
+    records = textbook_records()
+    examples = Examples(records, compact, ("none",), 1, index, 2, 8192)
+    for asked in dropping(examples, compact, 1.0, range(1)):
+        assert asked.question.analogues.similar == ()
+        assert asked.rehearsed == []
+    assert all(told is None for _, _, told in islice(examples.batches(3, 0), 60))
+
+
+def test_processes_leave_out_the_same(compact: SymmetryTokenizer, index: AnalogueIndex) -> None:
+    """Their shares have one length and make the batch."""
+    examples = Examples(textbook_records(), compact, ("none",), 2500, index, 2, 8192)
+    shorter = 0
+    for rows, forms, told in islice(examples.batches(0, 0, 0.8), 10):
+        whole = examples.collate(rows, forms, *Shard().rows(len(rows)), told)
+        shorter += whole.tokens.shape[1] < examples.length(rows, forms)
+        tokens = []
+        for rank in range(3):
+            part = examples.collate(rows, forms, *Shard(rank, 3).rows(len(rows)), told)
+            assert part.tokens.shape[1] == whole.tokens.shape[1]
+            assert (part.answers, part.answer_tokens) == (whole.answers, whole.answer_tokens)
+            tokens += part.tokens[(part.targets != IGNORED).any(axis=1)].tolist()
+        assert tokens == whole.tokens.tolist()
+    assert shorter > 5
 
 
 def texts(examples: Examples, records: list[Record], tokenizer: SymmetryTokenizer) -> set[str]:

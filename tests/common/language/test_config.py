@@ -38,6 +38,9 @@ def test_shipped_file(path: Path, compact: SymmetryTokenizer) -> None:
         ("model", {"groups": 3}, "groups"),
         ("train", {"questions": ["colour"]}, "questions"),
         ("train", {"rehearsals": 2}, "give analogues"),
+        ("train", {"analogue_dropout": 0.2}, "give analogues"),
+        ("train", {"analogues": 6, "analogue_dropout": 1.1}, "train.analogue_dropout"),
+        ("train", {"dropout": 1.0}, "train.dropout"),
         ("train", {"batch_size": 4}, "train.batch_size"),
     ],
 )

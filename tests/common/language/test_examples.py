@@ -76,8 +76,8 @@ def test_what_is_asked_and_answered(
 
 @pytest.mark.parametrize("step", [0, 3, 20, 45])
 def test_goes_on_in_the_middle(examples: Examples, step: int) -> None:
-    whole = [rows.tolist() for rows, _ in islice(examples.batches(2, 0), step + 12)]
-    rest = [rows.tolist() for rows, _ in islice(examples.batches(2, step), 12)]
+    whole = [rows.tolist() for rows, _, _ in islice(examples.batches(2, 0), step + 12)]
+    rest = [rows.tolist() for rows, _, _ in islice(examples.batches(2, step), 12)]
     assert rest == whole[step:]
 
 

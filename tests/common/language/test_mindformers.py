@@ -89,6 +89,15 @@ def test_wrong_settings(change: Callable[[Data], object], told: str) -> None:
     assert told in changed(change)
 
 
+def test_dropout_is_hidden_dropout(compact: SymmetryTokenizer) -> None:
+    data = read_settings(TINY, ("model.model_config.hidden_dropout=0.25",))
+    data["uni_mdm"]["analogue_dropout"] = 0.5
+    run = parse_run(data, "x.yaml")
+    assert isinstance(run, LanguageRunConfig)
+    assert (run.train.dropout, run.train.analogue_dropout) == (0.25, 0.5)
+    assert sections(run, run.model.to_huggingface(compact)) == data
+
+
 def test_others_reach_mindformers() -> None:
     data = read_settings(TINY, ("context.max_device_memory=58GB", "profile=true"))
     run = parse_run(data, "x.yaml")
