@@ -14,6 +14,7 @@ from common.config import RunConfig, load_config, parse_config
 from common.data.batch import View
 from common.data.locations import dataset
 from common.data.store import Record
+from common.delivery import Delivery, deliver_apart
 from common.errors import UserError
 from common.files import write_atomic, write_together
 from common.machine import cpu_count
@@ -21,7 +22,6 @@ from common.size_cost import Law, memories, to_png
 from common.speed import (
     DIFFCSP_PP_CALLS,
     NetworkSpeed,
-    deliver_apart,
     labelling_speed,
     measure_apart,
     measure_sizes_apart,
@@ -48,7 +48,12 @@ def command(
         int | None,
         typer.Option(min=8, help="The first rows of it; 256, with --checkpoint 1000."),
     ] = None,
-    calls: Annotated[int, typer.Option(min=1, help="Network calls per sample.")] = 10,
+    calls: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Network calls per sample; 10, with --checkpoint as many as it asks for."
+        ),
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; all of them.")] = None,
     backend: Annotated[str, typer.Option(help="auto, torch or mindspore.")] = "auto",
     against: Annotated[
@@ -83,11 +88,11 @@ def command(
                 "--checkpoint goes without CONFIG, --against, --sizes and --by-size: leave them out"
             )
         folder = shipped().get(checkpoint, Path(checkpoint))
-        _show_delivery(folder, data, limit or 1000, backend, threads or cpu_count(), device, out)
+        _show_delivery(folder, data, limit, backend, threads or cpu_count(), device, calls, out)
         return
     if device != "auto":
         raise UserError("--device goes with --checkpoint: leave it out")
-    limit = limit or 256
+    limit, calls = limit or 256, calls or 10
 
     run = load_config(config) if config else _shipped_config()
     records = dataset(data)[:limit]
@@ -138,44 +143,55 @@ def command(
 def _show_delivery(
     folder: Path,
     data: str,
-    limit: int,
+    limit: int | None,
     backend: str,
     threads: int,
     device: str,
+    calls: int | None,
     out: Path | None,
 ) -> None:
     """What a trained checkpoint takes for the first crystals of a data set."""
-    from rich.table import Table
-
-    name = parse_config(load_checkpoint(folder).config, f"{folder}/config.yaml").name
-    records = dataset(data)[:limit]
+    saved = load_checkpoint(folder)
+    name = parse_config(saved.config, f"{folder}/config.yaml").name
+    records = dataset(data)[: limit or 1000]
     if not records:
         raise UserError(f"{data}: no usable rows to measure with")
-    times = deliver_apart(backend, folder, records, threads, device)
-    table = Table("", name)
-    for label, value in (
-        ("crystals", f"{times.crystals:,}"),
-        ("loading the checkpoint, s", f"{times.loading:.2f}"),
-        ("finding precedents, s", f"{times.precedents:.2f}"),
-        ("network and all else, s", f"{times.network:.2f}"),
-        ("after loading, s", f"{times.seconds:.2f}"),
-        ("crystals/s", f"{times.crystals / times.seconds:.1f}"),
-        ("network calls per crystal", f"{times.calls}"),
-        ("GFLOP per crystal", f"{times.flops * 1e-9:.3f}"),
-        ("DiffCSP++, times as many", f"{times.saving:,.0f}"),
-        ("GEMM peak, GFLOP/s", f"{times.peak * 1e-9:,.1f}"),
-        ("network and all else, % of it", f"{100 * times.share:.1f}"),
-    ):
-        table.add_row(label, value)
+    if limit is not None and len(records) < limit:
+        raise UserError(f"{data}: {len(records)} usable rows: give --limit {len(records)} or less")
     console = Console()
-    console.print(table)
+    console.print(f"Sampling {len(records):,} crystals in a process of its own", highlight=False)
+    times = deliver_apart(backend, folder, records, threads, device, calls)
+    console.print(_delivery_table(name, times))
     console.print(
-        f"first {len(records)} rows of {data}, one sample each, nothing warmed up; {times.device}",
+        f"first {len(records):,} rows of {data}, one sample each; nothing warmed up; "
+        f"{times.device}",
         soft_wrap=True,
     )
     if out is not None:
-        figures = {"checkpoint": name, "data": data, "threads": threads} | times.to_dict()
-        write_atomic(out, json.dumps(figures, indent=1) + "\n")
+        run = {"checkpoint": name, "hash": saved.hash, "data": data, "threads": threads}
+        write_atomic(out, json.dumps(run | times.to_dict(), indent=1) + "\n")
+
+
+def _delivery_table(name: str, times: Delivery) -> Any:
+    from rich.table import Table
+
+    table = Table("", name)
+    for label, value, digits in (
+        ("crystals", times.crystals, 0),
+        ("loading the checkpoint, s", times.loading, 2),
+        ("finding precedents, s", times.precedents, 2),
+        ("network, s", times.network, 2),
+        ("all else, s", times.other, 2),
+        ("whole, s", times.seconds, 2),
+        ("crystals/s", times.crystals / times.seconds, 1),
+        ("network calls per crystal", times.calls, 0),
+        ("GFLOP per crystal, padding too", times.flops * 1e-9, 3),
+        ("DiffCSP++, times as many", times.saving, 0),
+        ("GEMM peak, GFLOP/s", times.peak * 1e-9, 1),
+        ("network, % of it", 100 * times.share, 1),
+    ):
+        table.add_row(label, f"{value:,.{digits}f}")
+    return table
 
 
 def _show_sizes(
