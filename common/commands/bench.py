@@ -1,7 +1,7 @@
 """`uni-mdm bench`: speed on this machine, the two views side by side."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,7 +18,7 @@ from common.delivery import Delivery, deliver_apart
 from common.errors import UserError
 from common.files import write_atomic, write_together
 from common.machine import cpu_count
-from common.size_cost import Law, memories, to_png
+from common.size_cost import MANY_ATOMS, Law, SizeCost, in_flight, laws_of, to_png
 from common.speed import (
     DIFFCSP_PP_CALLS,
     NetworkSpeed,
@@ -205,12 +205,10 @@ def _show_sizes(
 ) -> None:
     """Cost of sampling against size: a plot, and the laws that fit."""
     console = Console()
-    with console.status("Measuring crystals of up to 52 atoms"):
-        costs = measure_sizes_apart(backend, run, records, calls, threads)
-    laws = {"seconds": Law.fit([c.size for c in costs], [c.seconds for c in costs])}
-    if memory := memories(costs):
-        laws["bytes"] = Law.fit([c.size for c in costs], memory)
-    title = f"{run.name}: {calls} calls per sample, threads: {threads}"
+    console.print(f"Sampling crystals of up to {MANY_ATOMS} atoms in a process of its own")
+    costs = measure_sizes_apart(backend, run, records, calls, threads)
+    laws = laws_of(costs)
+    title = f"{run.name}, {calls} network calls per crystal, {threads} threads"
     figures = {
         "calls": calls,
         "threads": threads,
@@ -221,13 +219,34 @@ def _show_sizes(
     if out is not None:
         files[out] = json.dumps(figures, indent=1) + "\n"
     write_together(files)
+    for line in _laws(costs, laws):
+        console.print(line, soft_wrap=True)
+    console.print(f"{len(costs)} sizes; {title}; plot: {picture}", soft_wrap=True)
+
+
+def _laws(costs: Sequence[SizeCost], laws: dict[str, Law]) -> Iterator[str]:
+    """How cost grows, what bounds it, and what the largest crystals cost."""
     for name, unit, scale in (("seconds", "ms", 1e3), ("bytes", "KiB", 1 / 1024)):
         if law := laws.get(name):
-            console.print(
+            yield (
                 f"{unit} per crystal: {scale * law.constant:.3g} + {scale * law.slope:.3g} x "
                 f"sites x atoms; exponent of the log-log fit {law.exponent:.2f}"
             )
-    console.print(f"{len(costs)} sizes; {title}; plot: {picture}", soft_wrap=True)
+    fitted = [cost for cost in costs if not cost.is_large]
+    most = in_flight(fitted)
+    yield (
+        f"up to {max(cost.atoms for cost in fitted)} atoms: "
+        f"{max(cost.padded_edges for cost in fitted):,} padded edges in a call at most"
+        + ("" if most is None else f", {most / 2**20:,.0f} MiB for all calls at once")
+    )
+    for cost in costs:
+        if cost.is_large:
+            ratio = cost.seconds / float(laws["seconds"].at(cost.size))
+            memory = f", {cost.memory / 2**20:,.0f} MiB" if cost.memory else ""
+            yield (
+                f"{cost.atoms} atoms on {cost.tokens} sites: {cost.seconds:.2f} s{memory} per "
+                f"crystal; {ratio:.2f} times the seconds of the line"
+            )
 
 
 def _shipped_config() -> RunConfig:

@@ -78,9 +78,13 @@ def test_cost_against_size(
     assert run(["bench", *arguments, *choice]) == 0
     assert picture.read_bytes().startswith(b"\x89PNG")
     figures = json.loads(out.read_text())
-    assert max(entry["atoms"] for entry in figures["sizes"]) == 52
+    assert sorted({entry["atoms"] for entry in figures["sizes"]})[-2:] == [52, 200]
     exponent = figures["laws"]["seconds"]["exponent"]
     shown = capfd.readouterr().out
+    said = " ".join(shown.split())
+    assert "up to 52 atoms: 4,096 padded edges in a call at most" in said
+    for entry in figures["sizes"][-3:]:
+        assert f"200 atoms on {entry['tokens']} sites: {entry['seconds']:.2f} s" in said
     first = next(line for line in shown.split("ms per crystal")[1:])
     assert f"{exponent:.2f}" in " ".join(first.split())
 
