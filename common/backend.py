@@ -49,6 +49,14 @@ class SampleRequest:
     key: str = ""
     sample: int = 0
 
+    @classmethod
+    def of(
+        cls, crystal: Crystal, key: str, properties: dict[str, float], sample: int = 0
+    ) -> "SampleRequest":
+        """For the symmetry of a crystal, of which nothing else is used."""
+        sites = tuple((site.atomic_number, site.letter) for site in crystal.sites)
+        return cls(crystal.space_group, sites, properties, key, sample)
+
 
 class Generator(Protocol):
     """A loaded checkpoint that samples crystals."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from rich.progress import track
 
 from common.backend import SampleRequest
 from common.data.batch import View, bucket, symmetry_only, view_sizes
@@ -20,9 +21,12 @@ from common.sampling import BaseGenerator
 GENERAL_POSITIONS = ((1, "a", 1), (2, "i", 2), (10, "o", 4))
 #: Atoms in the primitive cell.
 ATOMS = (4, 8, 12, 16, 20, 28, 36, 44, 52)
+#: Atoms of crystals that no line is fitted to, larger than any in training.
+MANY_ATOMS = 200
 #: Elements that take turns.
 ELEMENTS = tuple(range(11, 21))
-#: Of so many runs the fastest counts: other programs only ever slow one down.
+#: Of so many runs the fastest counts: other programs only ever slow one down. Crystals of
+#: ``MANY_ATOMS`` are run once.
 RUNS = 3
 
 
@@ -53,6 +57,11 @@ class SizeCost:
         """Edges of one crystal: sites x atoms in the asymmetric view."""
         return self.tokens * self.atoms
 
+    @property
+    def is_large(self) -> bool:
+        """Whether it is beyond the sizes that lines are fitted to."""
+        return self.atoms > max(ATOMS)
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON types."""
         return asdict(self) | {"size": self.size}
@@ -81,13 +90,18 @@ class Law:
         exponent = np.polyfit(np.log(x), np.log(y), 1)[0]
         return cls(float(constant), float(slope), float(exponent))
 
-    def at(self, sizes: NDArray[np.float64]) -> NDArray[np.float64]:
+    def at(self, sizes: NDArray[np.float64] | float) -> NDArray[np.float64]:
         """Costs on the line."""
-        return self.constant + self.slope * sizes
+        return self.constant + self.slope * np.asarray(sizes, float)
 
 
-def requests_by_size(view: View) -> list[SampleRequest]:
-    """One crystal per size, the smallest first, up to 52 atoms in the primitive cell."""
+def requests_by_size(view: View, numbers: Sequence[int] = ATOMS) -> list[SampleRequest]:
+    """One crystal per size, the smallest first.
+
+    Args:
+        view: in which size is meant.
+        numbers: of atoms in the primitive cell, which every group can have.
+    """
     made = [
         SampleRequest(
             group,
@@ -95,7 +109,7 @@ def requests_by_size(view: View) -> list[SampleRequest]:
             key=f"{group} {atoms}",
         )
         for group, letter, multiplicity in GENERAL_POSITIONS
-        for atoms in ATOMS
+        for atoms in numbers
     ]
     return sorted(made, key=lambda request: np.prod(_sizes(request, view)))
 
@@ -103,15 +117,22 @@ def requests_by_size(view: View) -> list[SampleRequest]:
 def measure_sizes(generator: BaseGenerator, calls: int) -> list[SizeCost]:
     """Cost of sampling against size; weights may be untrained, which cost what others do.
 
+    The last are crystals of ``MANY_ATOMS``.
+
     Args:
         generator: samples full calls, as in a long run.
         calls: network calls per sample.
     """
     view = generator.config.model.cell
-    return [_cost(generator, request, calls) for request in requests_by_size(view)]
+    runs = [(request, RUNS) for request in requests_by_size(view, ATOMS)]
+    runs += [(request, 1) for request in requests_by_size(view, (MANY_ATOMS,))]
+    return [
+        _cost(generator, request, calls, count)
+        for request, count in track(runs, f"Crystals of up to {MANY_ATOMS} atoms")
+    ]
 
 
-def _cost(generator: BaseGenerator, request: SampleRequest, calls: int) -> SizeCost:
+def _cost(generator: BaseGenerator, request: SampleRequest, calls: int, runs: int) -> SizeCost:
     crystal = symmetry_only(request.space_group, request.sites)
     view = generator.config.model.cell
     tokens, atoms = view_sizes(crystal, view)
@@ -121,7 +142,7 @@ def _cost(generator: BaseGenerator, request: SampleRequest, calls: int) -> SizeC
     generator.sample(full, 0, 1)  # compiles where that is done
     seconds = []
     with PeakMemory() as memory:
-        for _ in range(RUNS):
+        for _ in range(runs):
             start = time.perf_counter()
             generator.sample(full, 0, calls)
             seconds.append(time.perf_counter() - start)
@@ -176,38 +197,84 @@ def to_png(costs: Sequence[SizeCost], title: str) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    shown = [("time per crystal (ms)", [1e3 * cost.seconds for cost in costs])]
-    if memory := memories(costs):
-        shown.append(("memory per crystal in flight (MiB)", [m / 2**20 for m in memory]))
-    figure = Figure(figsize=(5.5 * len(shown), 4.2), dpi=120, layout="constrained")
+    laws = laws_of(costs)
+    shown = [("seconds", "time per crystal (s)", 1.0)]
+    if "bytes" in laws:
+        shown.append(("bytes", "memory per crystal in flight (MiB)", 2.0**-20))
+    figure = Figure(figsize=(5.5 * len(shown), 4.4), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title)
-    sizes = [cost.size for cost in costs]
-    places = np.geomspace(min(sizes), max(sizes), 200)
-    for axes, (label, values) in zip(
+    for axes, (name, label, unit) in zip(
         figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True
     ):
-        law = Law.fit(sizes, values)
-        for (group, _, multiplicity), marker in zip(GENERAL_POSITIONS, "osD", strict=True):
-            of_group = [i for i, cost in enumerate(costs) if cost.space_group == group]
-            axes.plot(
-                [sizes[i] for i in of_group],
-                [values[i] for i in of_group],
-                marker,
-                label=f"group {group}, {multiplicity} atom{'s' * (multiplicity > 1)} per site",
-            )
-        line = law.at(places)
-        axes.plot(places[line > 0], line[line > 0], "k-", lw=1, label="line")
-        axes.set(xscale="log", yscale="log", xlabel="sites x atoms", ylabel=label)
-        axes.set_title(f"exponent {law.exponent:.2f}", fontsize="medium")
-        axes.grid(alpha=0.3, which="both")
-        axes.legend()
+        values = [unit * value for value in _values(costs, name)]
+        _draw(axes, costs, values, laws[name], unit)
+        axes.set_ylabel(label)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
 
 
+def _draw(
+    axes: Any, costs: Sequence[SizeCost], values: Sequence[float], law: Law, unit: float
+) -> None:
+    """One panel: values by group, large crystals hollow, and the line in the same unit."""
+    sizes = [cost.size for cost in costs]
+    for (group, _, multiplicity), marker, color in zip(
+        GENERAL_POSITIONS, "osD", ("C0", "C1", "C2"), strict=True
+    ):
+        for large in (False, True):
+            chosen = [
+                i
+                for i, cost in enumerate(costs)
+                if cost.space_group == group and cost.is_large == large
+            ]
+            axes.plot(
+                [sizes[i] for i in chosen],
+                [values[i] for i in chosen],
+                marker,
+                color=color,
+                ms=5,
+                mfc="white" if large else color,
+                label=None
+                if large
+                else f"group {group}: {multiplicity} atom{'s' * (multiplicity > 1)} per site",
+            )
+    places = np.geomspace(min(sizes), max(sizes), 200)
+    line = unit * law.at(places)
+    fitted = f"a + b x sites x atoms, up to {max(ATOMS)} atoms"
+    axes.plot(places[line > 0], line[line > 0], "k-", lw=1, zorder=1, label=fitted)
+    axes.set(xscale="log", yscale="log", xlabel="sites x atoms of the primitive cell")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(lambda value, _: f"{value:,g}")
+    if any(cost.is_large for cost in costs):
+        axes.plot([], [], "o", color="gray", ms=5, mfc="white", label=f"{MANY_ATOMS} atoms")
+    axes.set_title(f"exponent {law.exponent:.2f}", fontsize="medium")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small", loc="upper left")
+
+
+def laws_of(costs: Sequence[SizeCost]) -> dict[str, Law]:
+    """How ``seconds``, and ``bytes`` where they are known, grow up to the largest of ``ATOMS``."""
+    fitted = [cost for cost in costs if not cost.is_large]
+    sizes = [cost.size for cost in fitted]
+    laws = {"seconds": Law.fit(sizes, _values(fitted, "seconds"))}
+    if memories(costs):
+        laws["bytes"] = Law.fit(sizes, _values(fitted, "bytes"))
+    return laws
+
+
+def _values(costs: Sequence[SizeCost], name: str) -> list[float]:
+    return memories(costs) if name == "bytes" else [cost.seconds for cost in costs]
+
+
 def memories(costs: Sequence[SizeCost]) -> list[float]:
-    """Memory of every size; empty unless all were measured and are positive."""
+    """Memory of every size, bytes; empty unless all were measured and are positive."""
     found = [cost.memory for cost in costs if cost.memory]
     return found if len(found) == len(costs) else []
+
+
+def in_flight(costs: Sequence[SizeCost]) -> float | None:
+    """The most memory of all crystals sampled at once, bytes; None if it is not known."""
+    known = zip(memories(costs), costs, strict=False)
+    return max((memory * cost.in_flight for memory, cost in known), default=None)

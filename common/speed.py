@@ -6,16 +6,13 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.progress import Progress
 
 from common.backend import SampleRequest, load_backend
 from common.config import DiffusionConfig, ModelConfig, RunConfig
-from common.crystal.structure import Crystal
-from common.data.batch import FINE, Precedent, View, bucket, view_sizes
+from common.data.batch import FINE, View, bucket, view_sizes
 from common.data.cif import parse_cif
 from common.data.label import label_structure
 from common.data.loader import BatchPlan
@@ -242,7 +239,9 @@ def measure_apart(
         calls: network calls per sample.
         threads: CPU threads.
     """
-    speed: NetworkSpeed = apart(_measure, backend, "benchmark", (config, records, calls, threads))
+    speed: NetworkSpeed = apart(
+        measured_with, backend, "benchmark", (config, records, calls, threads)
+    )
     return speed
 
 
@@ -251,7 +250,7 @@ def measure_sizes_apart(
 ) -> list[SizeCost]:
     """``common.size_cost.measure_sizes`` likewise; arguments as in ``measure_apart``."""
     costs: list[SizeCost] = apart(
-        _measure, backend, "benchmark_sizes", (config, records, calls, threads)
+        measured_with, backend, "benchmark_sizes", (config, records, calls, threads)
     )
     return costs
 
@@ -269,12 +268,13 @@ def measure_steps_apart(
         device: as in ``common.backend.load_backend``.
     """
     costs: list[StepCost] = apart(
-        _measure, backend, "benchmark_steps", (configs, steps, threads, device)
+        measured_with, backend, "benchmark_steps", (configs, steps, threads, device)
     )
     return costs
 
 
-def _measure(backend: str, function: str, arguments: tuple[Any, ...]) -> Any:
+def measured_with(backend: str, function: str, arguments: tuple[Any, ...]) -> Any:
+    """What a function of a backend returns; sent to a process of its own."""
     return getattr(load_backend(backend), function)(*arguments)
 
 
@@ -330,11 +330,7 @@ def _sampling_seconds(generator: BaseGenerator, records: list[Record], calls: in
     """Seconds per structure when every call of the network is full, as in a long run."""
     groups: dict[tuple[int, int], list[SampleRequest]] = {}
     for record in records:
-        request = SampleRequest(
-            record.crystal.space_group,
-            tuple((site.atomic_number, site.letter) for site in record.crystal.sites),
-            key=record.material_id,
-        )
+        request = SampleRequest.of(record.crystal, record.material_id, {})
         shape = bucket(record.crystal, generator.config.model.cell, generator.sizes)
         groups.setdefault(shape, []).append(request)
     seconds = 0.0
@@ -382,120 +378,3 @@ def labelling_speed(cifs: Sequence[str]) -> float:
     for cif in cifs:
         label_structure(parse_cif(cif))
     return len(cifs) / (time.perf_counter() - start)
-
-
-@dataclass(frozen=True)
-class Delivery:
-    """How long a user waits for the crystals of a trained checkpoint.
-
-    Attributes:
-        crystals: so many, one of each symmetry that was asked for.
-        loading: seconds until the checkpoint could be asked.
-        precedents: seconds in which known crystals to start from were found; zero where none are.
-        network: seconds of all else, from the first symmetry to the last crystal.
-        calls: network calls per crystal.
-        flops: operations of all calls for one crystal, padded as they were; products only.
-        diffcsp_pp_flops: those of DiffCSP++ as published, nothing padded.
-        peak: operations per second of large products of matrices, by the same framework.
-        device: in words.
-    """
-
-    crystals: int
-    loading: float
-    precedents: float
-    network: float
-    calls: int
-    flops: float
-    diffcsp_pp_flops: float
-    peak: float
-    device: str
-
-    @property
-    def seconds(self) -> float:
-        """Of everything but loading."""
-        return self.precedents + self.network
-
-    @property
-    def share(self) -> float:
-        """Operations per second while the network worked, over the peak."""
-        return self.crystals * self.flops / self.network / self.peak
-
-    @property
-    def saving(self) -> float:
-        """How many times as many operations DiffCSP++ spends on one crystal."""
-        return self.diffcsp_pp_flops / self.flops
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON types."""
-        derived = ("seconds", "share", "saving")
-        return asdict(self) | {name: getattr(self, name) for name in derived}
-
-
-def deliver(
-    load: Callable[[], BaseGenerator], records: Sequence[Record], peak: float
-) -> tuple[Delivery, list[Crystal]]:
-    """Samples one crystal for the symmetry and properties of every record, and times it.
-
-    The sampler is the checkpoint's own, and so is the number of its calls. Nothing is warmed up.
-
-    Args:
-        load: the checkpoint.
-        records: what to sample.
-        peak: see ``Delivery``.
-
-    Returns:
-        the times, and the crystals in their order.
-    """
-    start = time.perf_counter()
-    generator = load()
-    loading = time.perf_counter() - start
-    spent = [0.0]
-    find = generator.precedents_of
-
-    def timed(crystal: Crystal) -> list[Precedent]:
-        begin = time.perf_counter()
-        found = find(crystal)
-        spent[0] += time.perf_counter() - begin
-        return found
-
-    generator.precedents_of = timed  # type: ignore[method-assign]
-    requests = [
-        SampleRequest(
-            record.crystal.space_group,
-            tuple((site.atomic_number, site.letter) for site in record.crystal.sites),
-            {n: v for n in generator.properties if (v := record.properties.get(n)) is not None},
-            key=record.material_id,
-        )
-        for record in records
-    ]
-    with Progress() as progress:
-        task = progress.add_task("Sampling", total=len(requests))
-        start = time.perf_counter()
-        crystals = generator.sample(requests, 0, progress=lambda done: progress.advance(task, done))
-        whole = time.perf_counter() - start
-    model = generator.config.model
-    calls = network_calls(generator.config.diffusion)
-    shapes = [bucket(record.crystal, model.cell, generator.sizes) for record in records]
-    flops = calls * statistics.fmean(network_flops(model, *shape) for shape in shapes)
-    times = Delivery(
-        crystals=len(crystals),
-        loading=loading,
-        precedents=spent[0],
-        network=whole - spent[0],
-        calls=calls,
-        flops=flops,
-        diffcsp_pp_flops=diffcsp_pp_flops(records),
-        peak=peak,
-        device=generator.device_name,
-    )
-    return times, crystals
-
-
-def deliver_apart(
-    backend: str, checkpoint: Path, records: list[Record], threads: int, device: str
-) -> Delivery:
-    """``deliver`` in a process of its own; see ``measure_apart``."""
-    times: Delivery = apart(
-        _measure, backend, "benchmark_delivery", (checkpoint, records, threads, device)
-    )
-    return times

@@ -9,13 +9,12 @@ from common.config import RunConfig
 from common.data.batch import FINE
 from common.data.locations import dataset
 from common.data.store import Record
+from common.delivery import Delivery, deliver
 from common.size_cost import SizeCost, measure_sizes
 from common.speed import (
     PEAK_WIDTH,
-    Delivery,
     NetworkSpeed,
     StepCost,
-    deliver,
     network_speed,
     product_speed,
     step_costs,
@@ -64,20 +63,25 @@ def benchmark_steps(
 
 
 def benchmark_delivery(
-    checkpoint: Path, records: list[Record], threads: int, device: str = "auto"
+    checkpoint: Path,
+    records: list[Record],
+    threads: int,
+    device: str = "auto",
+    calls: int | None = None,
 ) -> Delivery:
     """How long a trained checkpoint takes for crystals, compilation included.
 
-    See ``common.speed.deliver``.
+    See ``common.delivery.deliver``.
 
     Args:
         checkpoint: its folder.
         records: what to sample.
         threads: CPU threads, which are left to MindSpore.
         device: ``auto``, ``cpu`` or ``ascend``.
+        calls: network calls per crystal; the checkpoint's own number without it.
     """
     device = use_device(device)  # which later kernels would not let one choose
-    times, _ = deliver(lambda: load(checkpoint, device), records, gemm_peak())
+    times, _ = deliver(lambda: load(checkpoint, device), records, gemm_peak(), calls)
     return times
 
 

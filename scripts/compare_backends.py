@@ -70,11 +70,10 @@ def difference(first: Crystal, second: Crystal) -> Difference:
 def requests_of(records: Sequence[Record], properties: Sequence[str]) -> list[SampleRequest]:
     """One per row: its symmetry, and its own properties."""
     return [
-        SampleRequest(
-            record.crystal.space_group,
-            tuple((site.atomic_number, site.letter) for site in record.crystal.sites),
+        SampleRequest.of(
+            record.crystal,
+            record.material_id,
             {p: v for p in properties if (v := record.properties[p]) is not None},
-            key=record.material_id,
         )
         for record in records
     ]

@@ -7,13 +7,12 @@ import torch
 from common.config import RunConfig
 from common.data.locations import dataset
 from common.data.store import Record
+from common.delivery import Delivery, deliver
 from common.size_cost import SizeCost, measure_sizes
 from common.speed import (
     PEAK_WIDTH,
-    Delivery,
     NetworkSpeed,
     StepCost,
-    deliver,
     network_speed,
     product_speed,
     step_costs,
@@ -63,19 +62,24 @@ def benchmark_steps(
 
 
 def benchmark_delivery(
-    checkpoint: Path, records: list[Record], threads: int, device: str = "auto"
+    checkpoint: Path,
+    records: list[Record],
+    threads: int,
+    device: str = "auto",
+    calls: int | None = None,
 ) -> Delivery:
-    """How long a trained checkpoint takes for crystals; see ``common.speed.deliver``.
+    """How long a trained checkpoint takes for crystals; see ``common.delivery.deliver``.
 
     Args:
         checkpoint: its folder.
         records: what to sample.
         threads: CPU threads.
         device: ``auto``, ``cpu`` or ``cuda``.
+        calls: network calls per crystal; the checkpoint's own number without it.
     """
     torch.set_num_threads(threads)
     device = available_device(device)
-    times, _ = deliver(lambda: load(checkpoint, device), records, gemm_peak(device))
+    times, _ = deliver(lambda: load(checkpoint, device), records, gemm_peak(device), calls)
     return times
 
 

@@ -1,7 +1,7 @@
 """`uni-mdm bench`: speed on this machine, the two views side by side."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,14 +14,14 @@ from common.config import RunConfig, load_config, parse_config
 from common.data.batch import View
 from common.data.locations import dataset
 from common.data.store import Record
+from common.delivery import Delivery, deliver_apart
 from common.errors import UserError
 from common.files import write_atomic, write_together
 from common.machine import cpu_count
-from common.size_cost import Law, memories, to_png
+from common.size_cost import MANY_ATOMS, Law, SizeCost, in_flight, laws_of, to_png
 from common.speed import (
     DIFFCSP_PP_CALLS,
     NetworkSpeed,
-    deliver_apart,
     labelling_speed,
     measure_apart,
     measure_sizes_apart,
@@ -48,7 +48,12 @@ def command(
         int | None,
         typer.Option(min=8, help="The first rows of it; 256, with --checkpoint 1000."),
     ] = None,
-    calls: Annotated[int, typer.Option(min=1, help="Network calls per sample.")] = 10,
+    calls: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Network calls per sample; 10, with --checkpoint as many as it asks for."
+        ),
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; all of them.")] = None,
     backend: Annotated[str, typer.Option(help="auto, torch or mindspore.")] = "auto",
     against: Annotated[
@@ -83,11 +88,11 @@ def command(
                 "--checkpoint goes without CONFIG, --against, --sizes and --by-size: leave them out"
             )
         folder = checkpoint_folder(checkpoint)
-        _show_delivery(folder, data, limit or 1000, backend, threads or cpu_count(), device, out)
+        _show_delivery(folder, data, limit, backend, threads or cpu_count(), device, calls, out)
         return
     if device != "auto":
         raise UserError("--device goes with --checkpoint: leave it out")
-    limit = limit or 256
+    limit, calls = limit or 256, calls or 10
 
     run = load_config(config) if config else _shipped_config()
     records = dataset(data)[:limit]
@@ -138,44 +143,55 @@ def command(
 def _show_delivery(
     folder: Path,
     data: str,
-    limit: int,
+    limit: int | None,
     backend: str,
     threads: int,
     device: str,
+    calls: int | None,
     out: Path | None,
 ) -> None:
     """What a trained checkpoint takes for the first crystals of a data set."""
-    from rich.table import Table
-
-    name = parse_config(load_checkpoint(folder).config, f"{folder}/config.yaml").name
-    records = dataset(data)[:limit]
+    saved = load_checkpoint(folder)
+    name = parse_config(saved.config, f"{folder}/config.yaml").name
+    records = dataset(data)[: limit or 1000]
     if not records:
         raise UserError(f"{data}: no usable rows to measure with")
-    times = deliver_apart(backend, folder, records, threads, device)
-    table = Table("", name)
-    for label, value in (
-        ("crystals", f"{times.crystals:,}"),
-        ("loading the checkpoint, s", f"{times.loading:.2f}"),
-        ("finding precedents, s", f"{times.precedents:.2f}"),
-        ("network and all else, s", f"{times.network:.2f}"),
-        ("after loading, s", f"{times.seconds:.2f}"),
-        ("crystals/s", f"{times.crystals / times.seconds:.1f}"),
-        ("network calls per crystal", f"{times.calls}"),
-        ("GFLOP per crystal", f"{times.flops * 1e-9:.3f}"),
-        ("DiffCSP++, times as many", f"{times.saving:,.0f}"),
-        ("GEMM peak, GFLOP/s", f"{times.peak * 1e-9:,.1f}"),
-        ("network and all else, % of it", f"{100 * times.share:.1f}"),
-    ):
-        table.add_row(label, value)
+    if limit is not None and len(records) < limit:
+        raise UserError(f"{data}: {len(records)} usable rows: give --limit {len(records)} or less")
     console = Console()
-    console.print(table)
+    console.print(f"Sampling {len(records):,} crystals in a process of its own", highlight=False)
+    times = deliver_apart(backend, folder, records, threads, device, calls)
+    console.print(_delivery_table(name, times))
     console.print(
-        f"first {len(records)} rows of {data}, one sample each, nothing warmed up; {times.device}",
+        f"first {len(records):,} rows of {data}, one sample each; nothing warmed up; "
+        f"{times.device}",
         soft_wrap=True,
     )
     if out is not None:
-        figures = {"checkpoint": name, "data": data, "threads": threads} | times.to_dict()
-        write_atomic(out, json.dumps(figures, indent=1) + "\n")
+        run = {"checkpoint": name, "hash": saved.hash, "data": data, "threads": threads}
+        write_atomic(out, json.dumps(run | times.to_dict(), indent=1) + "\n")
+
+
+def _delivery_table(name: str, times: Delivery) -> Any:
+    from rich.table import Table
+
+    table = Table("", name)
+    for label, value, digits in (
+        ("crystals", times.crystals, 0),
+        ("loading the checkpoint, s", times.loading, 2),
+        ("finding precedents, s", times.precedents, 2),
+        ("network, s", times.network, 2),
+        ("all else, s", times.other, 2),
+        ("whole, s", times.seconds, 2),
+        ("crystals/s", times.crystals / times.seconds, 1),
+        ("network calls per crystal", times.calls, 0),
+        ("GFLOP per crystal, padding too", times.flops * 1e-9, 3),
+        ("DiffCSP++, times as many", times.saving, 0),
+        ("GEMM peak, GFLOP/s", times.peak * 1e-9, 1),
+        ("network, % of it", 100 * times.share, 1),
+    ):
+        table.add_row(label, f"{value:,.{digits}f}")
+    return table
 
 
 def _show_sizes(
@@ -189,12 +205,10 @@ def _show_sizes(
 ) -> None:
     """Cost of sampling against size: a plot, and the laws that fit."""
     console = Console()
-    with console.status("Measuring crystals of up to 52 atoms"):
-        costs = measure_sizes_apart(backend, run, records, calls, threads)
-    laws = {"seconds": Law.fit([c.size for c in costs], [c.seconds for c in costs])}
-    if memory := memories(costs):
-        laws["bytes"] = Law.fit([c.size for c in costs], memory)
-    title = f"{run.name}: {calls} calls per sample, threads: {threads}"
+    console.print(f"Sampling crystals of up to {MANY_ATOMS} atoms in a process of its own")
+    costs = measure_sizes_apart(backend, run, records, calls, threads)
+    laws = laws_of(costs)
+    title = f"{run.name}, {calls} network calls per crystal, {threads} threads"
     figures = {
         "calls": calls,
         "threads": threads,
@@ -205,13 +219,34 @@ def _show_sizes(
     if out is not None:
         files[out] = json.dumps(figures, indent=1) + "\n"
     write_together(files)
+    for line in _laws(costs, laws):
+        console.print(line, soft_wrap=True)
+    console.print(f"{len(costs)} sizes; {title}; plot: {picture}", soft_wrap=True)
+
+
+def _laws(costs: Sequence[SizeCost], laws: dict[str, Law]) -> Iterator[str]:
+    """How cost grows, what bounds it, and what the largest crystals cost."""
     for name, unit, scale in (("seconds", "ms", 1e3), ("bytes", "KiB", 1 / 1024)):
         if law := laws.get(name):
-            console.print(
+            yield (
                 f"{unit} per crystal: {scale * law.constant:.3g} + {scale * law.slope:.3g} x "
                 f"sites x atoms; exponent of the log-log fit {law.exponent:.2f}"
             )
-    console.print(f"{len(costs)} sizes; {title}; plot: {picture}", soft_wrap=True)
+    fitted = [cost for cost in costs if not cost.is_large]
+    most = in_flight(fitted)
+    yield (
+        f"up to {max(cost.atoms for cost in fitted)} atoms: "
+        f"{max(cost.padded_edges for cost in fitted):,} padded edges in a call at most"
+        + ("" if most is None else f", {most / 2**20:,.0f} MiB for all calls at once")
+    )
+    for cost in costs:
+        if cost.is_large:
+            ratio = cost.seconds / float(laws["seconds"].at(cost.size))
+            memory = f", {cost.memory / 2**20:,.0f} MiB" if cost.memory else ""
+            yield (
+                f"{cost.atoms} atoms on {cost.tokens} sites: {cost.seconds:.2f} s{memory} per "
+                f"crystal; {ratio:.2f} times the seconds of the line"
+            )
 
 
 def _shipped_config() -> RunConfig:

@@ -4,6 +4,7 @@ A description is the letters and variables of the sites, and the lattice. The gr
 and the choice of a first atom in every orbit lead from one to the other.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
 from common.crystal.lattice import lattice_to_k, standard_orientation
-from common.crystal.normalizer import changes_of_basis
+from common.crystal.normalizer import changes_of_basis, letter_images
 from common.crystal.structure import Crystal, Site
 from common.crystal.symmetry import nearest_zero, space_group, wrap
 
@@ -57,6 +58,13 @@ def _images(number: int, letter: str, axes: int, shift: int) -> _Images:
     raise AssertionError(f"position {letter} of group {number} is lost")
 
 
+def _image_letter(number: int, letter: str, axes: int, shift: int) -> str:
+    """The letter of ``_images``, without its maps."""
+    letters = list(space_group(number).wyckoff)
+    image = letters[letter_images(number, letter)[0][axes]]
+    return letters[letter_images(number, image)[1][shift]]
+
+
 def _new_lattice(lattice: Array, linear: Array) -> Array:
     """Rows of the lattice after a change of axes x -> linear @ x."""
     return np.asarray(np.linalg.inv(linear).swapaxes(-1, -2) @ lattice)
@@ -74,24 +82,39 @@ def with_sites(crystal: Crystal, wanted: tuple[tuple[int, str], ...]) -> Crystal
     """
     number = crystal.space_group
     changes = changes_of_basis(number)
-    target = sorted(wanted)
-    count = 0
-    for axes in range(len(changes.linear)):
-        for shift in range(len(changes.shifts)):
-            images = [_images(number, site.letter, axes, shift) for site in crystal.sites]
-            numbers = [site.atomic_number for site in crystal.sites]
-            found = [(z, image.letter) for z, image in zip(numbers, images, strict=True)]
-            if sorted(found) == target:
-                params = [
-                    wrap(image.linear[0] @ np.array(site.free_params) + image.offset[0])
-                    for site, image in zip(crystal.sites, images, strict=True)
-                ]
-                lattice = _new_lattice(crystal.lattice, changes.linear[axes])
-                return Crystal(number, _in_order(wanted, found, params), lattice)
-            count += 1
-            if count == _MAX_CHANGES:
-                return None
-    return None
+    fits = _letters_fit(crystal, wanted)
+    if not fits.any():
+        return None
+    axes, shift = divmod(int(fits.argmax()), len(changes.shifts))
+    images = [_images(number, site.letter, axes, shift) for site in crystal.sites]
+    found = [(s.atomic_number, i.letter) for s, i in zip(crystal.sites, images, strict=True)]
+    params = [
+        wrap(image.linear[0] @ np.array(site.free_params) + image.offset[0])
+        for site, image in zip(crystal.sites, images, strict=True)
+    ]
+    lattice = _new_lattice(crystal.lattice, changes.linear[axes])
+    return Crystal(number, _in_order(wanted, found, params), lattice)
+
+
+def _letters_fit(crystal: Crystal, wanted: tuple[tuple[int, str], ...]) -> NDArray[np.bool_]:
+    """Which changes of basis, shifts running fastest, put the elements on the wanted letters."""
+    number = crystal.space_group
+    letters = list(space_group(number).wyckoff)
+    shifts = len(changes_of_basis(number).shifts)
+    used = -(-_MAX_CHANGES // shifts)
+    by_shift = np.stack([letter_images(number, letter)[1] for letter in letters])  # [L,M]
+    elements = sorted({site.atomic_number for site in crystal.sites} | {z for z, _ in wanted})
+    kinds = len(elements) * len(letters)
+    target = np.zeros(kinds, dtype=int)  # sites by element and letter
+    for z, letter in wanted:
+        target[elements.index(z) * len(letters) + letters.index(letter)] += 1
+    found = []
+    for site in crystal.sites:
+        by_axes = letter_images(number, site.letter)[0][:used]
+        images = by_shift[by_axes].ravel()[:_MAX_CHANGES]
+        found.append(elements.index(site.atomic_number) * len(letters) + images)
+    counts = (np.stack(found)[..., None] == np.arange(kinds)).sum(axis=0)  # [changes,kinds]
+    return np.asarray((counts == target).all(axis=1))
 
 
 def _in_order(
@@ -160,15 +183,18 @@ class _Frame:
 
     def fit(self, crystal: Crystal, axes: int, shift: int) -> tuple[float, tuple[Site, ...]] | None:
         """Mean squared displacement, and the sites; None if the letters become others."""
-        images = [_images(crystal.space_group, s.letter, axes, shift) for s in crystal.sites]
+        number = crystal.space_group
+        found = Counter(
+            (site.atomic_number, _image_letter(number, site.letter, axes, shift))
+            for site in crystal.sites
+        )
+        if found != {key: len(slots) for key, slots in self.slots.items()}:
+            return None
         members: dict[tuple[int, str], list[Array]] = {}
-        for site, image in zip(crystal.sites, images, strict=True):
-            if (site.atomic_number, image.letter) not in self.slots:
-                return None
+        for site in crystal.sites:
+            image = _images(number, site.letter, axes, shift)
             params = image.linear @ np.array(site.free_params) + image.offset  # [E,3]
             members.setdefault((site.atomic_number, image.letter), []).append(params)
-        if any(len(self.slots[key]) != len(own) for key, own in members.items()):
-            return None
         if not self.is_polar:
             cost, chosen, _ = self._assign(members, np.zeros(3))
         else:

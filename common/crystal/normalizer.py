@@ -36,14 +36,14 @@ def _linear_parts(group: SpaceGroup, generators: bool = True) -> list[Array]:
     """
     system = crystal_system(group.number)
     if system == 0:
-        candidates = _matrices(np.ones((3, 3)))
+        candidates = _matrices(1, 1, 1, 1, 1, 1, 1, 1, 1)
         candidates = [m for m in candidates if _is_shear(m)] if generators else candidates
     elif system == 1:
-        candidates = _matrices(np.array([[2, 0, 2], [0, 1, 0], [2, 0, 2]]))
+        candidates = _matrices(2, 0, 2, 0, 1, 0, 2, 0, 2)
     elif system == 4:
-        candidates = _matrices(np.array([[1, 1, 0], [1, 1, 0], [0, 0, 1]]))
+        candidates = _matrices(1, 1, 0, 1, 1, 0, 0, 0, 1)
     else:
-        candidates = [m for m in _matrices(np.ones((3, 3))) if np.count_nonzero(m) == 3]
+        candidates = _signed_permutations()
     lattice = group.to_primitive
     inverse = np.linalg.inv(lattice)
     points = {_key(rotation) for rotation in group.rotations}
@@ -68,9 +68,19 @@ def _is_shear(matrix: Array) -> bool:
     return bool((np.diag(matrix) == 1).all() and np.count_nonzero(matrix) <= 4)
 
 
-def _matrices(largest: Array) -> list[Array]:
-    """Integer matrices of determinant 1 or -1 whose entries are no larger than these."""
-    ranges = [range(-int(x), int(x) + 1) for x in largest.ravel()]
+@cache
+def _signed_permutations() -> list[Array]:
+    """Those that exchange the axes, and reverse some of them."""
+    return [m for m in _matrices(1, 1, 1, 1, 1, 1, 1, 1, 1) if np.count_nonzero(m) == 3]
+
+
+@cache
+def _matrices(*largest: int) -> list[Array]:
+    """Integer matrices of determinant 1 or -1 whose entries, row by row, are no larger than these.
+
+    The groups share them: they are never edited.
+    """
+    ranges = [range(-x, x + 1) for x in largest]
     matrices = np.array(list(product(*ranges)), dtype=float).reshape(-1, 3, 3)
     determinants = np.abs(np.linalg.det(matrices))
     return list(matrices[np.abs(determinants - 1) < 1e-6])
@@ -110,18 +120,19 @@ def _permutation(group: SpaceGroup, linear: Array, shift: Array) -> tuple[int, .
         alike = [index for index, other in enumerate(kinds) if other == kind]
         point = linear @ (position.rotations[0] @ _GENERIC + position.translations[0]) + shift
         # The last needs no test: the image is on one of them.
-        tests = (i for i in alike[:-1] if _lies_on(point, positions[i]))
+        tests = (i for i in alike[:-1] if _lie_on(point[None], positions[i])[0])
         images.append(next(tests, alike[-1]))
     return tuple(images)
 
 
-def _lies_on(point: Array, position: WyckoffPosition) -> bool:
-    """Whether an atom of an orbit can be at a point, up to whole translations."""
+def _lie_on(points: Array, position: WyckoffPosition) -> NDArray[np.bool_]:
+    """Whether an atom of an orbit can be at points [N,3], up to whole translations: [N]."""
     rotations, translations = position.rotations, position.translations
     off_plane = np.eye(3) - rotations @ np.linalg.pinv(rotations)
-    targets = (wrap(point) - translations)[:, None] + _STEPS
-    rests = np.einsum("mij,msj->msi", off_plane, targets)
-    return bool((np.abs(rests).max(axis=2) < 1e-6).any())
+    targets = (wrap(points)[:, None] - translations)[:, :, None] + _STEPS  # [N,M,125,3]
+    rests = np.abs(targets @ off_plane.swapaxes(1, 2)).max(axis=-1)
+    found: NDArray[np.bool_] = (rests < 1e-6).any(axis=(1, 2))
+    return found
 
 
 @cache
@@ -230,3 +241,29 @@ def changes_of_basis(number: int) -> ChangesOfBasis:
         shifts,
         polar,
     )
+
+
+@cache
+def letter_images(number: int, letter: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Which letters a position becomes, as indices in the order of the group's letters.
+
+    Under a change of axes and a shift after it, the image is the shift's of the axes' one.
+
+    Returns:
+        [N], under every ``linear`` of the group's changes of basis with its ``origin``, and [M],
+        under every one of their ``shifts``.
+    """
+    changes = changes_of_basis(number)
+    positions = list(space_group(number).wyckoff.values())
+    own = space_group(number).wyckoff[letter]
+    kind = own.multiplicity, own.dof
+    alike = [i for i, other in enumerate(positions) if (other.multiplicity, other.dof) == kind]
+    point = own.rotations[0] @ _GENERIC + own.translations[0]
+    moved = np.concatenate([changes.linear @ point + changes.origin, point + changes.shifts])
+    # Thousands of changes take a centre of inversion to one of eight points.
+    points, which = np.unique(np.round(wrap(moved), 9), axis=0, return_inverse=True)
+    images = np.full(len(points), alike[-1])  # the image is on one of them
+    for index in alike[-2::-1]:
+        images[_lie_on(points, positions[index])] = index
+    of_moved = images[which.ravel()]
+    return of_moved[: len(changes.linear)], of_moved[len(changes.linear) :]

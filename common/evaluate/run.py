@@ -125,13 +125,7 @@ class Evaluation:
             told: the properties that the model is told.
         """
         requests = [
-            SampleRequest(
-                record.crystal.space_group,
-                tuple((site.atomic_number, site.letter) for site in record.crystal.sites),
-                properties,
-                key=record.material_id,
-                sample=sample,
-            )
+            SampleRequest.of(record.crystal, record.material_id, properties, sample)
             for record, properties in zip(self.references, told.values, strict=True)
             for sample in range(k)
         ]

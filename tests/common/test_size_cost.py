@@ -8,11 +8,18 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from common.config import load_config
-from common.data.batch import symmetry_only, view_sizes
-from common.size_cost import Law, PeakMemory, SizeCost, memories, requests_by_size, to_png
-from common.speed import network_flops
-from tests.conftest import REPOSITORY
+from common.data.batch import symmetry_only
+from common.size_cost import (
+    MANY_ATOMS,
+    Law,
+    PeakMemory,
+    SizeCost,
+    in_flight,
+    laws_of,
+    memories,
+    requests_by_size,
+    to_png,
+)
 
 MIB = 2**20
 
@@ -64,6 +71,34 @@ def test_sizes_reach_cells_of_52_atoms() -> None:
     )
 
 
+def test_large_crystals_have_as_many_atoms_as_is_said() -> None:
+    made = requests_by_size("asymmetric", (MANY_ATOMS,))
+    crystals = [symmetry_only(request.space_group, request.sites) for request in made]
+    assert [crystal.num_primitive_atoms for crystal in crystals] == [200, 200, 200]
+    assert [len(crystal.sites) for crystal in crystals] == [50, 100, 200]
+
+
+def test_lines_leave_large_crystals_out() -> None:
+    """They may cost whatever they do, and be off the line."""
+    known = costs()
+    large = SizeCost(1, 200, 200, 2, 43264, 77.0, 7e9)
+    assert large.is_large
+    assert not SizeCost(1, 52, 52, 2, 4096, 1.0, None).is_large
+    laws = laws_of([*known, large])
+    assert laws == laws_of(known)
+    assert laws["seconds"].slope == pytest.approx(1e-3)
+    assert laws["bytes"].slope == pytest.approx(100)
+    assert laws["seconds"].exponent == pytest.approx(1)
+    assert set(laws_of([*known, replace(large, memory=None)])) == {"seconds"}
+    assert large.seconds > 1.5 * laws["seconds"].at(large.size)
+
+
+def test_memory_at_once_is_that_of_all_crystals_in_flight() -> None:
+    one, two = SizeCost(1, 4, 4, 8, 1, 1.0, 100.0), SizeCost(1, 8, 8, 2, 1, 1.0, 300.0)
+    assert in_flight([one, two]) == 800
+    assert in_flight([one, replace(two, memory=None)]) is None
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells and resets the peak")
 def test_memory_is_what_the_block_took_at_most() -> None:
     np.ones(200 * MIB // 8).sum()  # an earlier peak, which must not count
@@ -94,29 +129,8 @@ def test_plot_has_a_panel_for_memory_if_it_is_known() -> None:
     assert np.unique(both.reshape(-1, both.shape[-1]), axis=0).shape[0] > 50  # something is drawn
 
 
-@pytest.mark.parametrize("name", ["crystal_dit_small_fm", "crystal_dit_paper_fm"])
-def test_operations_grow_with_edges_and_no_faster(name: str) -> None:
-    """Twice the edges take at most twice the operations, at every size up to 52 atoms.
-
-    Attention among sites is quadratic in them, but they are no more than the atoms.
-    """
-    model = load_config(REPOSITORY / "configs" / f"{name}.yaml").model
-    crystals = [symmetry_only(r.space_group, r.sites) for r in requests_by_size("asymmetric")]
-    sizes = [view_sizes(crystal, "asymmetric") for crystal in crystals]
-    flops = [network_flops(model, *size) for size in sizes]
-    edges = [tokens * atoms for tokens, atoms in sizes]
-    law = Law.fit(edges, flops)
-    assert 0.7 < law.exponent < 1.02  # below one where what every site costs still counts
-    for tokens, atoms in sizes:
-        once, twice = (network_flops(model, tokens, n * atoms) for n in (1, 2))
-        assert once < twice < 2 * once
-        assert network_flops(model, 2 * tokens, atoms) < 2.02 * once
-    largest = network_flops(model, 200, 200) / network_flops(model, 52, 52)
-    assert 0.8 * (200 / 52) ** 2 < largest < (200 / 52) ** 2
-
-
-def test_conventional_cells_cost_the_square_of_their_atoms() -> None:
-    """What the comparison with sites x atoms is about: the same crystal, one token per atom."""
-    model = load_config(REPOSITORY / "configs" / "diffcsp_pp.yaml").model
-    one, two = (network_flops(model, n, n) for n in (200, 400))
-    assert 3.9 < two / one < 4
+def test_plot_shows_large_crystals_without_moving_the_line() -> None:
+    large = SizeCost(1, 200, 200, 2, 43264, 40.0, 4e6)
+    without, beside = (to_png([*costs(), *more], "title") for more in ([], [large]))
+    assert imread(io.BytesIO(without)).shape == imread(io.BytesIO(beside)).shape
+    assert without != beside

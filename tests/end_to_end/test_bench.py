@@ -11,7 +11,8 @@ from common.checkpoint import load_checkpoint, shipped
 from common.cli import run
 from common.config import load_config
 from common.data.store import write_records
-from common.speed import deliver, measure_steps_apart
+from common.delivery import deliver
+from common.speed import measure_steps_apart
 from tests.training import alike_records, textbook_records, tiny_run
 from torch_impl.generator import load
 
@@ -77,9 +78,13 @@ def test_cost_against_size(
     assert run(["bench", *arguments, *choice]) == 0
     assert picture.read_bytes().startswith(b"\x89PNG")
     figures = json.loads(out.read_text())
-    assert max(entry["atoms"] for entry in figures["sizes"]) == 52
+    assert sorted({entry["atoms"] for entry in figures["sizes"]})[-2:] == [52, 200]
     exponent = figures["laws"]["seconds"]["exponent"]
     shown = capfd.readouterr().out
+    said = " ".join(shown.split())
+    assert "up to 52 atoms: 4,096 padded edges in a call at most" in said
+    for entry in figures["sizes"][-3:]:
+        assert f"200 atoms on {entry['tokens']} sites: {entry['seconds']:.2f} s" in said
     first = next(line for line in shown.split("ms per crystal")[1:])
     assert f"{exponent:.2f}" in " ".join(first.split())
 
@@ -105,13 +110,33 @@ def test_how_long_a_checkpoint_takes(
     config = load_checkpoint(shipped()["crystal_dit_small_fm"]).config
     assert figures["calls"] == config["diffusion"]["steps"]
     assert figures["crystals"] == 8
-    assert min(figures[name] for name in ("loading", "precedents", "network")) > 0
-    assert figures["seconds"] == figures["precedents"] + figures["network"]
+    parts = ("loading", "precedents", "network", "other")
+    assert min(figures[name] for name in parts) > 0
+    assert figures["seconds"] == pytest.approx(sum(figures[name] for name in parts))
     assert figures["saving"] == figures["diffcsp_pp_flops"] / figures["flops"] > 50
-    assert 0 < figures["share"] < 1
+    assert figures["share"] > 0
+    assert figures["hash"] == load_checkpoint(shipped()["crystal_dit_small_fm"]).hash
     shown = capfd.readouterr().out
     assert f"{figures['flops'] * 1e-9:.3f}" in shown
-    assert f"{figures['crystals'] / figures['seconds']:.1f}" in shown
+    assert f"{figures['crystals'] / figures['seconds']:,.1f}" in shown
+    assert "nothing warmed up" in " ".join(shown.split())
+
+
+def test_fewer_calls_of_a_checkpoint(tmp_path: Path) -> None:
+    rows, out = tmp_path / "rows.parquet", tmp_path / "figures.json"
+    write_records(textbook_records()[:8], rows)
+    choice = ["--checkpoint", "crystal_dit_small_fm", "--data", str(rows), "--device", "cpu"]
+    assert run(["bench", *choice, "--limit", "8", "--calls", "2", "--out", str(out)]) == 0
+    figures = json.loads(out.read_text())
+    assert (figures["calls"], figures["crystals"]) == (2, 8)
+
+
+def test_more_crystals_than_there_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = tmp_path / "rows.parquet"
+    write_records(textbook_records()[:8], rows)
+    choice = ["--checkpoint", "crystal_dit_small_fm", "--data", str(rows), "--limit", "9"]
+    assert run(["bench", *choice]) == 2
+    assert "8 usable rows: give --limit 8 or less" in capsys.readouterr().err
 
 
 def test_delivery_is_what_the_sampler_gives() -> None:

@@ -14,9 +14,10 @@ import common.speed
 from common.backend import SampleRequest
 from common.config import DiffusionConfig, ModelConfig, RunConfig, TrainConfig, load_config
 from common.crystal.structure import Crystal, Site
-from common.data.batch import BatchItem, collate
+from common.data.batch import BatchItem, Sizes, collate, symmetry_only
 from common.data.loader import BatchPlan
 from common.data.store import Record
+from common.size_cost import Law, requests_by_size
 from common.speed import (
     DIFFCSP_PP,
     PEAK_PRODUCTS,
@@ -240,15 +241,61 @@ def test_products_are_those_that_are_counted() -> None:
 
 
 def test_cost_of_every_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to 52 atoms a call keeps to its budget of edges; beyond it a call has one crystal."""
     monkeypatch.setattr("common.size_cost.ATOMS", (4, 52))
     threads = torch.get_num_threads()
     costs = benchmark_sizes(run("asymmetric"), RECORDS, calls=1, threads=2)
     torch.set_num_threads(threads)
     budget = Generator.edges_per_call
     sizes = [(cost.space_group, cost.tokens, cost.atoms) for cost in costs]
-    assert sizes == [(10, 1, 4), (2, 2, 4), (1, 4, 4), (10, 13, 52), (2, 26, 52), (1, 52, 52)]
+    assert sizes == [
+        *[(10, 1, 4), (2, 2, 4), (1, 4, 4), (10, 13, 52), (2, 26, 52), (1, 52, 52)],
+        *[(10, 50, 200), (2, 100, 200), (1, 200, 200)],
+    ]
+    assert [cost.is_large for cost in costs] == [False] * 6 + [True] * 3
     for cost in costs:
         assert cost.seconds > 0
         assert cost.size <= cost.padded_edges * 2 / cost.in_flight  # two calls at once
-        assert budget / 2 < cost.padded_edges <= budget
-    assert [cost.in_flight for cost in costs[::5]] == [2 * budget // (2 * 4), 2 * 1]
+        if not cost.is_large:
+            assert budget / 2 < cost.padded_edges <= budget
+    assert [cost.in_flight for cost in costs[:6:5]] == [2 * budget // (2 * 4), 2 * 1]
+    assert [cost.in_flight for cost in costs[6:]] == [2, 2, 2]
+
+
+def counted(generator: Generator, request: SampleRequest) -> float:
+    """Operations that torch counts while one crystal is sampled with one call."""
+    with FlopCounterMode(display=False) as counter:
+        (crystal,) = generator.sample([request], 0, 1)
+    assert (
+        crystal.num_primitive_atoms == len(request.sites) * {1: 1, 2: 2, 10: 4}[crystal.space_group]
+    )
+    return float(counter.get_total_flops())
+
+
+def departures(cell: str, monkeypatch: pytest.MonkeyPatch) -> tuple[float, float]:
+    """Of operations against sites x atoms, from 8 atoms to 200.
+
+    Returns:
+        the exponent, and how many times as much as the line says the worst crystal takes.
+    """
+    config = run(cell)
+    generator = Generator(config, CrystalDiT(config.model), fitted(random_items()), "cpu")
+    monkeypatch.setattr(generator, "parallel_calls", 1)  # what other threads do is not counted
+    monkeypatch.setattr(generator, "edges_per_call", 1)
+    monkeypatch.setattr(generator, "sizes", Sizes((), (), 1))  # nothing is padded
+    requests = requests_by_size("asymmetric", (8, 12, 20, 36, 52, 100, 200))
+    made = [symmetry_only(request.space_group, request.sites) for request in requests]
+    sizes = [len(crystal.sites) * crystal.num_primitive_atoms for crystal in made]
+    operations = [counted(generator, request) for request in requests]
+    law = Law.fit(sizes, operations)
+    ratios = np.array(operations) / law.at(np.array(sizes, float))
+    return law.exponent, float(np.exp(np.abs(np.log(np.abs(ratios))).max()))
+
+
+def test_operations_grow_as_sites_times_atoms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted, not timed, in whole samples; with one token per atom they do not."""
+    exponent, worst = departures("asymmetric", monkeypatch)
+    assert 0.9 < exponent < 1.02
+    assert worst < 1.15
+    _, worst_per_atom = departures("conventional", monkeypatch)
+    assert worst_per_atom > 2

@@ -5,7 +5,7 @@ import pytest
 from pymatgen.analysis.structure_matcher import StructureMatcher
 
 from common.crystal.descriptions import aligned, with_sites
-from common.crystal.normalizer import changes_of_basis, letter_permutations
+from common.crystal.normalizer import changes_of_basis, letter_images, letter_permutations
 from common.crystal.structure import Crystal, Site
 from common.crystal.symmetry import space_group, wrap
 from tests.crystals import random_crystal
@@ -124,3 +124,45 @@ def test_changes_of_basis_exchange_letters_as_the_permutations_say(group: int) -
                 images.append(image)
             found.add("".join(images))
     assert found == set(letter_permutations(group))
+
+
+@pytest.mark.parametrize("group", [2, 5, 10, 12, 24, 47, 74, 123, 166, 187, 194, 216, 227])
+def test_images_of_letters_are_where_the_maps_lead(group: int) -> None:
+    """For changes of axes with a shift behind them, one of some dozens drawn by chance."""
+    random = np.random.default_rng(group)
+    changes = changes_of_basis(group)
+    positions = space_group(group).wyckoff
+    letters = list(positions)
+    exchanged = 0
+    for _ in range(12):
+        axes = random.integers(len(changes.linear))
+        shift = random.integers(len(changes.shifts))
+        moved = changes.linear[axes], changes.origin[axes] + changes.shifts[shift]
+        for letter, position in positions.items():
+            between = letters[letter_images(group, letter)[0][axes]]
+            image = letters[letter_images(group, between)[1][shift]]
+            assert len(position.maps_onto(positions[image], *moved)[0])
+            exchanged += image != letter
+    assert exchanged
+
+
+def test_the_first_change_that_fits_is_taken() -> None:
+    """Where none is needed, the crystal stays as it is, to the last bit."""
+    random = np.random.default_rng(0)
+    for group, letters in SYSTEMS:
+        crystal = random_crystal(group, letters, random)
+        described = with_sites(crystal, named(crystal))
+        assert described is not None
+        np.testing.assert_array_equal(described.lattice, crystal.lattice)
+        if len(set(named(crystal))) == len(crystal.sites):
+            for site, other in zip(described.sites, crystal.sites, strict=True):
+                np.testing.assert_allclose(site.free_params, other.free_params, atol=1e-12)
+
+
+def test_as_many_sites_of_an_element_as_wanted() -> None:
+    """Each site fits somewhere, but not all of them at once."""
+    crystal = Crystal(
+        2, (Site(11, "a"), Site(11, "b"), Site(17, "c"), Site(17, "d")), np.diag([4.0, 5.0, 6.0])
+    )
+    assert with_sites(crystal, ((11, "a"), (17, "b"), (17, "c"), (17, "d"))) is None
+    assert with_sites(crystal, ((11, "a"), (11, "b"), (17, "c"))) is None
