@@ -37,4 +37,16 @@ def test_distances_are_pymatgens(spread: float) -> None:
             lengths = abs(np.log(first.volume / structures[j].volume)) / 3
             expected = lengths + (0.5 if match is None else match[0])
             assert found[i, j] == found[j, i] == pytest.approx(expected, abs=1e-6)
-    assert 0 <= choose_sample(samples).sample < len(samples)
+
+
+@pytest.mark.parametrize("place", range(5))
+def test_the_sample_nearest_to_all_others_is_chosen(place: int) -> None:
+    """Not the one that differs, wherever it stands."""
+    alike, (other, *_) = perovskites(0.005), perovskites(0.2)
+    samples = [*alike[:place], other, *alike[place:]]
+    choice = choose_sample(samples)
+    assert choice.samples == 5
+    assert choice.sample != place
+    sums = _distances(samples).sum(axis=1)
+    assert choice.sample == np.argmin(sums)
+    assert choice.consensus == pytest.approx(sums.min() / 4)

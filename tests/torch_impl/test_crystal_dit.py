@@ -7,8 +7,8 @@ alone, but not the coordinates' along the edges: the sines there are taken in th
 
 Another atom of an orbit as its representative is another picture of the same crystal: the token
 then stands in another frame, and sees a turned neighbourhood. Distances stay; the Fourier features
-turn with the frame; the output does not follow exactly. Training shows the network all pictures,
-see ``common.diffusion.flow.Descriptions``.
+turn with the frame; the output does not follow exactly. Training can show the network all pictures
+(``train.descriptions``), see ``common.diffusion.flow.Descriptions``.
 """
 
 from dataclasses import replace

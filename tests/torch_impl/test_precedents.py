@@ -88,6 +88,25 @@ def test_an_untrained_network_of_differences_ends_at_the_precedent(
         assert np.abs(strain).max() < 1e-4
 
 
+def test_samples_start_from_precedents_in_turn(tmp_path: Path) -> None:
+    """From so many as there are, the most similar one first, then over again."""
+    records = alike_records(12)
+    diffusion = DIFFERENCES.diffusion.model_copy(update={"precedents_in_turn": 3})
+    run = DIFFERENCES.model_copy(update={"diffusion": diffusion})
+    save_checkpoint(tmp_path / "checkpoint", **Trainer(run, records, records).final())
+    generator = load(tmp_path / "checkpoint", "cpu")
+    found = generator.precedents.find(records[0].crystal, 3)
+    assert len({one.material_id for one in found}) == 3
+    crystals = generator.sample([request(records[0], sample) for sample in range(4)], 0, steps=1)
+    for sample, crystal in enumerate(crystals):
+        apart = [
+            np.abs(lattice_to_k(crystal.lattice) - lattice_to_k(one.crystal.lattice)).max()
+            for one in found
+        ]
+        assert np.argmin(apart) == sample % 3
+        assert min(apart) < 1e-4
+
+
 def test_differences_of_known_size_are_errors_of_the_same_size() -> None:
     """The untrained network's loss is that of the differences in their units, at every time."""
     records = alike_records()
