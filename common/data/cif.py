@@ -22,16 +22,18 @@ from pymatgen.io.cif import CifParser
 _FRACTION_TOLERANCE = 1e-4
 _MIN_THICKNESS = 0.01
 
+# Values that no quote or comment can be hidden in.
+_WORD = r"[^\s'\"#;]+"
 _NUMBER = r"(-?\d{1,6}(?:\.\d{1,17})?)"
 _P1_CIF = re.compile(
-    r"(?:#[^\n]*\n)?data_\S+\n"
+    rf"(?:#[^\n]*\n)?data_{_WORD}\n"
     r"_symmetry_space_group_name_H-M +'P 1'\n"
     rf"_cell_length_a +{_NUMBER}\n_cell_length_b +{_NUMBER}\n_cell_length_c +{_NUMBER}\n"
     rf"_cell_angle_alpha +{_NUMBER}\n_cell_angle_beta +{_NUMBER}\n_cell_angle_gamma +{_NUMBER}\n"
     r"_symmetry_Int_Tables_number +1\n"
-    r"_chemical_formula_structural +\S+\n"
+    rf"_chemical_formula_structural +{_WORD}\n"
     r"_chemical_formula_sum +(?:'((?:[A-Z][a-z]?\d+ ?)+)'|([A-Z][a-z]?\d+))\n"
-    r"_cell_volume +\S+\n_cell_formula_units_Z +\d+\n"
+    rf"_cell_volume +{_WORD}\n_cell_formula_units_Z +\d+\n"
     r"loop_\n _symmetry_equiv_pos_site_id\n _symmetry_equiv_pos_as_xyz\n  1  'x, y, z'\n"
     r"loop_\n _atom_site_type_symbol\n _atom_site_label\n _atom_site_symmetry_multiplicity\n"
     r" _atom_site_fract_x\n _atom_site_fract_y\n _atom_site_fract_z\n _atom_site_occupancy\n"
@@ -39,7 +41,8 @@ _P1_CIF = re.compile(
     re.ASCII,
 )
 _ATOM = re.compile(
-    rf" *([A-Z][a-z]?) +\S+ +1 +{_NUMBER} +{_NUMBER} +{_NUMBER} +1(?:\.0*)? *", re.ASCII
+    rf" *([A-Z][a-z]?) +[A-Za-z][\w.+-]* +1 +{_NUMBER} +{_NUMBER} +{_NUMBER} +1(?:\.0*)? *",
+    re.ASCII,
 )
 _COUNT = re.compile(r"([A-Z][a-z]?)(\d+)", re.ASCII)
 
