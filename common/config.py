@@ -64,6 +64,8 @@ class ModelConfig(Settings):
             raise ValueError("width must be even and a multiple of heads")
         if self.cell == "conventional" and self.frames:
             raise ValueError("frames are all alike in the conventional cell: set frames to false")
+        if not self.precedents and (self.former_elements or self.target == "difference"):
+            raise ValueError("target: difference and former_elements need precedents: true")
         if len(set(self.properties)) != len(self.properties):
             raise ValueError(f"properties must differ; known: {', '.join(PROPERTY_NAMES)}")
         return self

@@ -20,7 +20,7 @@ from torch_impl.train_dit import load_weights
 
 #: Of which more only wait for Python's lock.
 MAX_PARALLEL_CALLS = 8
-#: On a GPU, where starting the kernels of a small call takes longer than they do.
+#: On a GPU, which a call of few edges keeps busy for too short a time.
 CUDA_EDGES_PER_CALL = 65536
 
 

@@ -171,3 +171,10 @@ def test_overrides(tmp_path: Path) -> None:
 def test_wrong_override(tmp_path: Path, override: str, says: str) -> None:
     path = write(tmp_path, "name: x\nmodel: {cell: conventional, frames: false}")
     assert says in refused(path, override)
+
+
+@pytest.mark.parametrize("setting", [{"target": "difference"}, {"former_elements": True}])
+def test_what_is_said_of_precedents_needs_them(setting: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="need precedents: true"):
+        ModelConfig.model_validate(setting)
+    assert ModelConfig.model_validate({"precedents": True} | setting).precedents
