@@ -6,6 +6,7 @@ gradients and losses are sums over the processes.
 
 import os
 import subprocess
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -24,6 +25,10 @@ from common.training import Shard
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 #: How long a process waits for the others, the first of which writes checkpoints meanwhile.
 TIMEOUT = timedelta(minutes=10)
+#: Seconds for gloo's threads to let go of the last collective's tensors. That takes the
+#: interpreter's lock, which aborts the process where the interpreter is ending; destroying the
+#: group joins the threads only if nothing refers to it any more, and what FSDP caches does.
+LAST_RELEASE = 0.1
 
 
 @contextmanager
@@ -51,6 +56,8 @@ def joined(device: str) -> Iterator[Shard]:
     yield Shard(dist.get_rank(), dist.get_world_size())
     # Not after an error: the others may be waiting for this process, and their launcher acts.
     dist.destroy_process_group()
+    if device == "cpu":
+        time.sleep(LAST_RELEASE)
 
 
 def sum_gradients(model: nn.Module) -> nn.Module:
