@@ -27,7 +27,7 @@ VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADD
 TIMEOUT = timedelta(minutes=10)
 #: Seconds for gloo's threads to let go of the last collective's tensors. That takes the
 #: interpreter's lock, which aborts the process where the interpreter is ending; destroying the
-#: group joins the threads only if nothing refers to it any more, and what FSDP caches does.
+#: group joins the threads only if nothing refers to it any more, and FSDP's caches still do.
 LAST_RELEASE = 0.1
 
 
