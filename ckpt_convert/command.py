@@ -11,6 +11,8 @@ from rich.table import Table
 
 from ckpt_convert.convert import convert
 from ckpt_convert.mapping import Framework, MisfitError, Report
+from common.checkpoint import checkpoint_folder
+from common.language.hub import weights_folder
 
 #: Tensors that do not fit, of which the names are listed.
 _SHOWN = 20
@@ -21,7 +23,8 @@ def command(
         Path,
         typer.Argument(
             metavar="SRC",
-            help="Checkpoint or run folder, or a file of weights: .ckpt, .safetensors, .pt.",
+            help="Checkpoint or run folder, a shipped model's name, or a file of weights: .ckpt, "
+            ".safetensors, .pt.",
         ),
     ],
     destination: Annotated[
@@ -37,7 +40,11 @@ def command(
     ] = None,
     base: Annotated[
         Path | None,
-        typer.Option(help="Language model's folder that SRC, an adapter of it, is worked into."),
+        typer.Option(
+            metavar="MODEL",
+            help="Language model that SRC, an adapter of it, is worked into: a folder, a shipped "
+            "model's name, or OWNER/NAME@REVISION.",
+        ),
     ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a DST of the same kind.")
@@ -46,7 +53,14 @@ def command(
     """Convert weights and training state, bit by bit; a tensor that does not fit is an error."""
     console = Console()
     try:
-        report = convert(source, destination, to, config=config, base=base, overwrite=overwrite)
+        report = convert(
+            checkpoint_folder(source),
+            destination,
+            to,
+            config=config,
+            base=None if base is None else weights_folder(checkpoint_folder(base)),
+            overwrite=overwrite,
+        )
     except MisfitError as error:
         _show(console, error.report)
         raise

@@ -115,6 +115,17 @@ class Checkpoint:
         return digest[:12]
 
     @property
+    def rows_seen(self) -> tuple[tuple[str, int], ...]:
+        """Data sets that the weights have learned from, and their numbers of rows.
+
+        Those of earlier runs, which their own went on from, come first.
+        """
+        extra = self.manifest["extra"]
+        own = self.config.get("train", {}).get("data")
+        listed = extra.get("data", [(own, extra.get("training_rows", 0))] if own else [])
+        return tuple((str(name), int(rows)) for name, rows in listed)
+
+    @property
     def fingerprint(self) -> str:
         """Fingerprint of the training rows, empty if it was not recorded."""
         fingerprint: str = self.manifest["training_fingerprint"]
@@ -263,22 +274,18 @@ def load_checkpoint(folder: Path, optimizer: bool = False) -> Checkpoint:
     )
 
 
-def rows_seen_by(folder: Path) -> tuple[tuple[str, int], ...]:
-    """Data sets that a checkpoint's weights have learned from, and their numbers of rows.
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder is a checkpoint, or a run's, and not one of another tool."""
+    return any((folder / name).is_file() for name in (LATEST, MANIFEST))
 
-    Those of earlier runs, which its own went on from, come first. Empty for a folder of another
-    tool, which does not say.
+
+def rows_seen_by(folder: Path) -> tuple[tuple[str, int], ...]:
+    """``Checkpoint.rows_seen``; empty for a folder of another tool, which does not say.
 
     Raises:
         UserError: as ``load_checkpoint``.
     """
-    if not any((folder / name).is_file() for name in (LATEST, MANIFEST)):
-        return ()
-    saved = load_checkpoint(folder)
-    extra = saved.manifest["extra"]
-    own = saved.config.get("train", {}).get("data")
-    listed = extra.get("data", [(own, extra.get("training_rows", 0))] if own else [])
-    return tuple((str(name), int(rows)) for name, rows in listed)
+    return load_checkpoint(folder).rows_seen if is_checkpoint(folder) else ()
 
 
 def shipped() -> dict[str, Path]:
@@ -292,9 +299,9 @@ def shipped_language() -> dict[str, Path]:
 
 
 def checkpoint_folder(name: str | Path) -> Path:
-    """The folder that is named, or that of the shipped Crystal DiT of this name."""
+    """The folder that is named, or that of what is shipped by this name, of either kind."""
     folder = Path(name)
-    return folder if folder.exists() else shipped().get(str(name), folder)
+    return folder if folder.exists() else (shipped() | shipped_language()).get(str(name), folder)
 
 
 def _checkpoints_in(folder: Path) -> dict[str, Path]:

@@ -19,7 +19,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.backend import load_language_model
-from common.checkpoint import ADAPTER, LATEST, MANIFEST, load_checkpoint, shipped_language
+from common.checkpoint import (
+    ADAPTER,
+    checkpoint_folder,
+    is_checkpoint,
+    load_checkpoint,
+    shipped_language,
+)
 from common.composition import Formula, check_sites
 from common.crystal.wyckoff import Sites, SymmetryKey, wyckoff_summary
 from common.errors import UserError
@@ -192,9 +198,10 @@ def load_ranker(
 
     Args:
         properties: names, at most one.
-        symmetry_model: a folder, a repository as in ``common.language.hub``, ``glm4`` for the
-            shipped model, ``prior`` for the prior alone.
-            None is ``glm4``, but ``prior`` beside a prior of one's own or where none is shipped.
+        symmetry_model: a folder, a shipped model's name, a repository as in
+            ``common.language.hub``, ``glm4`` for the shipped model of the property, ``prior`` for
+            the prior alone. None is ``glm4``, but ``prior`` beside a prior of one's own or where
+            none is shipped.
         prior: or its path; the shipped one without it.
         backend: as in ``common.backend.load_backend``.
         device: where the language model is, as in ``common.backend.load_generator``.
@@ -248,7 +255,7 @@ def model_folder(wanted: str | None, given: str | Path) -> Path | None:
     if str(given) == PRIOR:
         return None
     if str(given) != LANGUAGE:
-        return Path(given)
+        return checkpoint_folder(given)
     known = shipped_language()
     for name in (SHIPPED_MODELS.get(wanted or ""), SHIPPED_BASE):
         if name in known:
@@ -264,7 +271,7 @@ def _name(folder: Path) -> str:
 
 def _shipped_base(folder: Path) -> Path | None:
     """The shipped weights that an adapter was trained on; None if they are not shipped."""
-    if not any((folder / name).is_file() for name in (LATEST, MANIFEST)):
+    if not is_checkpoint(folder):
         return None
     saved = load_checkpoint(folder)
     if saved.manifest["format"] != ADAPTER.format:

@@ -15,7 +15,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from numpy.typing import NDArray
 
-from common.checkpoint import ADAPTER, LATEST, MANIFEST, Checkpoint, load_checkpoint
+from common.checkpoint import ADAPTER, Checkpoint, is_checkpoint, load_checkpoint
 from common.errors import UserError
 from common.language.adapters import with_additions
 from common.language.foreign import FolderWeights, base_of, is_foreign, read_config, read_json
@@ -265,7 +265,7 @@ def load_language_model(
     use_device(chosen_device(device))
     path = weights_folder(os.fspath(folder))
     analogues = 0
-    if any((path / name).is_file() for name in (LATEST, MANIFEST)):
+    if is_checkpoint(path):
         saved = load_checkpoint(path)
         name, path = saved.hash, saved.path
         analogues = int(saved.config.get("train", {}).get("analogues", 0))

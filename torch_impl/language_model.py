@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from common.checkpoint import ADAPTER, LATEST, MANIFEST, Checkpoint, load_checkpoint
+from common.checkpoint import ADAPTER, Checkpoint, is_checkpoint, load_checkpoint
 from common.errors import UserError
 from common.language.foreign import base_of, read_config, read_json
 from common.language.hub import weights_folder
@@ -239,7 +239,7 @@ def load_language_model(
     device = available_device(device)
     path = weights_folder(os.fspath(folder))
     analogues = 0
-    if (path / LATEST).is_file() or (path / MANIFEST).is_file():
+    if is_checkpoint(path):
         saved = load_checkpoint(path)
         name, path = saved.hash, saved.path
         analogues = int(saved.config.get("train", {}).get("analogues", 0))

@@ -49,7 +49,8 @@ def crystals(
     symmetry_model: Annotated[
         str | None,
         typer.Option(
-            help="With --given composition: 'glm4' with the prior (default), 'prior', or a folder."
+            help="With --given composition: 'glm4' with the prior (default), 'prior', a shipped "
+            "model's name, or a folder."
         ),
     ] = None,
     top: Annotated[
@@ -147,7 +148,9 @@ def _check_options(
 def symmetry(
     model: Annotated[
         str,
-        typer.Option(help="Language model's folder; 'prior' for the controls alone."),
+        typer.Option(
+            help="Language model's folder or shipped name; 'prior' for the controls alone."
+        ),
     ] = "glm4",
     data: Annotated[str, typer.Option(help="train, val, or a CSV or Parquet file.")] = "val",
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first rows.")] = None,

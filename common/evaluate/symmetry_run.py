@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress, track
 
-from common.checkpoint import load_checkpoint, rows_seen_by
+from common.checkpoint import is_checkpoint, load_checkpoint
 from common.composition import MAX_PRIMITIVE_ATOMS
 from common.crystal.wyckoff import SymmetryKey
 from common.data.store import Record
@@ -67,8 +67,10 @@ class History:
     @classmethod
     def of(cls, folder: Path) -> "History":
         """The history of a model's folder; one without a word where it has no manifest."""
-        data = rows_seen_by(folder)
-        return cls(data, load_checkpoint(folder).config["train"].get("seed") if data else None)
+        if not is_checkpoint(folder):
+            return cls()
+        saved = load_checkpoint(folder)
+        return cls(saved.rows_seen, saved.config["train"].get("seed"))
 
     @property
     def training(self) -> tuple[str, int]:

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from common.checkpoint import LATEST, MANIFEST, Checkpoint, load_checkpoint
+from common.checkpoint import Checkpoint, is_checkpoint, load_checkpoint
 from common.errors import UserError
 from common.language.config import GlmConfig
 from common.language.hub import weights_folder
@@ -36,8 +36,7 @@ _SIZES = {
 
 def is_foreign(folder: Path) -> bool:
     """Whether a folder is one of transformers and none of this project."""
-    own = any((folder / name).is_file() for name in (MANIFEST, LATEST))
-    return not own and (folder / CONFIG).is_file()
+    return not is_checkpoint(folder) and (folder / CONFIG).is_file()
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from ckpt_convert.convert import convert
 from ckpt_convert.stream import CHUNK, Stored, find_shards
-from common.checkpoint import save_checkpoint
+from common.checkpoint import NATIVE, save_checkpoint, shipped_language
 from common.cli import app
 from common.errors import UserError
 from common.language.config import GlmConfig, LoraConfig
@@ -314,6 +314,17 @@ def test_command(pair: tuple[Path, Path], tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "transformer.output_layer.weight" in tensors(merged)
     assert "worked into" in result.output
+
+
+def test_shipped_models_go_by_their_names(tmp_path: Path) -> None:
+    """Both what is converted and what it is worked into."""
+    known = shipped_language()
+    by_name, by_folder = tmp_path / "by_name", tmp_path / "by_folder"
+    arguments = ["convert", "glm4_tiny_fm", str(by_name), "--to", "torch", "--base", "glm4_tiny"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    convert(known["glm4_tiny_fm"], by_folder, "torch", base=known["glm4_tiny"])
+    assert (by_name / NATIVE.model).read_bytes() == (by_folder / NATIVE.model).read_bytes()
 
 
 # Size
