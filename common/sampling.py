@@ -247,5 +247,5 @@ def read_checkpoint(
     standardizer = statistics(saved.model, folder)
     precedents = None
     if config.model.precedents:
-        precedents = load_precedents(folder, saved.fingerprint, standardizer.element_volume)
+        precedents = load_precedents(saved.path, saved.fingerprint, standardizer.element_volume)
     return config, standardizer, precedents, saved

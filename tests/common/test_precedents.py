@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from common import precedents
-from common.checkpoint import PRECEDENTS
+from common.checkpoint import PRECEDENTS, load_checkpoint, save_step, shipped
 from common.crystal.structure import Crystal, Site
 from common.data.store import Record
 from common.errors import UserError
@@ -17,6 +17,7 @@ from common.precedents import (
     training_items,
 )
 from common.prior import TemplatePrior
+from common.sampling import read_checkpoint
 
 VOLUME = np.full(119, 20.0)
 
@@ -155,3 +156,18 @@ def test_a_checkpoint_finds_its_precedents(tmp_path: Path) -> None:
     (tmp_path / PRECEDENTS).write_bytes(precedents_file(RECORDS, "others")[PRECEDENTS])
     found = load_precedents(tmp_path, "others", VOLUME).find(RECORDS[3].crystal)
     assert [one.material_id for one in found] == ["TiO2"]
+
+
+def test_a_run_folder_finds_those_of_its_latest_step(tmp_path: Path) -> None:
+    saved = load_checkpoint(shipped()["crystal_dit_small_fm"])
+    save_step(
+        tmp_path,
+        1,
+        config=saved.config,
+        model=saved.model,
+        fingerprint="others",
+        companions=precedents_file(RECORDS, "others"),
+    )
+    _, _, index, _ = read_checkpoint(tmp_path)
+    assert index is not None
+    assert [one.material_id for one in index.find(RECORDS[3].crystal)] == ["TiO2"]
