@@ -19,7 +19,6 @@ MIN_VOLUME = 0.1
 """Smallest cell volume allowed (A^3)."""
 
 _MAX_LENGTH = 1e4  # A; beyond it a cell is a numerical accident
-_MAX_ASPECT = 500.0  # longest over shortest vector, that of SiC's longest polytypes
 _MIN_FULLNESS = 1e-4  # volume / (a b c); below it the vectors are parallel but for rounding
 _NEIGHBOURS = np.array([step for step in product((-1, 0, 1), repeat=3) if any(step)], dtype=float)
 
@@ -27,9 +26,9 @@ _NEIGHBOURS = np.array([step for step in product((-1, 0, 1), repeat=3) if any(st
 def cell_is_sound(structure: Structure) -> bool:
     """Whether the numbers describe an ordered crystal at all.
 
-    All must be finite, with at least one atom and no lattice vector that is absurdly long, by
-    itself or beside the shortest, or parallel to the others. Geometry code may fail, never end or
-    take all memory on what does not pass.
+    All must be finite, with at least one atom and no lattice vector that is absurdly long, parallel
+    to the others, or so short that atoms lie on their own images (`MIN_DISTANCE`). Geometry code
+    may fail, never end or take all memory on what does not pass.
     """
     matrix = structure.lattice.matrix
     if len(structure) == 0 or not (
@@ -37,8 +36,7 @@ def cell_is_sound(structure: Structure) -> bool:
     ):
         return False
     lengths = np.linalg.norm(matrix, axis=1)
-    shortest, longest = lengths.min(), lengths.max()
-    if not (shortest > 0 and longest <= min(_MAX_LENGTH, _MAX_ASPECT * shortest)):
+    if not MIN_DISTANCE <= lengths.min() <= lengths.max() <= _MAX_LENGTH:
         return False
     fullness = abs(np.linalg.det(matrix / lengths[:, None]))
     return bool(fullness >= _MIN_FULLNESS) and structure.is_ordered

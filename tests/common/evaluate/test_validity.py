@@ -77,7 +77,7 @@ BROKEN = {
     "flat": Structure(Lattice([[3, 0, 0], [0, 3, 0], [3, 3, 1e-7]]), ["Na"], [[0, 0, 0]]),
     "zero": Structure(Lattice(np.zeros((3, 3))), ["Na"], [[0, 0, 0]]),
     "huge": Structure(Lattice.orthorhombic(1e7, 3, 3), ["Na"], [[0, 0, 0]]),
-    "needle": Structure(Lattice.orthorhombic(1.21, 304.1, 0.285), ["Na"], [[0, 0, 0]]),
+    "thin": Structure(Lattice.hexagonal(45.174, 0.151), ["Na"], [[0, 0, 0]]),
     "no atoms": Structure(Lattice.cubic(4), [], []),
     "disordered": Structure(Lattice.cubic(4), [{"Na": 0.5, "K": 0.5}], [[0, 0, 0]]),
 }
