@@ -70,7 +70,7 @@ class History:
         if not is_checkpoint(folder):
             return cls()
         saved = load_checkpoint(folder)
-        return cls(saved.rows_seen, saved.config["train"].get("seed"))
+        return cls(saved.rows_seen, saved.config.get("train", {}).get("seed"))
 
     @property
     def training(self) -> tuple[str, int]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.checkpoint import shipped_language
+from common.checkpoint import save_checkpoint, shipped_language
 from common.cli import run
 from common.crystal.structure import Crystal, Site
 from common.data.store import Record, write_records
@@ -160,6 +160,9 @@ def test_history_of_a_model(textbook_model: Path, tmp_path: Path) -> None:
     assert History.of(textbook_model).seed == 0
     unknown = History.of(tmp_path)
     assert (unknown, unknown.training) == (History(), ("unknown", 0))
+    bare = tmp_path / "bare"
+    save_checkpoint(bare, config={"name": "bare"}, model={"weight": np.zeros(1, np.float32)})
+    assert History.of(bare) == History(), "no training settings"
     shipped = shipped_language()
     base = History.of(shipped["glm4_tiny"])
     assert base.data == (("train+extra", 41866), ("train", 25505))
