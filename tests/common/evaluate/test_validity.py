@@ -69,6 +69,9 @@ def test_atoms_too_close_across_a_face_fail() -> None:
 def test_an_atom_too_close_to_its_own_image_fails() -> None:
     assert not geometry_is_valid(Structure(Lattice.orthorhombic(5, 5, 0.45), ["Na"], [[0, 0, 0]]))
     assert geometry_is_valid(Structure(Lattice.orthorhombic(5, 5, 0.55), ["Na"], [[0, 0, 0]]))
+    # Along no vector of the cell: the difference of two of them is 0.4 A long.
+    skewed = Lattice([[5, 0, 0], [5, 0.4, 0], [0, 0, 5]])
+    assert not geometry_is_valid(Structure(skewed, ["Na"], [[0, 0, 0]]))
 
 
 BROKEN = {
@@ -91,3 +94,9 @@ def test_broken_structures_fail_without_an_exception(name: str) -> None:
 
 def test_a_tiny_cell_fails() -> None:
     assert not is_valid(Structure(Lattice.cubic(0.4), ["Na"], [[0, 0, 0]]))
+    # Its atoms are 0.51 A apart, its volume is 0.094 A^3.
+    close = Structure(
+        Lattice(np.array([[0, 1, 1], [1, 0, 1], [1, 1, 0]]) * 0.51 / 2**0.5), ["Na"], [[0, 0, 0]]
+    )
+    assert min_distance(close) > 0.5
+    assert not is_valid(close)
