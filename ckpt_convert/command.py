@@ -11,7 +11,7 @@ from rich.table import Table
 
 from ckpt_convert.convert import convert
 from ckpt_convert.mapping import Framework, MisfitError, Report
-from common.checkpoint import checkpoint_folder
+from common.checkpoint import checkpoint_folder, shipped, shipped_language
 from common.language.hub import weights_folder
 
 #: Tensors that do not fit, of which the names are listed.
@@ -52,13 +52,16 @@ def command(
 ) -> None:
     """Convert weights and training state, bit by bit; a tensor that does not fit is an error."""
     console = Console()
+    models = shipped_language()
+    if base is not None:
+        base = weights_folder(checkpoint_folder(base, models))
     try:
         report = convert(
-            checkpoint_folder(source),
+            checkpoint_folder(source, shipped() | models),
             destination,
             to,
             config=config,
-            base=None if base is None else weights_folder(checkpoint_folder(base)),
+            base=base,
             overwrite=overwrite,
         )
     except MisfitError as error:

@@ -298,10 +298,17 @@ def shipped_language() -> dict[str, Path]:
     return _checkpoints_in(SHIPPED_LANGUAGE)
 
 
-def checkpoint_folder(name: str | Path) -> Path:
-    """The folder that is named, or that of what is shipped by this name, of either kind."""
+def checkpoint_folder(name: str | Path, known: Mapping[str, Path] | None = None) -> Path:
+    """The folder that is named, or that of what goes by this name.
+
+    Args:
+        name: a path, or a name.
+        known: folders by their names; those of the shipped Crystal DiTs without it.
+    """
     folder = Path(name)
-    return folder if folder.exists() else (shipped() | shipped_language()).get(str(name), folder)
+    if folder.exists():
+        return folder
+    return (shipped() if known is None else known).get(str(name), folder)
 
 
 def _checkpoints_in(folder: Path) -> dict[str, Path]:

@@ -254,9 +254,9 @@ def model_folder(wanted: str | None, given: str | Path) -> Path | None:
     """
     if str(given) == PRIOR:
         return None
-    if str(given) != LANGUAGE:
-        return checkpoint_folder(given)
     known = shipped_language()
+    if str(given) != LANGUAGE:
+        return checkpoint_folder(given, known)
     for name in (SHIPPED_MODELS.get(wanted or ""), SHIPPED_BASE):
         if name in known:
             return known[name]

@@ -53,7 +53,8 @@ def command(
     symmetry_model: Annotated[
         str | None,
         typer.Option(
-            help="What ranks symmetries: 'glm4' with the prior (default), 'prior', or a folder."
+            help="What ranks symmetries: 'glm4' with the prior (default), 'prior', a shipped "
+            "model's name, or a folder."
         ),
     ] = None,
 ) -> None:

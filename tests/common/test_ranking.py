@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import pytest
 
 from common import ranking
-from common.checkpoint import shipped_language
 from common.cli import run
 from common.commands import evaluate
 from common.crystal.wyckoff import wyckoff_summary
@@ -316,7 +315,8 @@ def test_shipped_model_for_the_property(monkeypatch: pytest.MonkeyPatch) -> None
     assert "is not used, the template prior ranks" in load_ranker(["band_gap"]).note
     names = ["glm4_tiny_bg", "glm4_tiny", "glm4_tiny", "glm4_tiny_bg"]
     assert [path.name for path in asked] == names
-    assert model_folder("band_gap", "glm4_tiny_fm") == shipped_language()["glm4_tiny_fm"]
+    assert model_folder("band_gap", "other") == folders["other"]
+    assert model_folder("band_gap", "elsewhere") == Path("elsewhere")
     own = TemplatePrior.load()
     assert load_ranker(["band_gap"], prior=own) == Ranker(own), "one's own prior ranks alone"
     monkeypatch.setattr(ranking, "shipped_language", lambda: {"other": Path("x")})
