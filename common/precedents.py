@@ -1,9 +1,11 @@
 """Known crystals to start from: same prototype as the wanted one, and the most similar elements.
 
 A precedent is a training crystal whose elements are replaced by the wanted ones, its lattice scaled
-to the volume expected of them, and which is described with the letters that were asked for. In
-training every crystal gets the best precedent but itself, and is described as near to it as it can
-be.
+to the volume expected of them, and which is described with the letters that were asked for. Where
+no known crystal has the prototype, isopointal ones stand in, whose atoms are on the same Wyckoff
+positions but are shared out among elements in another way: each letter's sites get the elements
+wanted there that are most like the former ones. In training every crystal gets the best precedent
+but itself, and is described as near to it as it can be.
 """
 
 import gzip
@@ -14,8 +16,9 @@ import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from itertools import chain, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Protocol
@@ -23,10 +26,12 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 from rich.progress import track
+from scipy.optimize import linear_sum_assignment
 
 from common.checkpoint import PRECEDENTS
 from common.crystal.descriptions import aligned, with_sites
-from common.crystal.structure import Crystal, Site
+from common.crystal.structure import Crystal
+from common.crystal.wyckoff import wyckoff_summary
 from common.data.batch import BatchItem, Precedent
 from common.data.locations import cache_dir
 from common.data.store import Record, fingerprint, read_records, write_records
@@ -35,12 +40,12 @@ from common.errors import UserError
 from common.files import one_at_a_time, output_folder, write_atomic
 from common.machine import cpu_count, start_worker
 from common.prior import SHIPPED, TemplatePrior
-from common.templates import Assignment, Template, assign
+from common.templates import Assignment, Template, assign, wyckoff_sequence
 
 Array = NDArray[np.float64]
 
 #: Of the cached descriptions; another number makes them anew.
-_CACHE_VERSION = 3
+_CACHE_VERSION = 4
 #: Rows that are tried, for each precedent that is asked for, until one takes the letters.
 _TRIES = 4
 #: Crystals per process below which none is started.
@@ -111,17 +116,27 @@ class PrecedentIndex:
         """Of the rows that a prior was fitted on."""
         return cls(prior.reference, prior.rows_of_template, element_volume)
 
-    def find(self, crystal: Crystal, count: int = 1, exclude: str | None = None) -> list[Precedent]:
-        """The precedents of a symmetry, the most similar elements first.
+    def find(
+        self,
+        crystal: Crystal,
+        count: int = 1,
+        exclude: str | None = None,
+        *,
+        isopointal: bool = True,
+    ) -> list[Precedent]:
+        """The precedents of a symmetry, those of its prototype first, each by similar elements.
 
         Args:
             crystal: of which only the symmetry is used.
             count: so many, if there are.
             exclude: the name of a row that is left out.
+            isopointal: whether others may stand in where there are too few of its prototype.
         """
         found: list[Precedent] = []
-        ranked = self._ranked(crystal, exclude)
-        for _, (row, elements) in zip(range(_TRIES * count), ranked, strict=False):
+        ranked = self._of_prototype(crystal, exclude)
+        if isopointal:
+            ranked = chain(ranked, self._isopointal(crystal, exclude))
+        for row, elements in islice(ranked, _TRIES * count):
             precedent = self._substituted(crystal, row, elements)
             if precedent is not None:
                 found.append(precedent)
@@ -129,16 +144,12 @@ class PrecedentIndex:
                     break
         return found
 
-    def _ranked(
+    def _of_prototype(
         self, crystal: Crystal, exclude: str | None
-    ) -> Iterator[tuple[int, dict[int, int]]]:
-        """Rows of the crystal's template by similarity, and the elements that replace theirs."""
+    ) -> Iterator[tuple[int, tuple[int, ...]]]:
+        """Rows of the crystal's template by similarity, and the new element of each site."""
         wanted = assign(crystal)
-        rows = [
-            row
-            for row in self._rows.get(wanted.template, ())
-            if exclude is None or self._known.material_id(row) != exclude
-        ]
+        rows = self._without(self._rows.get(wanted.template, ()), exclude)
         if not rows:
             return
         filled = np.array([list(self._known.roles(row)) for row in rows])  # [N,R]
@@ -148,25 +159,80 @@ class PrecedentIndex:
         costs = self._difference[filled[:, None], orders].sum(axis=-1)  # [N,O]
         best = costs.argmin(axis=1)
         for index in np.argsort(costs.min(axis=1), kind="stable").tolist():
-            replaced = zip(filled[index].tolist(), orders[best[index]].tolist(), strict=True)
-            yield rows[index], dict(replaced)
+            new = dict(zip(filled[index].tolist(), orders[best[index]].tolist(), strict=True))
+            sites = self._known.crystal(rows[index]).sites
+            yield rows[index], tuple(new[site.atomic_number] for site in sites)
 
-    def _substituted(
-        self, crystal: Crystal, row: int, elements: Mapping[int, int]
-    ) -> Precedent | None:
+    def _isopointal(
+        self, crystal: Crystal, exclude: str | None
+    ) -> Iterator[tuple[int, tuple[int, ...]]]:
+        """Rows of other templates with the crystal's Wyckoff sequence, as ``_of_prototype``."""
+        own = assign(crystal).template
+        others = self._templates.get((crystal.space_group, wyckoff_sequence(own)), ())
+        rows = [row for one in others if one != own for row in self._rows[one]]
+        ranked = []
+        for row in self._without(rows, exclude):
+            cost, elements = self._cheapest(crystal, self._known.crystal(row))
+            ranked.append((cost, row, elements))
+        for _, row, elements in sorted(ranked):
+            yield row, elements
+
+    def _cheapest(self, crystal: Crystal, known: Crystal) -> tuple[float, tuple[int, ...]]:
+        """Which elements to put on the sites of a known crystal, and how unlike they are per atom.
+
+        Over all relabellings that bring its sites to the wanted letters.
+        """
+        summary = wyckoff_summary(crystal.space_group)
+        wanted: dict[str, list[int]] = defaultdict(list)
+        for site in crystal.sites:
+            wanted[site.letter].append(site.atomic_number)
+        best: tuple[float, tuple[int, ...]] | None = None
+        for permutation in summary.permutations:
+            image = dict(zip(summary.letters, permutation, strict=True))
+            members: dict[str, list[int]] = defaultdict(list)
+            for index, site in enumerate(known.sites):
+                members[image[site.letter]].append(index)
+            if {k: len(v) for k, v in members.items()} != {k: len(v) for k, v in wanted.items()}:
+                continue
+            total, elements = 0.0, [0] * len(known.sites)
+            for letter, sites in members.items():
+                former = [known.sites[index].atomic_number for index in sites]
+                costs = self._difference[np.ix_(former, wanted[letter])]
+                rows, columns = linear_sum_assignment(costs)
+                total += summary.letters[letter][0] * float(costs[rows, columns].sum())
+                for i, j in zip(rows.tolist(), columns.tolist(), strict=True):
+                    elements[sites[i]] = wanted[letter][j]
+            if best is None or total < best[0]:
+                best = total, tuple(elements)
+        assert best is not None, "the letters differ"
+        return best[0] / known.num_atoms, best[1]
+
+    @cached_property
+    def _templates(self) -> dict[tuple[int, str], list[Template]]:
+        """The templates by space group and Wyckoff sequence."""
+        templates = defaultdict(list)
+        for template in self._rows:
+            templates[template.space_group, wyckoff_sequence(template)].append(template)
+        return dict(templates)
+
+    def _without(self, rows: Iterable[int], exclude: str | None) -> list[int]:
+        if exclude is None:
+            return list(rows)
+        return [row for row in rows if self._known.material_id(row) != exclude]
+
+    def _substituted(self, crystal: Crystal, row: int, elements: Sequence[int]) -> Precedent | None:
         known = self._known.crystal(row)
         sites = tuple(
-            Site(elements[site.atomic_number], site.letter, site.free_params)
-            for site in known.sites
+            replace(site, atomic_number=z) for site, z in zip(known.sites, elements, strict=True)
         )
         scale = (self._guess(crystal) / self._guess(known)) ** (1 / 3)
         new = Crystal(known.space_group, sites, known.lattice * scale)
         wanted = tuple((site.atomic_number, site.letter) for site in crystal.sites)
-        described = with_sites(new, wanted)
-        if described is None:
+        found = with_sites(new, wanted)
+        if found is None:
             return None
-        former = {new: old for old, new in elements.items()}
-        numbers = tuple(former[z] for z, _ in wanted)
+        described, order = found
+        numbers = tuple(known.sites[index].atomic_number for index in order)
         differences = tuple(
             float(self._difference[old, z]) for old, (z, _) in zip(numbers, wanted, strict=True)
         )

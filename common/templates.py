@@ -131,6 +131,16 @@ def relabelled(space_group: int, letters: RoleLetters) -> set[RoleLetters]:
     return images
 
 
+@lru_cache(maxsize=100_000)
+def wyckoff_sequence(template: Template) -> str:
+    """The letters of all sites, whatever is on them; the same for all equivalent descriptions.
+
+    Crystals of one space group that share it are isopointal.
+    """
+    letters = "".join(sorted("".join(template.letters)))
+    return min(relabelled(template.space_group, (letters,)))[0]
+
+
 def ordered_sites(sites: Iterable[tuple[int, str]], space_group: int) -> Sites:
     """Sites as formulas are written, the least electronegative element first, then by letter."""
     order = list(wyckoff_summary(space_group).letters)

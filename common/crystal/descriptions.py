@@ -70,7 +70,9 @@ def _new_lattice(lattice: Array, linear: Array) -> Array:
     return np.asarray(np.linalg.inv(linear).swapaxes(-1, -2) @ lattice)
 
 
-def with_sites(crystal: Crystal, wanted: tuple[tuple[int, str], ...]) -> Crystal | None:
+def with_sites(
+    crystal: Crystal, wanted: tuple[tuple[int, str], ...]
+) -> tuple[Crystal, tuple[int, ...]] | None:
     """A crystal in the description that has given elements on given letters, sites in that order.
 
     Args:
@@ -78,7 +80,8 @@ def with_sites(crystal: Crystal, wanted: tuple[tuple[int, str], ...]) -> Crystal
         wanted: atomic number and letter of every site.
 
     Returns:
-        None if there is no such description among those tried.
+        the description, and which of the crystal's sites each of its sites was; None if there is
+        no such description among those tried.
     """
     number = crystal.space_group
     changes = changes_of_basis(number)
@@ -93,7 +96,9 @@ def with_sites(crystal: Crystal, wanted: tuple[tuple[int, str], ...]) -> Crystal
         for site, image in zip(crystal.sites, images, strict=True)
     ]
     lattice = _new_lattice(crystal.lattice, changes.linear[axes])
-    return Crystal(number, _in_order(wanted, found, params), lattice)
+    order = _in_order(wanted, found)
+    sites = tuple(_site(*found[index], params[index]) for index in order)
+    return Crystal(number, sites, lattice), order
 
 
 def _letters_fit(crystal: Crystal, wanted: tuple[tuple[int, str], ...]) -> NDArray[np.bool_]:
@@ -117,16 +122,12 @@ def _letters_fit(crystal: Crystal, wanted: tuple[tuple[int, str], ...]) -> NDArr
     return np.asarray((counts == target).all(axis=1))
 
 
-def _in_order(
-    wanted: tuple[tuple[int, str], ...], found: list[tuple[int, str]], params: list[Array]
-) -> tuple[Site, ...]:
-    rest = list(range(len(found)))
-    sites = []
-    for z, letter in wanted:
-        index = next(i for i in rest if found[i] == (z, letter))
-        rest.remove(index)
-        sites.append(_site(z, letter, params[index]))
-    return tuple(sites)
+def _in_order(wanted: tuple[tuple[int, str], ...], found: list[tuple[int, str]]) -> tuple[int, ...]:
+    """Which of the sites found is each of the wanted ones."""
+    rest: dict[tuple[int, str], list[int]] = {}
+    for index, site in enumerate(found):
+        rest.setdefault(site, []).append(index)
+    return tuple(rest[site].pop(0) for site in wanted)
 
 
 def _site(atomic_number: int, letter: str, params: Array) -> Site:

@@ -17,12 +17,13 @@ from rich.progress import Progress, track
 from common.backend import Generator, SampleRequest
 from common.crystal.structure import Crystal
 from common.data.store import Record
-from common.evaluate.controls import NearestTemplate, fit_standardizer, random_draw
+from common.evaluate.controls import fit_standardizer, random_draw
 from common.evaluate.match import CandidateMatch, MatchItem, match_many, pool_by_composition
 from common.evaluate.report import EvaluationRow, Outcome, RunInfo
 from common.evaluate.strata import TrainingIndex
 from common.evaluate.symmetry import SymmetryLabel, composition_is_exact, symmetry_kept
 from common.machine import cpu_count, start_worker
+from common.precedents import PrecedentIndex
 from common.selection import choose_sample
 
 PropertyKind = Literal["true", "shuffled", "null"]
@@ -148,29 +149,39 @@ class Evaluation:
         return self._row(run, ranked)
 
     def controls(self, seed: int) -> list[EvaluationRow]:
-        """Random draw and nearest template, both told the true symmetry."""
+        """Random draw, nearest template and precedent, all told the true symmetry.
+
+        The nearest template is the most similar training crystal of the same prototype, its
+        elements replaced; the precedent likewise, or an isopointal one where there is none: what
+        models start from. Where training has nothing of the kind, the draw stands in.
+        """
         crystals = [record.crystal for record in self.references]
         keys = [record.material_id for record in self.references]
         standardizer = fit_standardizer(self.training)
         start = time.perf_counter()
         drawn = random_draw(crystals, keys, standardizer, seed)
-        random_time = time.perf_counter() - start
-        start = time.perf_counter()
-        template = NearestTemplate(self.training, standardizer)
-        nearest = [template(crystal) for crystal in crystals]
-        # Where training has no such prototype, the draw stands in.
-        filled = [a if a is not None else b for a, b in zip(nearest, drawn, strict=True)]
-        template_time = time.perf_counter() - start
         random_info = self.info(
-            "random draw", 1, "true symmetry", sampler="uniform", seed=seed, wall_time=random_time
+            "random draw",
+            1,
+            "true symmetry",
+            sampler="uniform",
+            seed=seed,
+            wall_time=time.perf_counter() - start,
         )
-        template_info = self.info(
-            "nearest template", 1, "true symmetry", sampler="substitution", wall_time=template_time
-        )
-        return [
-            self._row(random_info, [[crystal] for crystal in drawn]),
-            self._row(template_info, [[crystal] for crystal in filled]),
-        ]
+        rows = [self._row(random_info, [[crystal] for crystal in drawn])]
+        names = [str(row) for row in range(len(self.training))]
+        index = PrecedentIndex.of_crystals(self.training, names, standardizer.element_volume)
+        for name, isopointal in (("nearest template", False), ("precedent", True)):
+            start = time.perf_counter()
+            found = [index.find(crystal, isopointal=isopointal) for crystal in crystals]
+            groups = [
+                [known[0].crystal if known else other]
+                for known, other in zip(found, drawn, strict=True)
+            ]
+            seconds = time.perf_counter() - start
+            run = self.info(name, 1, "true symmetry", sampler="substitution", wall_time=seconds)
+            rows.append(self._row(run, groups))
+        return rows
 
     def info(
         self,

@@ -73,6 +73,60 @@ def test_the_lattice_takes_the_volume_of_the_new_elements() -> None:
     assert found.crystal.sites[1].free_params[0] == pytest.approx(0.31)
 
 
+def wurtzite_order(first: int, second: int, anion: int, z: float = 0.1) -> Crystal:
+    """Two metals and two anions on equal positions of P3m1, as in superlattices of wurtzite."""
+    sites = ((first, "b", 0.0), (second, "a", 0.5), (anion, "b", 0.37 + z), (anion, "a", 0.87 + z))
+    return Crystal(
+        156,
+        tuple(Site(n, letter, (0.0, 0.0, x)) for n, letter, x in sites),
+        lattice_of_hexagon(3.2, 5.2),
+    )
+
+
+def lattice_of_hexagon(a: float, c: float) -> np.ndarray:
+    return np.array([[a, 0, 0], [-a / 2, a * np.sqrt(3) / 2, 0], [0, 0, c]])
+
+
+def test_isopointal_crystals_stand_in_for_a_prototype_that_is_not_known() -> None:
+    known = [
+        wurtzite_order(30, 30, 8),  # ZnO, which shares its positions out in another way
+        wurtzite_order(13, 13, 7, z=0.12),  # AlN
+        rutile(22, 8, 0.305),
+    ]
+    volume = VOLUME.copy()
+    volume[12] = 30.0
+    index = PrecedentIndex.of_crystals(known, ["ZnO", "AlN", "TiO2"], volume)
+    wanted = wurtzite_order(12, 30, 8)  # (Mg,Zn)O
+    assert index.find(wanted, isopointal=False) == []
+    first, second = index.find(wanted, 4)
+    assert [first.material_id, second.material_id] == ["ZnO", "AlN"]
+    named = [(site.atomic_number, site.letter) for site in wanted.sites]
+    assert [(site.atomic_number, site.letter) for site in first.crystal.sites] == named
+    assert first.numbers == (30, 30, 8, 8)
+    assert first.differences[1:] == (0.0, 0.0, 0.0)
+    assert first.differences[0] > 0
+    assert second.numbers == (13, 13, 7, 7)
+    ratio = np.linalg.det(first.crystal.lattice) / np.linalg.det(known[0].lattice)
+    assert np.isclose(ratio, (30 + 3 * 20) / (4 * 20))
+    assert index.find(wanted, exclude="ZnO")[0].material_id == "AlN"
+    # A crystal of the prototype goes before them, however unlike its elements are.
+    fourth = wurtzite_order(55, 92, 35)
+    index = PrecedentIndex.of_crystals([*known, fourth], ["ZnO", "AlN", "TiO2", "own"], volume)
+    assert [one.material_id for one in index.find(wanted, 2)] == ["own", "ZnO"]
+
+
+def test_elements_go_where_they_are_most_like_the_former_ones() -> None:
+    """Whichever letters a description has: here the origin is at the other metal."""
+    known = Crystal(221, (Site(56, "a"), Site(22, "b"), Site(8, "c")), np.eye(3) * 4.0)
+    index = PrecedentIndex.of_crystals([known], ["BaTiO3"], VOLUME)
+    # Ba on both metals' places is another template; oxygen's place stays oxygen's.
+    wanted = Crystal(221, (Site(56, "a"), Site(56, "b"), Site(8, "d")), np.eye(3))
+    (found,) = index.find(wanted)
+    assert [site.letter for site in found.crystal.sites] == ["a", "b", "d"]
+    assert sorted(found.numbers) == [8, 22, 56]
+    assert found.numbers[2] == 8
+
+
 def test_the_shipped_table_gives_what_its_rows_give() -> None:
     prior = TemplatePrior.load()
     index = PrecedentIndex.of_prior(prior, VOLUME)

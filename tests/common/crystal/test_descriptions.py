@@ -66,9 +66,13 @@ def test_a_disguised_crystal_is_found_again(group: int, letters: str) -> None:
     for _ in range(3):
         crystal = random_crystal(group, letters, random)
         other = disguised(crystal, random)
-        described = with_sites(other, named(crystal))
-        assert described is not None
+        found = with_sites(other, named(crystal))
+        assert found is not None
+        described, order = found
         assert named(described) == named(crystal)
+        for site, index in zip(described.sites, order, strict=True):
+            assert site.atomic_number == other.sites[index].atomic_number
+        assert sorted(order) == list(range(len(crystal.sites)))
         again, distance = aligned(described, crystal)
         assert named(again) == named(crystal)
         assert distance < 1e-12
@@ -96,7 +100,8 @@ def test_other_letters_are_no_description() -> None:
     salt = Crystal(225, (Site(11, "a"), Site(17, "b")), np.eye(3) * 5.6)
     exchanged = with_sites(salt, ((11, "b"), (17, "a")))
     assert exchanged is not None
-    assert named(exchanged) == ((11, "b"), (17, "a"))
+    assert named(exchanged[0]) == ((11, "b"), (17, "a"))
+    assert exchanged[1] == (0, 1)
     assert with_sites(salt, ((11, "a"), (17, "c"))) is None
     with pytest.raises(ValueError, match="no description"):
         aligned(salt, Crystal(225, (Site(11, "a"), Site(17, "c")), np.eye(3) * 5.6))
@@ -151,8 +156,10 @@ def test_the_first_change_that_fits_is_taken() -> None:
     random = np.random.default_rng(0)
     for group, letters in SYSTEMS:
         crystal = random_crystal(group, letters, random)
-        described = with_sites(crystal, named(crystal))
-        assert described is not None
+        found = with_sites(crystal, named(crystal))
+        assert found is not None
+        described, order = found
+        assert order == tuple(range(len(crystal.sites)))
         np.testing.assert_array_equal(described.lattice, crystal.lattice)
         if len(set(named(crystal))) == len(crystal.sites):
             for site, other in zip(described.sites, crystal.sites, strict=True):

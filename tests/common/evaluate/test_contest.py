@@ -133,7 +133,8 @@ def test_another_comparison_in_the_folder(
 def test_contest(texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = counted(monkeypatch, BaseTrainer, "train_step")
     plan, rows = hold(tmp_path / "contest", texts)
-    assert [row.run.name for row in rows] == ["flow", "score", "random draw", "nearest template"]
+    controls = ["random draw", "nearest template", "precedent"]
+    assert [row.run.name for row in rows] == ["flow", "score", *controls]
     assert len(steps) == 6 + 3
     records = textbook_records()[:REFERENCES]
     for row, run, cost, calls in zip(rows, plan.runs(0), COSTS, (2, 8), strict=False):
@@ -155,16 +156,16 @@ def test_contest(texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPat
     table = write_comparison(tmp_path, plan, rows, "table")
     written = json.loads(table.with_suffix(".json").read_text())
     assert [row["run"]["name"] for row in written["rows"]] == [row.run.name for row in rows]
-    assert len(written["paired_tests"]) == 6
+    assert len(written["paired_tests"]) == 10
     assert not any("outcomes" in row for row in written["rows"])
     cells = {
         line.split(" | ")[0].lstrip("| "): line.strip("| ").split(" | ")[1:]
         for line in table.read_text().splitlines()
         if line.startswith("|")
     }
-    assert cells["network calls"] == ["2", "8", "0", "0"]
-    assert cells["training steps"] == ["6", "3", "-", "-"]
-    assert cells["training (TFLOP)"] == ["0.0", "0.0", "-", "-"]
+    assert cells["network calls"] == ["2", "8", "0", "0", "0"]
+    assert cells["training steps"] == ["6", "3", "-", "-", "-"]
+    assert cells["training (TFLOP)"] == ["0.0", "0.0", "-", "-", "-"]
     assert cells["match"][0].startswith("100 (")
     for name in ("valid", "tight"):
         assert all(" to " in cell for cell in cells[name])
@@ -211,7 +212,7 @@ def test_seeds(texts: list[str], tmp_path: Path) -> None:
     tests = {(a.run.name, b.run.name) for a, b, _ in paired_tests(rows)}
     assert ("flow, seed 1", "score, seed 1") in tests
     assert ("flow, seed 0", "score, seed 1") not in tests
-    assert len(tests) == 2 + 4 * 2 + 1
+    assert len(tests) == 2 + 4 * 3 + 3
     (line,) = [line for line in to_markdown(plan, rows).splitlines() if line.startswith("| flow |")]
     values = [100 * (row.metrics.match_tight.value or 0) for row in (rows[0], rows[2])]
     assert f"{math.fsum(values) / 2:.4f} ({min(values):.4f} to {max(values):.4f})" in line

@@ -9,8 +9,7 @@ from common.checkpoint import load_checkpoint, shipped
 from common.crystal.lattice import k_constraints
 from common.crystal.structure import Crystal, Site
 from common.data.store import Record
-from common.evaluate.controls import NearestTemplate, fit_standardizer, random_draw, roles_of
-from common.evaluate.match import rms_distance
+from common.evaluate.controls import fit_standardizer, random_draw
 from common.evaluate.run import Evaluation, Told, read_back
 from common.evaluate.symmetry import SymmetryLabel
 
@@ -48,34 +47,6 @@ def test_random_draw_keeps_the_symmetry_and_guesses_the_volume() -> None:
     assert k_constraints(136)[0].sum() == 2
 
 
-def test_nearest_template_takes_the_similar_elements() -> None:
-    template = NearestTemplate(TRAINING, fit_standardizer(TRAINING))
-    found = template(rock_salt("K", "Br", 6.6))
-    assert found is not None
-    assert found.formula_counts == {19: 4, 35: 4}
-    oxide = template(rutile("Sn", "O", 4.737, 3.186, 0.307))
-    assert oxide is not None
-    # of the two rutiles the oxide, not the fluoride: its ratio c/a tells them apart
-    assert oxide.lattice[2, 2] / oxide.lattice[0, 0] == pytest.approx(2.959 / 4.594)
-    truth = rutile("Sn", "O", 4.737, 3.186, 0.307).to_structure()
-    distance = rms_distance(oxide.to_structure(), truth)
-    assert distance is not None
-    assert distance < 0.02
-
-
-def test_nearest_template_sees_through_another_choice_of_origin() -> None:
-    assert roles_of(rock_salt("K", "Br", 6.6))[0] == roles_of(rock_salt("K", "Br", 6.6, True))[0]
-    template = NearestTemplate(TRAINING, fit_standardizer(TRAINING))
-    found = template(rock_salt("K", "Br", 6.6, swapped=True))
-    assert found is not None
-    assert rms_distance(found.to_structure(), rock_salt("K", "Br", 6.6).to_structure()) is not None
-
-
-def test_nearest_template_of_an_unknown_prototype_is_none() -> None:
-    template = NearestTemplate(TRAINING, fit_standardizer(TRAINING))
-    assert template(Crystal(221, (Site(55, "a"), Site(17, "b")), np.eye(3) * 4.12)) is None
-
-
 def test_candidates_of_one_composition_are_pooled() -> None:
     """METRe: a reference missed by its own candidate is found by that of its polymorph."""
     salt, other = (
@@ -88,6 +59,27 @@ def test_candidates_of_one_composition_are_pooled() -> None:
     row = evaluation._row(run, [[other], [salt]])
     assert row.metrics.match_rate.value == 0.0
     assert row.metrics.metre.value == 1.0
+
+
+def layers(*elements: str) -> Crystal:
+    """Three elements, or fewer, on equal positions of P4/nmm."""
+    sites = zip(elements, (0.64, 0.17, 0.36), strict=True)
+    return Crystal(
+        129,
+        tuple(Site(Element(element).Z, "c", (0.0, 0.0, z)) for element, z in sites),
+        np.diag([3.9, 3.9, 6.9]),
+    )
+
+
+def test_only_the_precedent_shares_positions_out_in_another_way() -> None:
+    wanted = layers("K", "Rb", "Cl")
+    references, training = [Record("new", wanted)], [Record("known", layers("K", "K", "Cl"))]
+    rows = Evaluation(references, "x", training, "x", workers=1).controls(seed=0)
+    assert [row.run.name for row in rows] == ["random draw", "nearest template", "precedent"]
+    drawn, template, precedent = (row.outcomes[0] for row in rows)
+    assert template.candidates == drawn.candidates
+    assert not template.seen_prototype
+    assert precedent.first_rms == pytest.approx(0.0, abs=1e-3)
 
 
 def test_evaluation_of_the_shipped_checkpoint_and_its_controls() -> None:
@@ -118,7 +110,7 @@ def test_evaluation_of_the_shipped_checkpoint_and_its_controls() -> None:
     assert row.metrics.composition_exact is not None
     assert row.metrics.composition_exact.value == 1.0
     assert all(label is not SymmetryLabel.LOST for one in row.outcomes for label in one.symmetry)
-    drawn, substituted = evaluation.controls(seed=0)
+    drawn, substituted, _ = evaluation.controls(seed=0)
     assert [one.seen_prototype for one in substituted.outcomes] == [True, True]
     assert substituted.metrics.match_rate.value == 1.0
     assert drawn.outcomes[0].first_rms is not None  # rock salt has no freedom but its size
