@@ -17,7 +17,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from itertools import chain, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -186,24 +186,36 @@ class PrecedentIndex:
         wanted: dict[str, list[int]] = defaultdict(list)
         for site in crystal.sites:
             wanted[site.letter].append(site.atomic_number)
+        members: dict[str, list[int]] = defaultdict(list)
+        for index, site in enumerate(known.sites):
+            members[site.letter].append(index)
+
+        @cache
+        def exchange(letter: str, image: str) -> tuple[float, list[int]] | None:
+            """Of the elements on one letter for those wanted on another, if it has as many."""
+            new = wanted.get(image, [])
+            if len(new) != len(members[letter]):
+                return None
+            former = [known.sites[index].atomic_number for index in members[letter]]
+            costs = self._difference[np.ix_(former, new)]
+            _, columns = linear_sum_assignment(costs)
+            cost = float(costs[np.arange(len(new)), columns].sum())
+            return summary.letters[letter][0] * cost, [new[j] for j in columns]
+
+        places = [list(summary.letters).index(letter) for letter in members]
+        images = dict.fromkeys(tuple(p[i] for i in places) for p in summary.permutations)
         best: tuple[float, tuple[int, ...]] | None = None
-        for permutation in summary.permutations:
-            image = dict(zip(summary.letters, permutation, strict=True))
-            members: dict[str, list[int]] = defaultdict(list)
-            for index, site in enumerate(known.sites):
-                members[image[site.letter]].append(index)
-            if {k: len(v) for k, v in members.items()} != {k: len(v) for k, v in wanted.items()}:
+        for image in images:
+            parts = [exchange(*pair) for pair in zip(members, image, strict=True)]
+            found = [part for part in parts if part is not None]
+            total = sum(cost for cost, _ in found)
+            if len(found) < len(parts) or (best is not None and total >= best[0]):
                 continue
-            total, elements = 0.0, [0] * len(known.sites)
-            for letter, sites in members.items():
-                former = [known.sites[index].atomic_number for index in sites]
-                costs = self._difference[np.ix_(former, wanted[letter])]
-                rows, columns = linear_sum_assignment(costs)
-                total += summary.letters[letter][0] * float(costs[rows, columns].sum())
-                for i, j in zip(rows.tolist(), columns.tolist(), strict=True):
-                    elements[sites[i]] = wanted[letter][j]
-            if best is None or total < best[0]:
-                best = total, tuple(elements)
+            elements = [0] * len(known.sites)
+            for sites, (_, new) in zip(members.values(), found, strict=True):
+                for index, z in zip(sites, new, strict=True):
+                    elements[index] = z
+            best = total, tuple(elements)
         assert best is not None, "the letters differ"
         return best[0] / known.num_atoms, best[1]
 
