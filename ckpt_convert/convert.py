@@ -27,6 +27,7 @@ from common.checkpoint import (
     CONFIG,
     MANIFEST,
     NATIVE,
+    PRECEDENTS,
     STATE,
     Content,
     Layout,
@@ -71,7 +72,7 @@ class Source:
     config: Path
     others: dict[str, Path]
     provenance: dict[str, Any] | None = None
-    order: tuple[str, ...] = (CONFIG, "model", CARD, "optimizer", STATE)
+    order: tuple[str, ...] = (CONFIG, "model", CARD, "optimizer", STATE, PRECEDENTS)
 
 
 def convert(
@@ -186,7 +187,7 @@ def _loose(path: Path, config: Path | None) -> Source:
         what = f"{path}: its network's {CONFIG} is neither given nor beside it"
         raise UserError(f"{what}; give --config")
     optimizer = path.with_name(f"optimizer{path.suffix}")
-    others = {name: path.with_name(name) for name in (CARD, STATE)}
+    others = {name: path.with_name(name) for name in (CARD, STATE, PRECEDENTS)}
     return Source(
         place=path,
         model=path,
@@ -238,6 +239,15 @@ def _check_destination(path: Path, to: Framework, source: Path, overwrite: bool)
         read_manifest(path, LAYOUTS[to])
 
 
+def _trained_on(source: Source) -> str:
+    """The fingerprint of the training rows, where the configuration lies in a checkpoint folder."""
+    folder = source.config.parent
+    if not (folder / MANIFEST).is_file():
+        return ""
+    manifest = read_manifest(folder, _layout(folder))
+    return str(manifest["training_fingerprint"])
+
+
 def _check_numbers(found: Match, to: Framework, single: bool) -> None:
     """Raises UserError for numbers that the destination cannot hold."""
     path = found.path
@@ -272,6 +282,6 @@ def _write_folder(
     provenance = source.provenance
     if provenance is None:
         extra = {"converted_from": source.model.name}
-        provenance = make_provenance(run.model_dump(mode="json"), extra=extra)
+        provenance = make_provenance(run.model_dump(mode="json"), _trained_on(source), extra)
     install(folder, files, provenance, layout)
     return (*files, MANIFEST)

@@ -74,6 +74,8 @@ def parameters(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
         yield f"property.mlp.{i}.output.weight", (d, d)
         yield f"property.mlp.{i}.output.bias", (d,)
     if config.precedents:
+        if config.former_elements:
+            yield "precedent.element.weight", (NUM_ELEMENTS, d)
         yield "precedent.site.weight", (d, 5 + 6 * PRECEDENT_FREQUENCIES)
         yield "precedent.site.bias", (d,)
         yield "precedent.cell.weight", (d, 14)

@@ -39,7 +39,7 @@ from common.checkpoint import (
     verify,
 )
 from common.errors import UserError
-from common.files import flush_folder, refused
+from common.files import flush, flush_folder, refused
 from common.language.adapters import check_adapter
 from common.language.parameters import Parameter, check_network, parameters
 
@@ -115,6 +115,8 @@ def convert(
     """
     found = open_folder(source)
     _check_destination(destination, [found.path, *([base] if base else [])], overwrite)
+    if found.manifest is None and destination.is_dir() and any(destination.iterdir()):
+        raise UserError(f"{destination}: only what has a {MANIFEST} takes its place; give another")
     if base is None:
         shards, counts = rename(found, to)
         report = Report((*counts,))
@@ -304,6 +306,7 @@ def _install(folder: Path, files: Mapping[str, Content]) -> None:
                     (temporary / name).write_bytes(content)
                 else:
                     content(temporary / name)
+                flush(temporary / name)
             flush_folder(temporary)
             temporary.rename(folder)
             flush_folder(folder.parent)

@@ -113,6 +113,19 @@ def wrong_version(package: str) -> str | None:
     return None
 
 
+def backend_name(name: str = "auto", device: str = "auto") -> str:
+    """Which framework a name stands for; arguments and errors as in `load_backend`."""
+    available = available_backends()
+    if name == "auto":
+        if not available:
+            raise UserError("no framework is installed: pip install 'uni-mdm[torch]'")
+        name = _BACKEND_OF_DEVICE.get(device, available[0])
+    if name not in available:
+        names = ", ".join(available) or "none"
+        raise UserError(f"backend '{name}' is not available here; available: {names}")
+    return name
+
+
 def load_backend(name: str = "auto", device: str = "auto") -> Any:
     """The module of a framework.
 
@@ -124,14 +137,7 @@ def load_backend(name: str = "auto", device: str = "auto") -> Any:
     Raises:
         UserError: if there is no such backend here, or it cannot be imported.
     """
-    available = available_backends()
-    if name == "auto":
-        if not available:
-            raise UserError("no framework is installed: pip install 'uni-mdm[torch]'")
-        name = _BACKEND_OF_DEVICE.get(device, available[0])
-    if name not in available:
-        names = ", ".join(available) or "none"
-        raise UserError(f"backend '{name}' is not available here; available: {names}")
+    name = backend_name(name, device)
     let_threads_sleep()
     entry = next(e for e in entry_points(group=ENTRY_POINT_GROUP) if e.name == name)
     try:

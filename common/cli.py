@@ -142,7 +142,7 @@ def run(arguments: list[str]) -> int:
         if error.name is None or error.name.split(".")[0] in PACKAGES:
             raise
         package = error.name.split(".")[0]
-        return _report(f"package '{package}' is not installed; scripts/quickstart.sh installs all")
+        return _report(f"package '{package}' is not installed; README says which extra has it")
     except OSError as error:
         if error.errno not in _REFUSALS:
             raise

@@ -12,6 +12,8 @@ from common.errors import UserError
 
 #: What the system says when there is no room, rather than when it forbids.
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+#: Is in a folder while a process is alone at work there.
+LOCK = ".lock"
 #: What `output_folder` writes to see whether there is any room.
 _TRIAL = bytes(4096)
 
@@ -133,6 +135,29 @@ def one_at_a_time(folder: Path) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[bool]:
+    """Whether no other process is at work in a folder; others are kept out during the block.
+
+    File systems without locks keep nobody out.
+    """
+    path = folder / LOCK
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        yield False
+        return
+    except OSError:
+        pass
+    try:
+        yield True
+    finally:
+        path.unlink(missing_ok=True)
         os.close(descriptor)
 
 

@@ -102,8 +102,7 @@ class Settings:
             value = getattr(self, name)
             if name == "steps" and value is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, int | np.integer):
-                raise UserError(f"{name} is {value!r}: give a whole number")
+            object.__setattr__(self, name, _whole(name, value))
             if not low <= value <= high:
                 raise UserError(f"{name} is {value}: give {low} to {high}")
 
@@ -222,14 +221,29 @@ def make_query(
     }
     if len(properties) > 1:
         raise UserError("give band gap or formation energy, not both: a network knows one of them")
-    if space_group is not None and not 1 <= space_group <= 230:
-        raise UserError(f"space group {space_group}: give a number from 1 to 230")
-    if z is not None and z < 1:
-        raise UserError(f"z is {z}: give a positive number of formula units per conventional cell")
+    if space_group is not None:
+        space_group = _whole("space group", space_group)
+        if not 1 <= space_group <= 230:
+            raise UserError(f"space group {space_group}: give a number from 1 to 230")
+    if z is not None:
+        z = _whole("z", z)
+        if z < 1:
+            raise UserError(
+                f"z is {z}: give a positive number of formula units per conventional cell"
+            )
+    if sites is not None and not isinstance(sites, str):
+        raise UserError(f'sites are {sites!r}: give text, as in "Sr:1a Ti:1b O:3c"')
     requested = None if sites is None else parse_sites(sites)
     query = Query(parsed, properties, space_group, requested, z, name)
     _check_symmetry(query)
     return query
+
+
+def _whole(name: str, value: Any) -> int:
+    """A whole number of whatever type, as Python's own."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise UserError(f"{name} is {value!r}: give a whole number")
+    return int(value)
 
 
 def _checked_property(name: str, value: float) -> float:

@@ -271,6 +271,11 @@ def load_precedents(folder: Path, trained_on: str, element_volume: Array) -> Pre
         names = [record.material_id for record in records]
         return PrecedentIndex.of_crystals([r.crystal for r in records], names, element_volume)
     prior = TemplatePrior.load()
+    if not trained_on:
+        raise UserError(
+            f"{folder}: nothing says which rows it was trained on, from which it starts: convert "
+            f"it again with --config from the run's checkpoint folder, or its {PRECEDENTS} beside"
+        )
     if prior.metadata["source"].get("fingerprint") != trained_on:
         raise UserError(
             f"{folder}: {PRECEDENTS} is missing, and the shipped table {SHIPPED.name} holds other "
@@ -313,7 +318,8 @@ def training_items(
         count: items for every row, with another precedent each as far as there are.
         workers: processes; one per CPU without it.
     """
-    key = f"{_CACHE_VERSION} {trained_on} {fingerprint(records)} {count}"
+    order = " ".join(record.material_id for record in records)  # of which a fingerprint has none
+    key = f"{_CACHE_VERSION} {trained_on} {fingerprint(records)} {count} {order}"
     name = hashlib.sha256(key.encode()).hexdigest()[:16]
     path = cache_dir() / "precedents" / f"{name}.json.gz"
     rows = _read_cached(path)

@@ -11,7 +11,6 @@ The last three are made from the journal at the end, so an interrupted run and a
 give the same bytes.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -26,7 +25,15 @@ import numpy as np
 
 from common.crystal.structure import Crystal
 from common.errors import UserError
-from common.files import append_whole, output_folder, refused, write_atomic, write_together
+from common.files import (
+    LOCK,
+    alone_in,
+    append_whole,
+    output_folder,
+    refused,
+    write_atomic,
+    write_together,
+)
 from common.pipeline import (
     Engine,
     GeneratedCrystal,
@@ -39,7 +46,7 @@ from common.pipeline import (
 from common.ranking import Ranker, rank_symmetries
 
 FORMAT_VERSION = 1
-_RUN, _JOURNAL, _LOCK = "run.json", "journal.jsonl", ".lock"
+_RUN, _JOURNAL = "run.json", "journal.jsonl"
 #: Crystals sampled together.
 _BATCH = 256
 _MAX_FOLDERS = 10_000
@@ -172,7 +179,7 @@ def _open_folder(out: Path, description: dict[str, Any]) -> Iterator[Path]:
         folder = out if number == 1 else out.with_name(f"{out.name}-{number}")
         if not _may_use(folder, description):
             continue
-        with output_folder(folder, "give another --out"), _locked(folder) as locked:
+        with output_folder(folder, "give another --out"), alone_in(folder) as locked:
             # Between the look and the lock another one may have finished this run.
             if locked and _may_use(folder, description):
                 with _begun(folder, description):
@@ -192,37 +199,20 @@ def _may_use(folder: Path, description: dict[str, Any]) -> bool:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[bool]:
-    """Whether nobody else is at work in a folder, who is kept out during the block."""
-    lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(lock)
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        (folder / _LOCK).unlink(missing_ok=True)
-        os.close(lock)
-
-
-@contextmanager
 def _begun(folder: Path, description: dict[str, Any]) -> Iterator[None]:
     """Say during the block which run the folder holds; no longer if nothing came of it."""
     write_atomic(folder / _RUN, _dump(description | {"status": "running"}))
     try:
         yield
     except BaseException:
-        if {path.name for path in folder.iterdir()} <= {_RUN, _LOCK}:
+        if {path.name for path in folder.iterdir()} <= {_RUN, LOCK}:
             (folder / _RUN).unlink(missing_ok=True)
         raise
 
 
 def _may_resume(folder: Path, description: dict[str, Any]) -> bool:
     """Whether a folder is empty or holds this run, interrupted."""
-    if all(path.name == _LOCK for path in folder.iterdir()):
+    if all(path.name == LOCK for path in folder.iterdir()):
         return True
     try:
         known = json.loads((folder / _RUN).read_text(encoding="utf-8"))

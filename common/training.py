@@ -8,7 +8,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -44,6 +44,7 @@ from common.diffusion.noisy import LossWeights, NoisyCrystals
 from common.diffusion.scaler import Standardizer
 from common.diffusion.score import score_process
 from common.errors import UserError
+from common.files import alone_in
 from common.precedents import PrecedentIndex, precedents_file, training_items
 from common.weights import MODEL_PREFIX, STANDARDIZER_PREFIX, Arrays
 
@@ -322,6 +323,9 @@ class BaseTrainer(TrainingRun[TrainingBatch]):
             self._companions = precedents_file(train_records, self.fingerprint)
         self.data = self._bucketed(known, settings.precedents)
         watched = small_enough(validation_records[: settings.validation_rows])
+        if not watched:
+            what = f"no crystal of at most {MAX_ATOMS} atoms to watch"
+            raise UserError(f"{settings.validation}: {what}")
         self.validation = self._bucketed(watched, 1)
         self.score_process = score_process(config.diffusion)
 
@@ -490,8 +494,17 @@ def run_training(trainer: TrainingRun[Any], out: Path, resume: bool) -> None:
         resume: whether to go on from the latest step in it.
 
     Raises:
-        UserError: for a checkpoint that does not fit.
+        UserError: for a checkpoint that does not fit, or if another run trains in the folder.
     """
+    with ExitStack() as stack:
+        if not trainer.shard.rank:
+            out.mkdir(parents=True, exist_ok=True)
+            if not stack.enter_context(alone_in(out)):
+                raise UserError(f"{out}: another process trains there; give another --out")
+        _run_training(trainer, out, resume)
+
+
+def _run_training(trainer: TrainingRun[Any], out: Path, resume: bool) -> None:
     if resume:
         folder = latest(out)
         assert folder is not None
@@ -502,7 +515,6 @@ def run_training(trainer: TrainingRun[Any], out: Path, resume: bool) -> None:
         return
     from common.training_log import TrainingLog  # slow to import, and only needed here
 
-    out.mkdir(parents=True, exist_ok=True)
     log = TrainingLog(out, trainer.step)
     with _progress() as progress:
         _lead(trainer, out, log, progress)

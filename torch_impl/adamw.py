@@ -22,6 +22,7 @@ class AveragedAdamW:
 
     Attributes:
         device: of the weights.
+        step: steps of the run that are done, those that were left out too.
         names, parameters: what is trained.
         loss_scale: of the run.
         average: its averages.
@@ -30,6 +31,7 @@ class AveragedAdamW:
     """
 
     device: torch.device
+    step: int
     loss_scale: LossScale
     prefix = ""
 
@@ -48,6 +50,9 @@ class AveragedAdamW:
             weight_decay=settings.weight_decay,
             fused=True,
         )
+        for parameter in self.parameters:
+            state = {moment: torch.zeros_like(parameter) for moment in MOMENTS}
+            self.optimizer.state[parameter] = state | {"step": torch.zeros((), device=self.device)}
 
     def descend(self, loss: Tensor, rate: float, decay: float) -> float:
         """One step of AdamW, and of the average; returns the gradient's norm before clipping.
@@ -63,6 +68,9 @@ class AveragedAdamW:
             torch._foreach_div_([p.grad for p in self.parameters if p.grad is not None], scale)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
         if torch.isfinite(norm):
+            if self.loss_scale.moves:  # steps that were left out count, as in every framework
+                for state in self.optimizer.state.values():
+                    state["step"].fill_(self.step)
             self.optimizer.step()
             torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
         return norm.item()
@@ -90,10 +98,7 @@ class AveragedAdamW:
         """Current weights and AdamW's moments by prefixed name."""
         arrays = self._named(WEIGHT_PREFIX, self.parameters)
         for moment in MOMENTS:
-            # A network without properties has an empty parameter, of which AdamW keeps nothing.
-            tensors = [
-                self.optimizer.state[p].get(moment, torch.zeros_like(p)) for p in self.parameters
-            ]
+            tensors = [self.optimizer.state[p][moment] for p in self.parameters]
             arrays |= self._named(f"{moment}.", tensors)
         return arrays
 

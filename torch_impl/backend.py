@@ -10,8 +10,9 @@ from torch_impl.bench import (
     benchmark_sizes,
     benchmark_steps,
 )
+from torch_impl.devices import devices
 from torch_impl.distributed import problems
-from torch_impl.generator import Generator, devices, load
+from torch_impl.generator import Generator, load
 from torch_impl.train_dit import train
 
 if TYPE_CHECKING:

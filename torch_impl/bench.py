@@ -18,7 +18,8 @@ from common.speed import (
     step_costs,
 )
 from torch_impl.crystal_dit import CrystalDiT
-from torch_impl.generator import Generator, available_device, load
+from torch_impl.devices import available_device
+from torch_impl.generator import Generator, load
 from torch_impl.train_dit import Trainer
 
 

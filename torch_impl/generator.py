@@ -10,10 +10,10 @@ from common.config import RunConfig
 from common.crystal.structure import Crystal
 from common.diffusion.scaler import Standardizer
 from common.diffusion.score import ScoreProcess
-from common.errors import UserError
 from common.precedents import PrecedentIndex
 from common.sampling import Array, BaseGenerator, Call, read_checkpoint
 from torch_impl.crystal_dit import CrystalDiT
+from torch_impl.devices import available_device
 from torch_impl.sampler import sample_flow, sample_predictor_corrector
 from torch_impl.tensors import TensorBatch
 from torch_impl.train_dit import load_weights
@@ -102,22 +102,3 @@ def load(checkpoint: Path, device: str = "auto") -> Generator:
     model = CrystalDiT(config.model)
     load_weights(model, saved.model, str(checkpoint))
     return Generator(config, model, standardizer, device, precedents)
-
-
-def devices() -> list[str]:
-    """What ``device`` may be here, best first."""
-    return ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
-
-
-def available_device(device: str) -> str:
-    """A device of this machine, or the best one for ``auto``.
-
-    Raises:
-        UserError: if it is not here.
-    """
-    known = devices()
-    if device == "auto":
-        return known[0]
-    if device.split(":")[0] not in known:
-        raise UserError(f"torch finds no device '{device}' here: give {' or '.join(known)}")
-    return device

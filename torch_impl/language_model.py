@@ -26,7 +26,7 @@ from common.language.foreign import base_of, read_config, read_json
 from common.language.hub import weights_folder
 from common.language.pasts import Call, Past, alike
 from common.language.tokenizer import SymmetryTokenizer, load_tokenizer
-from torch_impl.generator import available_device
+from torch_impl.devices import available_device
 from torch_impl.glm4 import add_adapter, build, load_adapter, load_weights
 
 

@@ -18,6 +18,7 @@ from common.training import (
 from common.weights import MODEL_PREFIX, Arrays, model_weights
 from torch_impl.adamw import AUTOCAST, AveragedAdamW, as_tensor
 from torch_impl.crystal_dit import CrystalDiT
+from torch_impl.devices import available_device
 from torch_impl.diffusion import Loss, NoisyTensors, denoising_loss
 from torch_impl.distributed import joined, sum_gradients, sum_values
 from torch_impl.tensors import TensorBatch
@@ -114,8 +115,7 @@ def train(
         UserError: for data that cannot be read, a checkpoint that does not fit, or an environment
             that is not torchrun's although there are other processes.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = available_device(device)
     torch.set_num_threads(threads)
     with joined(device) as shard:
         run_training(Trainer(config, *records_of(config), device, shard), out, resume)

@@ -17,6 +17,7 @@ from common.language.examples import TokenBatch
 from common.language.training import LanguageTrainer
 from common.training import Shard, records_of, run_training
 from torch_impl.adamw import AUTOCAST, AveragedAdamW
+from torch_impl.devices import available_device
 from torch_impl.distributed import joined, share_out, sum_gradients, sum_values
 from torch_impl.glm4 import (
     AnswerLoss,
@@ -117,8 +118,7 @@ def train(
     Raises:
         UserError: as ``torch_impl.train_dit.train`` does.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = available_device(device)
     torch.set_num_threads(threads)
     with joined(device) as shard:
         run_training(Trainer(config, *records_of(config), device, shard), out, resume)

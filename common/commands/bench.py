@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from common.backend import backend_name
 from common.checkpoint import checkpoint_folder, load_checkpoint, shipped
 from common.config import RunConfig, load_config, parse_config
 from common.data.batch import View
@@ -104,6 +105,8 @@ def command(
             raise UserError("--by-size goes without --against and --sizes: leave them out")
         _show_sizes(run, records, backend, calls, cores, by_size, out)
         return
+    if against is not None:
+        backend = backend_name(backend)
     if backend == against:
         raise UserError(f"--backend {backend} --against {against}: name two different ones")
     contestants: dict[str, tuple[str, View]] = (
@@ -218,9 +221,9 @@ def _show_sizes(
     files: dict[Path, bytes | str] = {picture: to_png(costs, title)}
     if out is not None:
         files[out] = json.dumps(figures, indent=1) + "\n"
-    write_together(files)
     for line in _laws(costs, laws):
         console.print(line, soft_wrap=True)
+    write_together(files)
     console.print(f"{len(costs)} sizes; {title}; plot: {picture}", soft_wrap=True)
 
 

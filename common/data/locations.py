@@ -1,6 +1,7 @@
 """Where data sets and caches live on this machine."""
 
 import os
+import sys
 from pathlib import Path
 
 from common.data.importer import import_cached
@@ -43,7 +44,12 @@ def dataset_path(name: str | os.PathLike[str], workers: int | None = None) -> Pa
     if location.suffix == ".parquet":
         return location
     source = open_source(text if is_url(text) else location, cache_dir())
-    return import_cached(source, cache_dir(), workers=workers).path
+    report = import_cached(source, cache_dir(), workers=workers)
+    if report.reasons:
+        why = ", ".join(f"{count} {reason}" for reason, count in report.reasons.items())
+        refused = f"{sum(report.reasons.values())} of {report.rows} rows cannot be used ({why})"
+        print(f"{text}: {refused}; see {report.quarantine_path}", file=sys.stderr)
+    return report.path
 
 
 def dataset(name: str | os.PathLike[str], workers: int | None = None) -> list[Record]:

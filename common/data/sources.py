@@ -7,6 +7,7 @@ source is in `materials_project.py`.
 import csv
 import gzip
 import hashlib
+import http.client
 import io
 import json
 import os
@@ -254,7 +255,7 @@ def download(url: str, folder: Path) -> Path:
         if error.code == 304:
             return target
         raise UserError(f"cannot download {url}: the server answers {error.code}") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", None) or error
         raise UserError(f"cannot download {url}: {reason}; check address and network") from error
     write_atomic(validators, json.dumps(headers))

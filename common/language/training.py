@@ -59,6 +59,8 @@ class LanguageTrainer(TrainingRun[TokenBatch]):
         self.network_config = config.model.to_huggingface(self.tokenizer)
         if self.start_folder is not None:
             self._begin_with(self.start_folder)
+        if not validation_records:
+            raise UserError(f"{settings.validation}: no crystal to watch")
         self.data = self._examples(train_records, settings.rehearsals)
         self.validation = self._examples(validation_records[: settings.validation_rows], 0)
 

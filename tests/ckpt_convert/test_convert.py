@@ -15,10 +15,11 @@ from safetensors.numpy import load_file, save_file
 from ckpt_convert.convert import MINDSPORE, MisfitError, convert
 from ckpt_convert.crystal_dit import OPTIMIZER_PARTS, parameters
 from ckpt_convert.formats import read_tensors
-from common.checkpoint import load_checkpoint, save_checkpoint, verify
+from common.checkpoint import load_checkpoint, save_checkpoint, shipped, verify
 from common.cli import run
 from common.config import load_config, parse_config
 from common.errors import UserError
+from common.precedents import load_precedents
 from torch_impl.backend import train
 from torch_impl.crystal_dit import CrystalDiT
 
@@ -86,6 +87,29 @@ def test_training_goes_on_from_what_came_back(
     config = load_config(step_folder / "config.yaml")
     train(config, tmp_path / "run", resume=True, device="cpu")
     assert content(tmp_path / "run" / "final") == content(run_folder / "final")
+
+
+@pytest.mark.parametrize("folder", shipped().values(), ids=shipped())
+def test_every_shipped_checkpoint_comes_back(folder: Path, tmp_path: Path) -> None:
+    convert(folder, tmp_path / "ms", "mindspore")
+    convert(tmp_path / "ms", tmp_path / "back", "torch")
+    assert content(tmp_path / "back") == content(folder)
+
+
+def test_a_single_file_finds_its_training_rows_again(tmp_path: Path) -> None:
+    """By the checkpoint folder of its configuration, or by the rows beside it."""
+    folder = shipped()["crystal_dit_small_fm"]
+    convert(folder, tmp_path / "model.ckpt", "mindspore")
+    convert(tmp_path / "model.ckpt", tmp_path / "a", "torch", config=folder / "config.yaml")
+    assert load_checkpoint(tmp_path / "a").fingerprint == load_checkpoint(folder).fingerprint
+    shutil.copy(folder / "config.yaml", tmp_path)
+    convert(tmp_path / "model.ckpt", tmp_path / "b", "torch")
+    with pytest.raises(UserError, match="--config"):
+        load_precedents(tmp_path / "b", load_checkpoint(tmp_path / "b").fingerprint, np.ones(119))
+    rows = (tmp_path / "precedents.parquet", tmp_path / "c" / "precedents.parquet")
+    rows[0].write_bytes(b"rows")
+    convert(tmp_path / "model.ckpt", tmp_path / "c", "torch")
+    assert rows[1].read_bytes() == rows[0].read_bytes()
 
 
 def test_a_run_is_its_latest_step(run_folder: Path, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ SETTINGS: dict[str, dict[str, object]] = {
     "mean": {"aggregation": "mean"},
     "wide": {"feed_forward": 4},
     "precedents": {"precedents": True},
+    "former elements": {"precedents": True, "former_elements": True, "target": "difference"},
     "no feed-forward": {"feed_forward": 0},
     "no modulation": {"modulation": False},
     "one property": {"properties": ["formation_energy"]},

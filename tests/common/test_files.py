@@ -1,5 +1,7 @@
 """Files are whole or absent, whatever happens while they are written."""
 
+import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -10,6 +12,8 @@ import pytest
 
 from common.errors import UserError
 from common.files import (
+    LOCK,
+    alone_in,
     append_whole,
     atomic_path,
     output_file,
@@ -115,6 +119,24 @@ def test_output_file_is_refused_before_the_work(tmp_path: Path, place: str) -> N
     ):
         raise AssertionError("the block is not entered")
     assert listing(tmp_path) == ["file", "folder"]
+
+
+def test_one_at_a_time_is_alone_in_a_folder(tmp_path: Path) -> None:
+    with alone_in(tmp_path) as first, alone_in(tmp_path) as second:
+        assert (first, second) == (True, False)
+        assert listing(tmp_path) == [LOCK]
+    assert listing(tmp_path) == []
+
+
+def test_a_file_system_without_locks_keeps_nobody_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with alone_in(tmp_path) as first, alone_in(tmp_path) as second:
+        assert (first, second) == (True, True)
 
 
 def test_device_is_not_replaced() -> None:

@@ -119,7 +119,11 @@ def test_two_hundred_atoms_in_the_primitive_cell(checkpoint: Path, given: dict) 
         ({"band_gap": 1.0, "formation_energy": -1.0}, "not both"),
         ({"formation_energy": -1.0}, "not with formation_energy"),
         ({"space_group": 231}, "1 to 230"),
+        ({"space_group": "221"}, "whole number"),
+        ({"space_group": 221.5}, "whole number"),
         ({"z": 0}, "positive"),
+        ({"z": True}, "whole number"),
+        ({"sites": ["Sr:1a"]}, "give text"),
         ({"formula": "Sr2Ti2O6", "z": 3}, "counts 2 formula units"),
         ({"z": 100000}, "at most"),
         ({"space_group": 1, "z": 41}, "205 atoms"),
@@ -140,6 +144,11 @@ def test_mistakes_are_one_line(checkpoint: Path, arguments: dict, part: str) -> 
         generate(**{"formula": "SrTiO3", "checkpoint": checkpoint, **arguments})
     assert part in str(error.value)
     assert len(str(error.value).splitlines()) == 1
+
+
+def test_numbers_of_any_kind_are_kept_as_json_has_them() -> None:
+    settings = Settings(top=np.int32(2), seed=np.int64(3))
+    assert json.loads(json.dumps(settings.to_dict()))["seed"] == 3
 
 
 def test_consensus_is_the_middle() -> None:

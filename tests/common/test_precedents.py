@@ -180,6 +180,15 @@ def test_training_rows_are_described_near_their_precedents(
         assert one.precedent.numbers == other.precedent.numbers
 
 
+def test_rows_in_another_order_are_not_mixed_up(index: PrecedentIndex, own_cache: Path) -> None:
+    training_items(RECORDS, index, "print", workers=1)
+    for record, item in zip(
+        RECORDS[::-1], training_items(RECORDS[::-1], index, "print", workers=1), strict=True
+    ):
+        assert item.crystal.formula_counts == record.crystal.formula_counts
+        assert item.properties is record.properties
+
+
 def test_a_damaged_cache_is_made_anew(index: PrecedentIndex, own_cache: Path) -> None:
     expected = training_items(RECORDS, index, "print", workers=1)
     (path,) = (own_cache / "precedents").glob("*.json.gz")

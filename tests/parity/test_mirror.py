@@ -15,6 +15,7 @@ PENDING: set[str] = set()
 ALONE = {
     "adamw.py": "MindSpore keeps weights, averages and moments as one vector, in train_dit.py",
     "device.py": "MindSpore's device and mode are the process's; torch's are arguments",
+    "devices.py": "torch's; which MindSpore's process uses is chosen in device.py",
     "mindformers_parts.py": "what MindFormers' Trainer is given from outside",
     "mindformers_cpu.py": "transformers computes on every device as it is",
     "leaving.py": "torch's processes end as usual",
@@ -64,7 +65,7 @@ ALLOWED = {
     "distributed.py sum_gradients": "torch wraps the network; here the step sums its one vector",
     "generator.py MAX_PARALLEL_CALLS": "MindSpore runs a graph once at a time",
     "generator.py CUDA_EDGES_PER_CALL": "MindSpore's calls are as large on every device",
-    "generator.py available_device": "MindSpore's is chosen in device.py",
+    "generator.py devices": "torch's are in devices.py",
     "bench.py gemm_peak device": "MindSpore has one device per process",
     "generator.py Generator.sample": "torch's number of threads is set while it lasts",
 }

@@ -28,7 +28,7 @@ from common.ranking import load_ranker
 from common.training import Shard
 from tests.language import language_run
 from tests.training import textbook_records
-from torch_impl import generator
+from torch_impl import devices
 from torch_impl.backend import train_language
 from torch_impl.glm4 import add_dropout, answer_loss, build
 from torch_impl.language_model import LanguageModel, load_language_model
@@ -75,6 +75,12 @@ def prompts() -> list[list[int]]:
 
 
 # Loss
+
+
+def test_nothing_to_learn_from_or_to_watch(records: list[Record]) -> None:
+    for rows, watched in (([], records), (records, [])):
+        with pytest.raises(UserError, match="no crystal to"):
+            Trainer(language_run(), rows, watched)
 
 
 def test_loss_is_that_of_transformers(model: LanguageModel, records: list[Record]) -> None:
@@ -559,7 +565,7 @@ def test_device(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def place(device: str) -> str:
         return next(load_language_model(trained / "final", device).model.parameters()).device.type
 
-    monkeypatch.setattr(generator, "devices", lambda: ["meta", "cpu"])
+    monkeypatch.setattr(devices, "devices", lambda: ["meta", "cpu"])
     assert [place("auto"), place("cpu"), place("meta")] == ["meta", "cpu", "meta"]
     with pytest.raises(UserError, match="no device 'cuda' here: give meta or cpu"):
         place("cuda")

@@ -12,6 +12,7 @@ from common.checkpoint import latest, load_checkpoint, rows_seen_by, save_step
 from common.config import RunConfig
 from common.data.store import Record, read_records, write_records
 from common.errors import UserError
+from common.files import alone_in
 from common.training import (
     LOSS_SCALE,
     LOSS_SCALE_STEPS,
@@ -314,8 +315,24 @@ def test_no_rows(tmp_path: Path, parquet: Path, records: list[Record]) -> None:
     with pytest.raises(UserError, match="no crystal"):
         train(tiny_run(parquet, data=str(empty)), tmp_path / "run", device="cpu")
     assert not (tmp_path / "run").exists()
+    with pytest.raises(UserError, match="to watch"):
+        train(tiny_run(parquet, validation=str(empty)), tmp_path / "run", device="cpu")
     with pytest.raises(UserError, match="no data set"):
         train(tiny_run(tmp_path / "absent.parquet"), tmp_path / "run", device="cpu")
+
+
+def test_a_folder_where_another_run_trains(parquet: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    with alone_in(tmp_path / "run"), pytest.raises(UserError, match="another process trains"):
+        train(tiny_run(parquet), tmp_path / "run", device="cpu")
+
+
+@pytest.mark.parametrize("device", ["cuda", "gpu", "ascend"])
+def test_a_device_that_is_not_here(parquet: Path, tmp_path: Path, device: str) -> None:
+    if device == "cuda" and torch.cuda.is_available():
+        pytest.skip("it is here")
+    with pytest.raises(UserError, match=f"no device '{device}'"):
+        train(tiny_run(parquet), tmp_path / "run", device=device)
 
 
 def test_loss_scale_is_halved_where_a_gradient_overflows(records: list[Record]) -> None:
@@ -331,6 +348,11 @@ def test_loss_scale_is_halved_where_a_gradient_overflows(records: list[Record]) 
     after = trainer.optimizer_arrays()
     assert all((before[name] == after[name]).all() for name in before)
     assert trainer.checkpoint()["state"]["loss_scale"] == [2.0**126, 0]
+    trainer.loss_scale.value = 1.0
+    steps(trainer, 1)
+    counted = {float(state["step"]) for state in trainer.optimizer.state.values()}
+    assert counted <= {0.0, 3.0}  # zero where there is no gradient
+    assert 3.0 in counted
     trainer.loss_scale.value = 1.0
     assert not trainer.loss_scale.follow(finite=False)  # nothing left to halve: an error
 

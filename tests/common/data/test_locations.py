@@ -31,9 +31,12 @@ def csv_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return file
 
 
-def test_data_set_by_name_and_by_path(csv_file: Path) -> None:
+def test_data_set_by_name_and_by_path(csv_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     by_name = locations.dataset("val", workers=1)
     assert [record.material_id for record in by_name] == ["mp-0", "mp-1", "mp-2", "mp-3"]
+    said = capsys.readouterr().err
+    assert "val: 1 of 5 rows cannot be used (1 " in said
+    assert ".quarantine.jsonl" in said
     assert locations.dataset_path("val") == locations.dataset_path(csv_file)
     assert locations.dataset_path("val").is_relative_to(locations.cache_dir())
     parquet = locations.dataset_path("val")
@@ -59,7 +62,7 @@ def invoke(*arguments: object) -> str:
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     if result.exception is not None:
         raise result.exception
-    return result.output
+    return result.stdout
 
 
 def test_commands(csv_file: Path, tmp_path: Path) -> None:

@@ -169,5 +169,7 @@ def test_incomplete_download_is_not_kept(server: FileServer, tmp_path: Path) -> 
     with pytest.raises(UserError, match="cannot download"):
         download(server.url, tmp_path)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+    with pytest.raises(UserError, match="cannot download"):
+        download("http://localhost:port/rows.csv", tmp_path)
     with pytest.raises(UserError, match="404"):
         download(server.url + "x", tmp_path)
