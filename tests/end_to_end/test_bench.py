@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from common.backend import SampleRequest
+from common.backend import SampleRequest, backend_name
 from common.checkpoint import load_checkpoint, shipped
 from common.cli import run
 from common.config import load_config
@@ -66,8 +66,9 @@ def test_costs_of_steps_by_a_backend(backend: str, arguments: list[str]) -> None
 
 
 def test_a_backend_against_itself(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["bench", *arguments, "--backend", "torch", "--against", "torch"]) == 2
-    assert "two different" in capsys.readouterr().err
+    for choice in (["--backend", "torch", "--against", "torch"], ["--against", backend_name()]):
+        assert run(["bench", *arguments, *choice]) == 2
+        assert "two different" in capsys.readouterr().err
 
 
 def test_cost_against_size(
