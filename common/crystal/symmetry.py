@@ -11,6 +11,7 @@ are singular; the variables that really occur are marked in ``free_mask``.
 
 import csv
 import importlib.util
+import os
 import re
 import warnings
 from ast import literal_eval
@@ -34,6 +35,9 @@ _STANDARD_CHOICES = ("", "b", "b1", "2", "H")
 _LETTERS = ascii_lowercase + "A"
 # Integer translations that can separate two points of one unit cell after an operation.
 _LATTICE_STEPS = np.array(list(product((0, 1, -1, 2, -2), repeat=3)), dtype=float)
+
+# That spglib finds no symmetry is an answer, which whoever asked deals with, not a line on stderr.
+os.environ.setdefault("SPGLIB_WARNING", "OFF")
 
 
 def wrap(frac_coords: Array) -> Array:

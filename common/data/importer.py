@@ -241,9 +241,7 @@ def _provenance(source: Source, options: ImportOptions) -> dict[str, Any]:
         "label_version": LABEL_VERSION,
         "import_version": IMPORT_VERSION,
         "schema_version": SCHEMA_VERSION,
-        "versions": {
-            name: version(name) for name in ("numpy", "pymatgen", "spglib", "moyopy", "pyarrow")
-        },
+        "versions": {name: version(name) for name in _LIBRARIES},
     }
 
 
@@ -498,7 +496,6 @@ def _ready_pool() -> ProcessPoolExecutor:
 def _start_worker() -> None:
     threadpool_limits(1)
     warnings.simplefilter("ignore")
-    os.environ["SPGLIB_WARNING"] = "OFF"  # a failed search is reported in the quarantine file
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
