@@ -30,8 +30,9 @@ FACTOR = 8.0
 FLOOR = 4 * float(np.finfo(np.float32).eps)
 
 
-#: A bias alike for all that softmax compares changes nothing: its gradient is rounding alone.
-SOFTMAX_BIAS, SOFTMAX_WEIGHT = "weight.bias", "weight.weight"
+#: Biases alike for all that softmax compares, which change nothing, so that their gradients are
+#: rounding alone, and the weights whose gradients are as large as what rounds there.
+SOFTMAX_BIASES = {"weight.bias": "weight.weight", "key.bias": "key.weight"}
 
 
 class DisagreementError(AssertionError):
@@ -68,8 +69,9 @@ def compare(found: Arrays, single: Arrays, exact: Arrays) -> None:
 
 def _size(name: str, exact: Arrays) -> float:
     """Largest element of a result, or of what it is the small difference of."""
-    if name.endswith(SOFTMAX_BIAS):
-        name = name.removesuffix(SOFTMAX_BIAS) + SOFTMAX_WEIGHT
+    for bias, weight in SOFTMAX_BIASES.items():
+        if name.endswith(bias):
+            name = name.removesuffix(bias) + weight
     return float(np.abs(exact[name]).max())
 
 
