@@ -144,6 +144,19 @@ def test_checkpoint_of_this_project(tmp_path: Path) -> None:
         convert(tmp_path / "own", tmp_path / "mf", "mindspore")
 
 
+def test_what_has_a_manifest_is_not_replaced_by_what_has_none(
+    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That is said before any weight is written."""
+    out = tmp_path / "out"
+    convert(shipped_language()["glm4_tiny"], out, "torch")
+    before = (out / "model.safetensors").read_bytes()
+    monkeypatch.setattr("ckpt_convert.glm4.rename", None)
+    with pytest.raises(UserError, match="takes its place"):
+        convert(pair[0], out, "mindspore", overwrite=True)
+    assert (out / "model.safetensors").read_bytes() == before
+
+
 # Adapters
 
 
