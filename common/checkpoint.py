@@ -59,6 +59,12 @@ COMPANIONS = frozenset(
         "adapter_config.json",
     }
 )
+_MP_20 = "v2:080a8998fb7571be64dced342c96249199a9f6b4bc71efc6bf7997de9cbc714f"
+#: What earlier versions called MP-20's training rows, with and without AVX-512, and their name now.
+_RENAMED = {
+    "914230fd2ef49eb0b6d93702083851ecaed0eddfd765ae675bae87cd41f57102": _MP_20,
+    "43267ef8110d2da3dab582fff07ffe3296c9907dd2cb02030a2f8cdeca5e0747": _MP_20,
+}
 #: Checkpoints that come with the project, a folder each.
 SHIPPED = Path(__file__).resolve().parent / "assets" / "checkpoints"
 SHIPPED_LANGUAGE = SHIPPED.parent / "language"
@@ -127,9 +133,13 @@ class Checkpoint:
 
     @property
     def fingerprint(self) -> str:
-        """Fingerprint of the training rows, empty if it was not recorded."""
+        """Fingerprint of the training rows, empty if it was not recorded.
+
+        As ``common.data.store.fingerprint`` gives it; of other rows than MP-20's, a checkpoint of
+        an earlier version has one that cannot be compared.
+        """
         fingerprint: str = self.manifest["training_fingerprint"]
-        return fingerprint
+        return _RENAMED.get(fingerprint, fingerprint)
 
 
 def save_checkpoint(

@@ -34,7 +34,7 @@ from common.crystal.structure import Crystal
 from common.crystal.wyckoff import wyckoff_summary
 from common.data.batch import BatchItem, Precedent
 from common.data.locations import cache_dir
-from common.data.store import Record, fingerprint, read_records, write_records
+from common.data.store import Record, read_records, write_records
 from common.elements import element_table, pair_differences
 from common.errors import UserError
 from common.files import one_at_a_time, output_folder, write_atomic
@@ -318,8 +318,7 @@ def training_items(
         count: items for every row, with another precedent each as far as there are.
         workers: processes; one per CPU without it.
     """
-    order = " ".join(record.material_id for record in records)  # of which a fingerprint has none
-    key = f"{_CACHE_VERSION} {trained_on} {fingerprint(records)} {count} {order}"
+    key = f"{_CACHE_VERSION} {trained_on} {count} {_labels_sha256(records)}"
     name = hashlib.sha256(key.encode()).hexdigest()[:16]
     path = cache_dir() / "precedents" / f"{name}.json.gz"
     rows = _read_cached(path)
@@ -333,6 +332,14 @@ def training_items(
                 write_atomic(path, gzip.compress(text.encode(), compresslevel=6, mtime=0))
     each = (_items(record, found, count) for record, found in zip(records, rows, strict=True))
     return [item for items in each for item in items]
+
+
+def _labels_sha256(records: Iterable[Record]) -> str:
+    """Of the rows' labels, every bit of them and in their order; a fingerprint has neither."""
+    digest = hashlib.sha256()
+    for record in records:
+        digest.update(json.dumps([record.material_id, record.crystal.to_dict()]).encode())
+    return digest.hexdigest()
 
 
 #: Of one training row, a mapping for each of its precedents.

@@ -195,8 +195,9 @@ class TemplatePrior:
 
     @cached_property
     def hash(self) -> str:
-        """Names the prior: 12 hex digits of the SHA-256 of what was learned."""
-        text = json.dumps(self.metadata, sort_keys=True)
+        """Names the prior: 12 hex digits of the SHA-256 of what was learned, not of the source."""
+        learned = {key: value for key, value in self.metadata.items() if key != "source"}
+        text = json.dumps(learned, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     @cached_property

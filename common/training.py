@@ -37,7 +37,7 @@ from common.config import AnyRunConfig, RunConfig
 from common.data.batch import Batch, BatchItem, collate
 from common.data.loader import BatchPlan, Bucket, BucketedData
 from common.data.locations import dataset
-from common.data.store import Record, fingerprint
+from common.data.store import Record, fingerprint, is_fingerprint
 from common.diffusion.draws import TrainingDraws
 from common.diffusion.flow import error_units, make_path, starting_points
 from common.diffusion.noisy import LossWeights, NoisyCrystals
@@ -279,7 +279,12 @@ class TrainingRun(ABC, Generic[Data]):
         """
         saved = load_checkpoint(folder, optimizer=True)
         if saved.fingerprint != self.fingerprint:
-            raise UserError(f"{folder}: trained on other rows; give --fresh to start anew")
+            if is_fingerprint(saved.fingerprint):
+                raise UserError(f"{folder}: trained on other rows; give --fresh to start anew")
+            raise UserError(
+                f"{folder}: made by an earlier version, whose names of training rows cannot be "
+                "compared; go on with that version, or give --fresh to start anew"
+            )
         assert saved.state is not None
         self.step, self.seconds = int(saved.state["step"]), float(saved.state["seconds"])
         if self.loss_scale.moves:

@@ -68,7 +68,7 @@ def import_command(
 
 @app.command()
 def fingerprint(data: Data) -> None:
-    """Print the SHA-256 of a data set's rows, whatever their order."""
+    """Print the name of a data set's rows by their content, whatever their order."""
     typer.echo(read_metadata(dataset_path(data))["fingerprint"])
 
 

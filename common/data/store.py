@@ -30,6 +30,11 @@ SCHEMA_VERSION = 1
 PROPERTIES = ("band_gap", "formation_energy", "e_above_hull")
 """Property columns: eV, eV/atom, eV/atom. None where unknown."""
 
+#: How fingerprints begin. Those of earlier versions, 64 digits and nothing else, took in the last
+#: bits of lattices and labels and so depended on the processor.
+_SCHEME = "v2:"
+#: Steps of a fingerprint per A, degree and cell edge.
+_STEPS = 1e8
 _METADATA_KEY = b"uni_mdm"
 _SCHEMA = pa.schema(
     [
@@ -157,20 +162,45 @@ def read_records(path: str | os.PathLike[str]) -> list[Record]:
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """schema_version, fingerprint, rows and source of a file, without reading its rows.
+    """schema_version, fingerprint, rows and source of a file.
+
+    The rows are read only where an earlier version wrote the file, for their fingerprint.
 
     Raises UserError for a missing, truncated or foreign file.
     """
-    return _check_metadata(path, _file_schema(path))
+    metadata = _check_metadata(path, _file_schema(path))
+    if not is_fingerprint(str(metadata.get("fingerprint"))):
+        metadata["fingerprint"] = fingerprint(read_records(path))
+    return metadata
 
 
 def fingerprint(records: Iterable[Record]) -> str:
-    """SHA-256 (hex) of the rows' content, the same for every order of the rows.
+    """Names rows by their content: "v2:" and a SHA-256 (hex), the same on every processor.
 
-    Every stored value enters with all its bits; two equal rows count twice.
+    Of a row enter its id, space group, letters, the sites' elements, its properties with all bits,
+    and the structure as given, in steps of 1e-8: lengths (A) and angles (deg) of the cell, whether
+    it is right-handed, and the atoms' elements and fractional coordinates. Two equal rows count
+    twice. These make no difference: the order of rows, how the cell is turned in space, whole cells
+    added to a coordinate, and the label's own lattice and free coordinates, which follow from the
+    structure, but whose last digits depend on the processor, as numpy's cosines and products of
+    matrices do.
+
+    What a text gives with up to 8 decimals, as pymatgen writes CIFs, lies on the steps, where no
+    rounding error leads to another one. A value with more decimals may go to either of two steps if
+    it is within such an error (1e-13) of the middle between them.
+
+    A row without a structure enters with its label's lattice and free coordinates in the same
+    steps, for nothing else says where its atoms are: such rows have one name wherever a file of
+    them is read, but not if they are labelled on different processors.
     """
-    digests = sorted(hashlib.sha256(_canonical(record)).digest() for record in records)
-    return hashlib.sha256(b"".join(digests)).hexdigest()
+    with np.errstate(over="ignore", invalid="ignore"):
+        digests = sorted(hashlib.sha256(_canonical(record)).digest() for record in records)
+    return _SCHEME + hashlib.sha256(b"".join(digests)).hexdigest()
+
+
+def is_fingerprint(text: str) -> bool:
+    """Whether a fingerprint can be compared: False for what earlier versions made of rows."""
+    return text.startswith(_SCHEME)
 
 
 def split_by_formula(
@@ -231,23 +261,49 @@ def _canonical(record: Record) -> bytes:
     """The bytes that identify a row: every variable-length part is preceded by its length."""
     crystal, cell = record.crystal, record.cell
     numbers = [site.atomic_number for site in crystal.sites]
-    free = [site.free_params for site in crystal.sites]
+    coords = [site.free_params for site in crystal.sites] if cell is None else cell.frac_coords
     parts = [
         record.material_id.encode("utf-8"),
         struct.pack("<i", crystal.space_group),
         "".join(site.letter for site in crystal.sites).encode("ascii"),
         np.asarray(numbers, dtype="<i2").tobytes(),
-        _float_bytes(free),
-        _float_bytes(crystal.lattice),
-        b"" if cell is None else _float_bytes(cell.lattice),
+        _float_bytes(_lattice_steps(crystal.lattice if cell is None else cell.lattice)),
         b"" if cell is None else cell.atomic_numbers.astype("<i2").tobytes(),
-        b"" if cell is None else _float_bytes(cell.frac_coords),
+        _float_bytes(np.mod(_steps(coords), _STEPS)),
         *(
             b"" if record.properties[name] is None else _float_bytes(record.properties[name])
             for name in PROPERTIES
         ),
     ]
     return b"".join(struct.pack("<q", len(part)) + part for part in parts)
+
+
+def _lattice_steps(lattice: NDArray[np.float64]) -> NDArray[np.float64]:
+    """[7]: lengths and angles of a lattice [3,3] (rows, A) in steps, and the sign of its volume.
+
+    In Python's arithmetic, which is the same everywhere; numpy's products and cosines are not.
+    """
+    a, b, c = np.asarray(lattice, dtype=np.float64).tolist()
+    lengths = [math.sqrt(_dot(vector, vector)) for vector in (a, b, c)]
+    angles = [_angle(*pair) for pair in ((b, c), (c, a), (a, b))]
+    return np.append(_steps(lengths + angles), np.sign(np.linalg.det(lattice)))
+
+
+def _angle(u: Sequence[float], v: Sequence[float]) -> float:
+    """Between two vectors, degrees; 0 where a length is 0 or too large for a number."""
+    product = math.sqrt(_dot(u, u)) * math.sqrt(_dot(v, v))
+    if not 0 < product < math.inf:
+        return 0.0
+    return math.degrees(math.acos(max(-1.0, min(1.0, _dot(u, v) / product))))
+
+
+def _dot(u: Sequence[float], v: Sequence[float]) -> float:
+    return u[0] * v[0] + u[1] * v[1] + u[2] * v[2]
+
+
+def _steps(values: Any) -> NDArray[np.float64]:
+    """Whole numbers of steps; floats, which hold them exactly or, beyond 2^53, as they are."""
+    return np.rint(np.asarray(values, dtype=np.float64) * _STEPS)
 
 
 def _float_bytes(values: Any) -> bytes:

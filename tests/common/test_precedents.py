@@ -1,14 +1,22 @@
 """Known crystals to start from: which one, with which elements, in which description."""
 
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from common import precedents
-from common.checkpoint import PRECEDENTS, load_checkpoint, save_step, shipped
+from common import checkpoint, precedents
+from common.checkpoint import (
+    CARD,
+    PRECEDENTS,
+    load_checkpoint,
+    save_step,
+    shipped,
+    shipped_language,
+)
 from common.crystal.structure import Crystal, Site
-from common.data.store import Record
+from common.data.store import Cell, Record, fingerprint, is_fingerprint
 from common.errors import UserError
 from common.precedents import (
     PrecedentIndex,
@@ -189,6 +197,18 @@ def test_rows_in_another_order_are_not_mixed_up(index: PrecedentIndex, own_cache
         assert item.properties is record.properties
 
 
+def test_another_label_of_a_structure_is_not_taken_from_the_cache(
+    index: PrecedentIndex, own_cache: Path
+) -> None:
+    """As of another version of spglib, while the fingerprint is that of the structure."""
+    cell = Cell.from_structure(rutile(22, 8, 0.305).to_structure())
+    rows = [Record("TiO2", rutile(22, 8, x), cell) for x in (0.305, 0.3051)]
+    assert fingerprint(rows[:1]) == fingerprint(rows[1:])
+    for row, x in zip(rows, (0.305, 0.3051), strict=True):
+        (item,) = training_items([row], index, "print", workers=1)
+        assert item.crystal.sites[1].free_params[0] == pytest.approx(x, abs=1e-9)
+
+
 def test_a_damaged_cache_is_made_anew(index: PrecedentIndex, own_cache: Path) -> None:
     expected = training_items(RECORDS, index, "print", workers=1)
     (path,) = (own_cache / "precedents").glob("*.json.gz")
@@ -219,6 +239,28 @@ def test_a_checkpoint_finds_its_precedents(tmp_path: Path) -> None:
     (tmp_path / PRECEDENTS).write_bytes(precedents_file(RECORDS, "others")[PRECEDENTS])
     found = load_precedents(tmp_path, "others", VOLUME).find(RECORDS[3].crystal)
     assert [one.material_id for one in found] == ["TiO2"]
+
+
+@pytest.mark.parametrize("folder", [*shipped().values(), *shipped_language().values()])
+def test_what_is_shipped_names_the_same_rows(folder: Path) -> None:
+    """And so needs no file of precedents beside it."""
+    trained_on = load_checkpoint(folder).manifest["training_fingerprint"]
+    assert is_fingerprint(trained_on)
+    assert trained_on == TemplatePrior.load().metadata["source"]["fingerprint"]
+    assert not (folder / PRECEDENTS).exists()
+    card = (folder / CARD).read_text("utf-8")
+    assert set(re.findall("`(?:v2:)?[0-9a-f]{16}`", card)) <= {f"`{trained_on[:19]}`"}
+
+
+@pytest.mark.parametrize("start", ["914230fd2ef49eb0", "43267ef8110d2da3"])
+def test_a_run_of_an_earlier_version_finds_the_shipped_table(start: str, tmp_path: Path) -> None:
+    """Whose name for the same rows depended on the processor."""
+    (former,) = (name for name in checkpoint._RENAMED if name.startswith(start))
+    saved = load_checkpoint(shipped()["crystal_dit_small_fm"])
+    save_step(tmp_path, 1, config=saved.config, model=saved.model, fingerprint=former)
+    assert load_checkpoint(tmp_path).fingerprint == saved.fingerprint
+    _, _, index, _ = read_checkpoint(tmp_path)
+    assert index is not None
 
 
 def test_a_run_folder_finds_those_of_its_latest_step(tmp_path: Path) -> None:

@@ -18,8 +18,10 @@ from scipy.optimize import check_grad
 from common.composition import Formula, SiteRequest, check_sites, parse_formula
 from common.crystal.structure import Crystal, Site
 from common.crystal.wyckoff import wyckoff_summary
+from common.data.cif import parse_cif
 from common.data.label import label_structure
-from common.data.store import Record
+from common.data.sources import CsvSource
+from common.data.store import Record, fingerprint
 from common.errors import UserError
 from common.evaluate.symmetry_prediction import evaluate_prior
 from common.legal_sites import SiteStatistics, enumerate_sites
@@ -217,6 +219,13 @@ def test_file_is_faithful_and_order_free(prior: TemplatePrior, tmp_path: Path) -
         assert loaded.rank(counts) == prior.rank(counts)
 
 
+def test_hash_names_what_was_learned(prior: TemplatePrior) -> None:
+    """Not what the rows were called."""
+    rows = textbook()
+    assert TemplatePrior.fit(rows, {"name": "other"}).hash == prior.hash
+    assert TemplatePrior.fit(rows[1:], {"name": "textbook"}).hash != prior.hash
+
+
 def test_damage_is_reported(prior: TemplatePrior, tmp_path: Path) -> None:
     path = tmp_path / "p.parquet"
     prior.save(path)
@@ -376,6 +385,22 @@ def test_shipped_prior_is_small_fast_and_knows_textbooks(shipped: TemplatePrior)
     for formula in ("SrTiO3", "NaCl", "LiFePO4", "Si", "MgAl2O4"):
         shipped.rank(parse_formula(formula).counts, {"band_gap": 1.0})
     assert time.perf_counter() - start < 5
+
+
+def test_shipped_prior_names_its_rows(shipped: TemplatePrior, data_dir: Path) -> None:
+    """By structures that are read here, whatever the processor; of labels, only what is whole."""
+    reference, entries = shipped.reference, CsvSource(data_dir / "mp_20" / "train.csv.gz")
+    rows = {reference.material_id(row): row for row in range(len(reference))}
+    records = [
+        Record(
+            entry.material_id,
+            reference.crystal(rows[entry.material_id]),
+            parse_cif(str(entry.content)),
+            {name: float(value) for name, value in entry.properties.items() if value},
+        )
+        for entry in entries
+    ]
+    assert fingerprint(records) == shipped.metadata["source"]["fingerprint"]
 
 
 @pytest.mark.filterwarnings("ignore:Issues encountered while parsing CIF")

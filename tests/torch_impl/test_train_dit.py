@@ -281,6 +281,10 @@ def test_resume_with_other_rows(records: list[Record], tmp_path: Path) -> None:
     other = trainer_of(records[:-1], tiny_run())
     with pytest.raises(UserError, match="other rows"):
         other.resume(tmp_path)
+    former = tmp_path / "former"
+    save_step(former, trainer.step, **trainer.checkpoint() | {"fingerprint": "9" * 64})
+    with pytest.raises(UserError, match="made by an earlier version"):
+        trainer.resume(former)
     other = trainer_of(records, tiny_run())
     other.resume(tmp_path)
     assert other.step == 1

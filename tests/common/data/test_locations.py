@@ -3,6 +3,7 @@
 import warnings
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from pymatgen.core import Lattice, Structure
 from pymatgen.io.cif import CifWriter
@@ -74,6 +75,11 @@ def test_commands(csv_file: Path, tmp_path: Path) -> None:
     records = read_records(out)
     assert invoke("fingerprint", out).strip() == fingerprint(records)
     assert invoke("fingerprint", "val").strip() == fingerprint(records)
+    table = pq.read_table(out)  # as an earlier version wrote it
+    stored = table.schema.metadata[b"uni_mdm"].decode().replace(fingerprint(records), "9" * 64)
+    former = tmp_path / "former.parquet"
+    pq.write_table(table.replace_schema_metadata({b"uni_mdm": stored}), former)
+    assert invoke("fingerprint", former).strip() == fingerprint(records)
     printed = invoke("info", out)
     assert "221 (4)" in printed
     assert "val.csv.gz" in printed

@@ -1,7 +1,9 @@
 """Labelled crystals survive the disk bit by bit; damaged files are refused in one line."""
 
+import json
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -185,27 +187,118 @@ def test_other_parquet_files_are_user_errors(tmp_path: Path) -> None:
         read_records(path)
 
 
+def turned(record: Record, sign: float = 1.0) -> Cell:
+    """A record's cell turned in space, and mirrored where the sign is -1."""
+    assert record.cell is not None
+    rotation, _ = np.linalg.qr(np.random.default_rng(3).normal(size=(3, 3)))
+    rotation *= sign * np.sign(np.linalg.det(rotation))
+    return replace(record.cell, lattice=record.cell.lattice @ rotation)
+
+
 def test_fingerprint_ignores_order_and_sees_every_field() -> None:
     rows = [perovskite(), binary(1), binary(2)]
     reference = fingerprint(rows)
     assert fingerprint(rows[::-1]) == reference
     assert fingerprint(rows + rows[:1]) != reference
     assert fingerprint(rows[1:]) != reference
-    crystal = rows[0].crystal
-    moved = Crystal(221, (Site(38, "a", (0.0, 0.0, 1e-15)), *crystal.sites[1:]), crystal.lattice)
+    crystal, cell = rows[0].crystal, rows[0].cell
+    assert cell is not None
+    gap = {"band_gap": 1.8}
     other_letter = Crystal(221, (Site(38, "b"), *crystal.sites[1:]), crystal.lattice)
+    other_element = Crystal(221, (Site(56, "a"), *crystal.sites[1:]), crystal.lattice)
+    other_group = Crystal(200, crystal.sites, crystal.lattice)
+    shifts = np.zeros_like(cell.frac_coords)
+    shifts[-1, 1] = 1e-4
+    sheared = cell.lattice + 1e-4 * np.eye(3)[[1, 2, 0]]
     changed = [
         perovskite("mp-2"),
-        perovskite(a=np.nextafter(3.905, 4)),
+        perovskite(a=3.9051),
+        perovskite(a=3.90500001),
         perovskite(gap=None),
-        Record("mp-1", crystal, None, {"band_gap": 1.8}),
-        Record("mp-1", moved, rows[0].cell, {"band_gap": 1.8}),
-        Record("mp-1", other_letter, rows[0].cell, {"band_gap": 1.8}),
-        Record("mp-1", crystal, rows[0].cell, {"formation_energy": 1.8}),
+        perovskite(gap=np.nextafter(1.8, 2)),
+        Record("mp-1", crystal, None, gap),
+        Record("mp-1", other_letter, cell, gap),
+        Record("mp-1", other_element, cell, gap),
+        Record("mp-1", other_group, cell, gap),
+        Record("mp-1", crystal, cell, {"formation_energy": 1.8}),
+        Record("mp-1", crystal, replace(cell, atomic_numbers=cell.atomic_numbers + 1), gap),
+        Record("mp-1", crystal, replace(cell, frac_coords=cell.frac_coords + shifts), gap),
+        Record("mp-1", crystal, replace(cell, lattice=sheared), gap),
+        Record("mp-1", crystal, turned(rows[0], -1.0), gap),
     ]
     prints = {fingerprint([record, *rows[1:]]) for record in changed}
     assert len(prints) == len(changed)
     assert reference not in prints
+    assert fingerprint([Record("mp-1", crystal, turned(rows[0]), gap), *rows[1:]]) == reference
+
+
+def test_fingerprint_without_structure_sees_the_label() -> None:
+    sites = binary(1).crystal.sites
+    moved = (replace(sites[0], free_params=(1e-4, 0.2, 0.3)), sites[1])
+    rows = [
+        binary(1),
+        Record("x-1", Crystal(1, moved, np.eye(3) * 4)),
+        Record("x-1", Crystal(1, sites, np.eye(3) * 4.0001)),
+    ]
+    assert len({fingerprint([row]) for row in rows}) == len(rows)
+    noisy = Record("x-1", Crystal(1, sites, np.eye(3) * 4 + 1e-15))
+    assert fingerprint([noisy]) == fingerprint(rows[:1])
+
+
+decimals = st.integers(0, 10**8 - 1)
+noise = st.floats(-1, 1)
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_fingerprint_is_that_of_the_text_on_every_processor(data: st.DataObject) -> None:
+    """Structures and labels that were computed with other rounding errors.
+
+    Those of a lattice are 1e-15 A; where a coordinate is computed, 0 may become 1 - 1e-17.
+    """
+    lengths = [data.draw(st.integers(2 * 10**8, 30 * 10**8)) / 1e8 for _ in range(3)]
+    angles = [data.draw(st.integers(60 * 10**8, 119 * 10**8)) / 1e8 for _ in range(3)]
+    coords = np.array([[data.draw(decimals) / 1e8 for _ in range(3)] for _ in range(2)])
+    coords[0, 0] = data.draw(st.sampled_from([0.0, 1 / 3, 2 / 3, 0.00000001, 0.99999999]))
+    lattice = Lattice.from_parameters(*lengths, *angles).matrix
+    errors = np.array([data.draw(noise) for _ in range(9)]).reshape(3, 3)
+    numbers = np.array([11, 17], dtype=np.int16)
+
+    def row(size: float) -> Record:
+        found = coords + 1e-17 * size * errors[:2]
+        cell = Cell(lattice + 1e-14 * size * errors, numbers, found - np.floor(found))
+        free = coords + 1e-5 * size * errors[:2]
+        sites = (Site(11, "a", tuple(free[0].tolist())), Site(17, "a", tuple(free[1].tolist())))
+        return Record("x", Crystal(1, sites, lattice + 1e-5 * size * errors), cell)
+
+    assert fingerprint([row(1.0)]) == fingerprint([row(0.0)])
+
+
+def test_fingerprint_of_extreme_numbers() -> None:
+    """No number is too large, and no cell too flat."""
+    crystal, numbers = perovskite().crystal, np.array([11], dtype=np.int16)
+    sizes = (0.0, 1.0, 1e12, 1e150, 1e300)
+    cells = [Cell(np.eye(3) * size, numbers, np.zeros((1, 3))) for size in sizes]
+    assert len({fingerprint([Record("x", crystal, cell)]) for cell in cells}) == len(sizes)
+    for size in sizes:
+        fingerprint([Record("x", crystal, Cell(np.eye(3), numbers, np.full((1, 3), -size)))])
+
+
+def test_fingerprint_is_the_same_in_every_version() -> None:
+    """Of rows whose numbers are exact: what shipped files and those of users are named by."""
+    expected = "67ae0ab108f2eae672310197714e73b0fba39740e237ade3784a36b1e5ba1f66"
+    assert fingerprint([perovskite(), binary(1)]) == f"v2:{expected}"
+
+
+def test_file_of_an_earlier_version(tmp_path: Path) -> None:
+    """It is read as ever, and never named by what an earlier version called its rows."""
+    rows, path = [perovskite(), binary(1)], tmp_path / "a.parquet"
+    write_records(rows, path, {"name": "x"})
+    table = pq.read_table(path)
+    metadata = json.loads(table.schema.metadata[b"uni_mdm"]) | {"fingerprint": "9" * 64}
+    pq.write_table(table.replace_schema_metadata({b"uni_mdm": json.dumps(metadata)}), path)
+    assert [contents(record) for record in read_records(path)] == [contents(r) for r in rows]
+    assert read_metadata(path) == metadata | {"fingerprint": fingerprint(rows)}
 
 
 def test_split_keeps_formulas_together_and_ignores_the_order() -> None:
