@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise, starmap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -89,6 +90,22 @@ class TrainingBatch:
     batch: Batch
     noisy: NoisyCrystals
     weights: LossWeights
+
+    def shares(self, count: int) -> list["TrainingBatch"]:
+        """Its crystals in as many parts of nearly equal size, or in fewer if they are fewer.
+
+        Losses and gradients of the parts add up to those of the whole.
+        """
+        size = self.batch.size
+        bounds = np.linspace(0, size, min(count, size) + 1).astype(int).tolist()
+        shares = []
+        for rows in starmap(slice, pairwise(bounds)):
+            noisy = {name: array[rows] for name, array in vars(self.noisy).items()}
+            weights = {name: array[rows] for name, array in vars(self.weights).items()}
+            shares.append(
+                TrainingBatch(self.batch.take(rows), NoisyCrystals(**noisy), LossWeights(**weights))
+            )
+        return shares
 
 
 @dataclass(frozen=True)

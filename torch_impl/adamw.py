@@ -54,16 +54,19 @@ class AveragedAdamW:
             state = {moment: torch.zeros_like(parameter) for moment in MOMENTS}
             self.optimizer.state[parameter] = state | {"step": torch.zeros((), device=self.device)}
 
-    def descend(self, loss: Tensor, rate: float, decay: float) -> float:
+    def backward(self, loss: Tensor) -> None:
+        """Puts the gradient of a loss, times the loss scale, in place of the last one."""
+        self.optimizer.zero_grad(set_to_none=True)
+        (loss * self.loss_scale.value).backward()
+
+    def descend(self, rate: float, decay: float) -> float:
         """One step of AdamW, and of the average; returns the gradient's norm before clipping.
 
         Where the norm is not finite, nothing is changed.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.optimizer.zero_grad(set_to_none=True)
         scale = self.loss_scale.value
-        (loss * scale).backward()
         if scale != 1:
             torch._foreach_div_([p.grad for p in self.parameters if p.grad is not None], scale)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)

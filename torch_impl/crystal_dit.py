@@ -247,10 +247,9 @@ class CrystalDiT(nn.Module):
         )  # [B,D]
         if not self.config.modulation:
             nodes = nodes + condition[:, None]
-        sender_index = batch.atom_token[..., None].expand(-1, -1, nodes.shape[-1])
         messages = nodes.new_zeros(())
         for block in self.blocks:
-            nodes, messages = block(nodes, edges, condition, prop, batch, sender_index)
+            nodes, messages = block(nodes, edges, condition, prop, batch, batch.atom_token)
         nodes = self.norm(nodes)
         weights = self.edge_head(messages).float()  # [B,T,A,F]
         with torch.autocast(t.device.type, enabled=False):

@@ -54,6 +54,11 @@ class Loss:
     lattice: Tensor
     per_crystal: Tensor
 
+    @property
+    def values(self) -> Tensor:
+        """Total, coordinate and lattice without their gradients: [3]."""
+        return torch.stack([self.total, self.coordinate, self.lattice]).detach()
+
 
 def bent(error: Tensor, bend: Tensor) -> Tensor:
     """Squares of errors, but linear far beyond a bend; see ``LossWeights``."""

@@ -16,10 +16,9 @@ from torch_impl.crystal_dit import CrystalDiT
 from torch_impl.devices import available_device
 from torch_impl.sampler import sample_flow, sample_predictor_corrector
 from torch_impl.tensors import TensorBatch
+from torch_impl.threads import MAX_PARALLEL_CALLS, threads_per_operation
 from torch_impl.train_dit import load_weights
 
-#: Of which more only wait for Python's lock.
-MAX_PARALLEL_CALLS = 8
 #: On a GPU, which a call of few edges keeps busy for too short a time.
 CUDA_EDGES_PER_CALL = 65536
 
@@ -57,17 +56,9 @@ class Generator(BaseGenerator):
         steps: int | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> list[Crystal]:
-        """See ``BaseGenerator``; on a CPU each call has one thread.
-
-        Several threads in one call change the last bits of its result with their number, wait for
-        one another after each of many small operations, and burn whole cores if one is kept busy.
-        """
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
+        """See ``BaseGenerator``; on a CPU each call has one thread."""
+        with threads_per_operation(1):
             return super().sample(requests, seed, steps, progress)
-        finally:
-            torch.set_num_threads(threads)
 
     @torch.inference_mode()
     def solve(

@@ -137,13 +137,16 @@ class EdgeFusion(nn.Module):
         Args:
             nodes: [B,T,D].
             edges: [B,T,A,E].
-            sender_index: [B,A,D], the token of every atom, repeated along the width.
+            sender_index: the token of every atom, [B,A].
             atom_mask: [B,A].
 
         Returns:
             phi_c of eq. 7, [B,T,D], and the hidden messages [B,T,A,D].
         """
-        sent = torch.gather(self.sender(nodes), 1, sender_index)  # [B,A,D]
+        size, tokens, width = nodes.shape
+        rows = sender_index + tokens * torch.arange(size, device=nodes.device)[:, None]
+        sent = self.sender(nodes).view(-1, width).index_select(0, rows.flatten())
+        sent = sent.view(size, -1, width)  # [B,A,D]
         messages = functional.silu(
             self.edge(edges) + self.receiver(nodes)[:, :, None] + sent[:, None]
         )

@@ -1,8 +1,10 @@
 """Training of the Crystal DiT."""
 
+from functools import reduce
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from common.checkpoint import load_checkpoint
 from common.config import RunConfig
@@ -22,12 +24,15 @@ from torch_impl.devices import available_device
 from torch_impl.diffusion import Loss, NoisyTensors, denoising_loss
 from torch_impl.distributed import joined, sum_gradients, sum_values
 from torch_impl.tensors import TensorBatch
+from torch_impl.threads import MAX_PARALLEL_CALLS, SideBySide
 
 
 class Trainer(AveragedAdamW, BaseTrainer):
     """One training run with torch; see ``common.training.BaseTrainer``."""
 
     prefix = MODEL_PREFIX
+    #: Each takes a share of a step's crystals; without them torch splits single operations.
+    threads: SideBySide | None = None
 
     def __init__(
         self,
@@ -51,6 +56,11 @@ class Trainer(AveragedAdamW, BaseTrainer):
             load_weights(self.model, saved.model, settings.init_from)
         self.optimise(self.model, settings)
         self.network = sum_gradients(self.model)
+        threads = min(torch.get_num_threads(), MAX_PARALLEL_CALLS)
+        # Hooks, compiled code and the cache of autocast belong to one thread.
+        plain = not settings.compile and settings.precision == "float32"
+        if threads > 1 and self.device.type == "cpu" and plain and self.network is self.model:
+            self.threads = SideBySide(threads)
 
     def loss(self, data: TrainingBatch) -> Loss:
         """Loss of one batch."""
@@ -62,11 +72,33 @@ class Trainer(AveragedAdamW, BaseTrainer):
         with torch.autocast(self.device.type, narrow, enabled=narrow is not None):
             return denoising_loss(self.network, tensors, noisy, self.config.diffusion)
 
+    def loss_with_gradient(self, data: TrainingBatch) -> Tensor:
+        """Loss of one batch, its coordinate and its lattice part: [3].
+
+        The gradient is left with the parameters.
+        """
+        if self.threads is None:
+            loss = self.loss(data)
+            self.backward(loss.total)
+            return loss.values
+        shares = data.shares(self.threads.count)
+
+        def of_share(share: TrainingBatch) -> tuple[Tensor, tuple[Tensor, ...]]:
+            loss = self.loss(share)
+            gradient = torch.autograd.grad(loss.total, self.parameters, materialize_grads=True)
+            return loss.values, gradient
+
+        values, gradients = zip(*self.threads.map(of_share, shares), strict=True)
+        for parameter, gradient in zip(
+            self.parameters, reduce(torch._foreach_add, gradients), strict=True
+        ):
+            parameter.grad = gradient
+        return torch.stack(values).sum(0)
+
     def update(self, data: TrainingBatch, rate: float, decay: float) -> dict[str, float]:
         """One step of AdamW; see ``BaseTrainer``."""
-        loss = self.loss(data)
-        norm = self.descend(loss.total, rate, decay)
-        values = torch.stack([loss.total, loss.coordinate, loss.lattice]).detach()
+        values = self.loss_with_gradient(data)
+        norm = self.descend(rate, decay)
         total, coordinate, lattice = sum_values(values).tolist()
         return {
             "loss": total,

@@ -80,7 +80,8 @@ class Trainer(AveragedAdamW, LanguageTrainer):
         if self.config.train.dropout:
             torch.manual_seed(self.dropout_seed())
         nats = self.loss(data)
-        norm = self.descend(nats / data.answer_tokens, rate, decay)
+        self.backward(nats / data.answer_tokens)
+        norm = self.descend(rate, decay)
         total = sum_values(nats.detach()).item()
         return {
             "loss": total / data.answer_tokens,

@@ -1,7 +1,7 @@
 """Every layer in both frameworks: results, and gradients of all parameters and inputs."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 
 import mindspore as ms
@@ -100,16 +100,12 @@ def ms_modulate(x: ms.Tensor, shift: ms.Tensor, scale: ms.Tensor) -> ms.Tensor:
 
 @dataclass(frozen=True)
 class Case:
-    """A layer in both frameworks, its inputs, and what is broken in MindSpore's by another input.
-
-    ``torch_inputs`` replaces inputs that torch wants in another form.
-    """
+    """A layer in both frameworks, its inputs, and other inputs that break MindSpore's."""
 
     torch_layer: Callable[[], Callable]
     ms_layer: Callable[[], Callable]
     inputs: dict[str, NDArray]
     broken: dict[str, NDArray]
-    torch_inputs: dict[str, NDArray] = field(default_factory=dict)
 
 
 def fusion(aggregation: str, broken: dict[str, NDArray]) -> Case:
@@ -118,7 +114,6 @@ def fusion(aggregation: str, broken: dict[str, NDArray]) -> Case:
         lambda: ms_layers.EdgeFusion(WIDTH, EDGE, HEADS, aggregation),
         {"nodes": NODES, "edges": EDGES, "sender_index": SENDERS, "atom_mask": ATOM_MASK},
         broken,
-        {"sender_index": np.repeat(SENDERS[..., None].astype(np.int64), WIDTH, axis=2)},
     )
 
 
@@ -204,8 +199,7 @@ def torch_results(case: Case, exact: bool) -> dict[str, NDArray]:
         if isinstance(layer, torch.nn.Module):
             fill_torch(layer)
             parameters = dict(layer.named_parameters())
-        arrays = case.inputs | case.torch_inputs
-        inputs = {name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in arrays.items()}
+        inputs = {n: torch.from_numpy(np.ascontiguousarray(a)) for n, a in case.inputs.items()}
         for name, tensor in inputs.items():
             if tensor.is_floating_point():
                 inputs[name] = tensor.to(dtype).requires_grad_(True)

@@ -20,6 +20,7 @@ ALONE = {
     "mindformers_cpu.py": "transformers computes on every device as it is",
     "leaving.py": "torch's processes end as usual",
     "optimizer.py": "torch has it",
+    "threads.py": "MindSpore runs a graph once at a time",
     "pipeline.py": "mindspore.dataset feeds training; torch takes its batches as they come",
 }
 
@@ -63,7 +64,9 @@ ALLOWED = {
     "distributed.py TIMEOUT": "MindSpore's is the communication library's",
     "distributed.py share_out": "MindSpore's processes hold all of the base",
     "distributed.py sum_gradients": "torch wraps the network; here the step sums its one vector",
-    "generator.py MAX_PARALLEL_CALLS": "MindSpore runs a graph once at a time",
+    "diffusion.py Loss.values": "MindSpore's are read one by one",
+    "train_dit.py Trainer.loss_with_gradient": "MindSpore takes both from one graph",
+    "train_dit.py Trainer threads": "MindSpore runs a graph once at a time",
     "generator.py CUDA_EDGES_PER_CALL": "MindSpore's calls are as large on every device",
     "generator.py devices": "torch's are in devices.py",
     "bench.py gemm_peak device": "MindSpore has one device per process",

@@ -190,8 +190,7 @@ def test_edge_fusion_is_equations_6_and_7(aggregation: str) -> None:
     nodes, edges = normal(2, 3, width), normal(2, 3, 4, 5, seed=1)
     atom_token = torch.tensor([[0, 0, 1, 2], [1, 0, 2, 0]])
     atom_mask = torch.tensor([[True] * 4, [True, True, True, False]])
-    index = atom_token[..., None].expand(-1, -1, width)
-    found, messages = layer(nodes, edges, index, atom_mask)
+    found, messages = layer(nodes, edges, atom_token, atom_mask)
     part = width // heads
     for b, i in np.ndindex(2, 3):
         atoms = [j for j in range(4) if atom_mask[b, j]]

@@ -2,6 +2,8 @@
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +29,7 @@ from tests.crystals import TEXTBOOK
 from tests.networks import fill_value
 from tests.training import textbook_records, tiny_run
 from torch_impl.backend import load, train
+from torch_impl.diffusion import Loss
 from torch_impl.train_dit import Trainer
 
 SCORE = {"kind": "score", "timesteps": 50}
@@ -408,3 +411,105 @@ def test_shares_of_a_batch_add_up(records: list[Record]) -> None:
     largest = max(float(one.abs().max()) for one in gradients[0] if one.numel())
     for name, one, three in zip(whole.names, *gradients, strict=True):
         torch.testing.assert_close(one, three, rtol=1e-3, atol=1e-6 * largest, msg=name)
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def sizes_of_shares(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Gets the crystals of every call of the loss, in which an operation has one thread."""
+    sizes = []
+    loss = trainer.loss
+
+    def counted(data: TrainingBatch) -> Loss:
+        assert trainer.threads is None or torch.get_num_threads() == 1
+        sizes.append(data.batch.size)
+        return loss(data)
+
+    monkeypatch.setattr(trainer, "loss", counted)
+    return sizes
+
+
+@pytest.mark.parametrize(
+    "model",
+    [{}, {"precedents": True}, {"cell": "conventional", "frames": False}],
+    ids=["asymmetric", "precedents", "conventional"],
+)
+def test_threads_take_shares_of_a_step(
+    records: list[Record], model: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their gradients, of shares of unlike size, add up to that of one thread; so do the losses."""
+    run = tiny_run(model=model, batch_size=7, edge_budget=65536)
+    found = []
+    for count, shares in ((1, [7]), (2, [3, 4]), (3, [2, 2, 3]), (5, [1, 1, 1, 2, 2])):
+        with torch_threads(count):
+            trainer = trainer_of(records, run)
+            with torch.no_grad():
+                for name, parameter in trainer.model.named_parameters():
+                    parameter.copy_(torch.from_numpy(fill_value(name, parameter.shape)))
+            sizes = sizes_of_shares(trainer, monkeypatch)
+            values = trainer.loss_with_gradient(next(trainer.batches()))
+            assert torch.get_num_threads() == count
+        assert sorted(sizes) == shares
+        found.append((values, [parameter.grad for parameter in trainer.parameters]))
+    (value, gradient), *others = found
+    assert all(float(part) > 0 for part in value)
+    largest = max(float(one.abs().max()) for one in gradient if one is not None and one.numel())
+    for values, gradients in others:
+        torch.testing.assert_close(values, value, rtol=1e-5, atol=0)
+        for name, one, shared in zip(trainer.names, gradient, gradients, strict=True):
+            one = torch.zeros_like(shared) if one is None else one
+            torch.testing.assert_close(shared, one, rtol=1e-3, atol=1e-6 * largest, msg=name)
+
+
+def test_fewer_crystals_than_threads(
+    records: list[Record], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with torch_threads(4):
+        trainer = trainer_of(records, tiny_run(batch_size=2, edge_budget=2048))
+        sizes = sizes_of_shares(trainer, monkeypatch)
+        steps(trainer, 1)
+    assert sizes == [1, 1]
+
+
+def test_threads_repeat_a_run_bit_by_bit(records: list[Record]) -> None:
+    """Which share is done first makes no difference."""
+    with torch_threads(3):
+        first, second = (trainer_of(records, tiny_run(batch_size=16)) for _ in range(2))
+        assert first.threads is not None
+        assert steps(first, 4) == steps(second, 4)
+        for one, other in zip(first.parameters, second.parameters, strict=True):
+            assert torch.equal(one, other)
+
+
+def test_an_error_in_a_share_is_raised(
+    records: list[Record], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with torch_threads(2):
+        trainer = trainer_of(records, tiny_run())
+        data = next(trainer.batches())
+
+        def failing(share: TrainingBatch) -> Loss:
+            raise ValueError(f"{share.batch.size} crystals")
+
+        monkeypatch.setattr(trainer, "loss", failing)
+        with pytest.raises(ValueError, match="crystals"):
+            trainer.loss_with_gradient(data)
+        assert torch.get_num_threads() == 2
+
+
+@pytest.mark.parametrize("settings", [{"precision": "bfloat16"}, {"compile": True}], ids=str)
+def test_one_thread_where_state_is_its_own(
+    records: list[Record], settings: dict[str, object]
+) -> None:
+    """Compiled code and autocast's cache are not shared between threads."""
+    with torch_threads(2):
+        assert trainer_of(records, tiny_run(**settings)).threads is None
+        assert trainer_of(records, tiny_run()).threads is not None
