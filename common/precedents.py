@@ -99,6 +99,7 @@ class PrecedentIndex:
         self._known, self._rows = known, rows
         self._volume = element_volume
         self._difference = pair_differences(element_table()).mean(axis=-1)
+        self._sequences: dict[int, dict[str, list[Template]]] = {}
 
     @classmethod
     def of_crystals(
@@ -168,7 +169,7 @@ class PrecedentIndex:
     ) -> Iterator[tuple[int, tuple[int, ...]]]:
         """Rows of other templates with the crystal's Wyckoff sequence, as ``_of_prototype``."""
         own = assign(crystal).template
-        others = self._templates.get((crystal.space_group, wyckoff_sequence(own)), ())
+        others = self._by_sequence(crystal.space_group).get(wyckoff_sequence(own), ())
         rows = [row for one in others if one != own for row in self._rows[one]]
         ranked = []
         for row in self._without(rows, exclude):
@@ -219,12 +220,21 @@ class PrecedentIndex:
         assert best is not None, "the letters differ"
         return best[0] / known.num_atoms, best[1]
 
+    def _by_sequence(self, space_group: int) -> dict[str, list[Template]]:
+        """The templates of a space group by Wyckoff sequence."""
+        if space_group not in self._sequences:
+            templates = defaultdict(list)
+            for template in self._of_group.get(space_group, ()):
+                templates[wyckoff_sequence(template)].append(template)
+            self._sequences[space_group] = dict(templates)
+        return self._sequences[space_group]
+
     @cached_property
-    def _templates(self) -> dict[tuple[int, str], list[Template]]:
-        """The templates by space group and Wyckoff sequence."""
+    def _of_group(self) -> dict[int, list[Template]]:
+        """The templates by space group."""
         templates = defaultdict(list)
         for template in self._rows:
-            templates[template.space_group, wyckoff_sequence(template)].append(template)
+            templates[template.space_group].append(template)
         return dict(templates)
 
     def _without(self, rows: Iterable[int], exclude: str | None) -> list[int]:
