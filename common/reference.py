@@ -14,6 +14,7 @@ from pymatgen.core import Structure
 from common.crystal.lattice import k_constraints, k_to_lattice, lattice_to_k
 from common.crystal.structure import Crystal, Site
 from common.crystal.wyckoff import wyckoff_summary
+from common.evaluate.match import PERFECT, STANDARD, cell_distance, reduced_cell
 from common.templates import reduce_counts
 
 #: Free coordinates are kept to a 65,536th of the cell, about 0.0002 A.
@@ -167,21 +168,14 @@ class ReferenceIndex:
 
         Args:
             structure: in a primitive cell.
-            rows: to compare with.
+            rows: to compare with; of equally near ones the first is taken.
             replace: for each row, what to put in place of its elements.
 
         Returns:
             None if nothing matches within StructureMatcher's tolerances (ltol 0.3, stol 0.5,
             angle_tol 10).
         """
-        from pymatgen.analysis.structure_matcher import StructureMatcher
-
-        same, repeated = (
-            StructureMatcher(
-                stol=0.5, angle_tol=10, ltol=0.3, primitive_cell=False, attempt_supercell=repeat
-            )
-            for repeat in (False, True)
-        )
+        own = reduced_cell(structure, primitive=False)
         best: tuple[int, float] | None = None
         for row, elements in zip(rows, replace, strict=True):
             crystal = self.crystal(row)
@@ -190,11 +184,31 @@ class ReferenceIndex:
                 continue
             sites = [replaced(site, elements) for site in crystal.sites]
             other = Crystal(crystal.space_group, tuple(sites), crystal.lattice)
-            matcher = same if sizes[0] == sizes[1] else repeated
-            match = matcher.get_rms_dist(structure, other.to_structure(primitive=True))
-            if match is not None and (best is None or match[0] < best[1]):
-                best = row, float(match[0])
+            compared = other.to_structure(primitive=True)
+            if sizes[0] == sizes[1]:
+                distance = cell_distance(own, reduced_cell(compared, primitive=False), STANDARD)
+            else:
+                distance = _repeated_distance(structure, compared)
+            if distance is not None and (best is None or distance < best[1] - PERFECT):
+                best = row, distance
+                if distance < PERFECT:
+                    break
         return best
+
+
+def _repeated_distance(structure: Structure, other: Structure) -> float | None:
+    """The distance of two cells, of which the smaller one is repeated; None without a match."""
+    from pymatgen.analysis.structure_matcher import StructureMatcher
+
+    matcher = StructureMatcher(
+        STANDARD.ltol,
+        STANDARD.stol,
+        STANDARD.angle_tol,
+        primitive_cell=False,
+        attempt_supercell=True,
+    )
+    match = matcher.get_rms_dist(structure, other)
+    return None if match is None else float(match[0])
 
 
 def replaced(site: Site, elements: Mapping[int, int]) -> Site:

@@ -109,6 +109,7 @@ def _canonical(
     return best
 
 
+@lru_cache(maxsize=100_000)
 def _automorphisms(
     stoichiometry: Stoichiometry, space_group: int, letters: RoleLetters
 ) -> tuple[tuple[int, ...], ...]:

@@ -40,7 +40,8 @@ OVERLAP = 0.1
 """Atoms closer than this (A) lie on top of each other: no crystal, hence no match."""
 CPU_SECONDS = 60.0
 """Processor time after which one pair counts as not matched (typical: 0.02 s)."""
-_PERFECT = 1e-5  # an rms below this cannot be told from zero: the search stops
+PERFECT = 1e-5
+"""An rms below this cannot be told from zero: the search stops."""
 _MAX_IMAGES = 3e5
 _PAIRS_PER_WORKER = 100  # fewer are not worth starting a process for
 
@@ -306,9 +307,9 @@ def _search(
     anchor = int(np.argmax(mask.sum(axis=1)))
     partners = np.flatnonzero(mask[anchor] == 0)
     for index in range(len(mappings)):
-        allowed = mappings.allowed[:, index] & (best >= _PERFECT)
+        allowed = mappings.allowed[:, index] & (best >= PERFECT)
         if not allowed.any():
-            if (best < _PERFECT).all():
+            if (best < PERFECT).all():
                 break
             continue
         atoms = mappings.frac_coords[index]

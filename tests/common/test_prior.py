@@ -317,6 +317,39 @@ def test_nearest_is_itself_its_prototype_or_nothing(prior: TemplatePrior) -> Non
     assert prior.nearest(far) is None
 
 
+def test_distance_is_that_of_structure_matcher(prior: TemplatePrior) -> None:
+    """Of crystals whose atoms and cell are moved a little at random."""
+    matcher = StructureMatcher(ltol=0.3, stol=0.5, angle_tol=10, primitive_cell=False)
+    generator = np.random.default_rng(0)
+    for row in range(len(prior.reference)):
+        known = prior.reference.crystal(row)
+        original = known.to_structure(primitive=True)
+        moved = Structure(
+            original.lattice.matrix @ (np.eye(3) + generator.normal(0, 0.01, (3, 3))),
+            original.species,
+            original.frac_coords + generator.normal(0, 0.01, (len(original), 3)),
+        )
+        found = prior.reference.closest(moved, [row], [{z: z for z in known.formula_counts}])
+        expected = matcher.get_rms_dist(moved, original)
+        assert found is not None
+        assert expected is not None
+        assert found == (row, pytest.approx(expected[0], rel=1e-6, abs=1e-9))
+        assert len(original) == 1 or found[1] > 1e-3
+
+
+def test_of_equally_near_crystals_the_first_is_named() -> None:
+    """Which are the most alike in their elements, not those that rounding favours."""
+    salts = [(11, 17), (19, 35), (12, 8), (3, 9), (20, 34)]
+    known = [cubic(225, 4 + 0.3 * i, (a, "a"), (b, "b")) for i, (a, b) in enumerate(salts)]
+    prior = TemplatePrior.fit([Record(str(i), crystal) for i, crystal in enumerate(known)])
+    asked = cubic(225, 5.9, (11, "a"), (35, "b")).to_structure(primitive=True)
+    for rows in ([0, 1, 2, 3, 4], [4, 3, 2, 1, 0], [2, 0, 4]):
+        replace = [{salts[row][0]: 11, salts[row][1]: 35} for row in rows]
+        found = prior.reference.closest(asked, rows, replace)
+        assert found is not None
+        assert found[0] == rows[0]
+
+
 def tetragonal(share: float) -> Crystal:
     """SrTiO3 at 4.2 K, octahedra turned by 2.1 degrees (Unoki & Sakudo, JPSJ 23, 546 (1967)).
 
