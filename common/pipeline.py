@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 #: Property names, as batches and checkpoints know them: unit, and the values that make sense.
 PROPERTIES = {"band_gap": ("eV", 0.0, 25.0), "formation_energy": ("eV/atom", -10.0, 10.0)}
 DEFAULT_SAMPLES = 8
+#: Atoms nearer than this (A) are said to be close; with hydrogen, whose bonds are short, the other.
+CLOSE, CLOSE_WITH_HYDROGEN = 1.0, 0.7
 _LIMITS = {"top": (1, 100), "num_samples": (1, 256), "seed": (0, 2**31 - 1), "steps": (1, 10_000)}
 
 #: Called with what is being done, how much of it is done, and how much there is.
@@ -508,7 +510,7 @@ def _warnings(
     engine: Engine,
 ) -> tuple[str, ...]:
     notes = []
-    if distance < 1.0 and 1 not in query.formula.counts:
+    if distance < (CLOSE_WITH_HYDROGEN if 1 in query.formula.counts else CLOSE):
         notes.append(f"two atoms are only {distance:.2f} A apart")
     if set(found.values()) != {candidate.space_group}:
         named = ", ".join(f"{program} {number}" for program, number in found.items())

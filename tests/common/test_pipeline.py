@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from pymatgen.core import Composition, Structure
 from rich.console import Console
 
 from common import ranking, runs
+from common.backend import SampleRequest
 from common.checkpoint import checkpoint_folder, load_checkpoint, save_checkpoint
 from common.cli import run
 from common.commands.generate import _show_table
@@ -22,7 +24,15 @@ from common.config import RunConfig
 from common.crystal.structure import Crystal, Site
 from common.data.store import Record
 from common.errors import UserError
-from common.pipeline import Settings, find_checkpoint, generate, make_query
+from common.pipeline import (
+    Settings,
+    answer,
+    find_checkpoint,
+    generate,
+    load_engine,
+    make_query,
+)
+from common.ranking import rank_symmetries
 from common.requests import read_requests
 from common.runs import generate_many
 from common.selection import choose_sample
@@ -74,6 +84,32 @@ def test_crystals_are_exact_and_described(checkpoint: Path) -> None:
         assert StructureMatcher(primitive_cell=False).fit(again, c.structure)
         assert c.density == pytest.approx(c.structure.density)
         assert json.loads(json.dumps(c.to_dict())) == c.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("formula", "length", "is_close"),
+    [("NaCl", 1.9, True), ("NaCl", 2.1, False), ("NaH", 1.3, True), ("NaH", 1.5, False)],
+)
+def test_atoms_that_are_too_close_are_said(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, formula: str, length: float, is_close: bool
+) -> None:
+    """Two atoms half a cell's edge apart."""
+    engine = load_engine(["band_gap"], checkpoint=checkpoint, symmetry_model="prior")
+
+    def sample(requests: Sequence[SampleRequest], *_: object, **__: object) -> list[Crystal]:
+        return [
+            Crystal(r.space_group, tuple(Site(*site) for site in r.sites), length * np.eye(3))
+            for r in requests
+        ]
+
+    monkeypatch.setattr(engine.generator, "sample", sample)
+    symbols = Composition(formula)
+    sites = " ".join(f"{e.symbol}:4{letter}" for e, letter in zip(symbols, "ab", strict=True))
+    query = make_query(formula, space_group=225, sites=sites)
+    ranked = rank_symmetries(query, engine.ranker, 1)
+    ((crystal,),) = answer([(query, ranked)], engine, Settings(1, 1))
+    assert crystal.min_distance == pytest.approx(length / 2)
+    assert any("apart" in note for note in crystal.warnings) == is_close
 
 
 def test_seed_decides_and_nothing_else(checkpoint: Path) -> None:
