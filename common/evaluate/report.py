@@ -24,7 +24,17 @@ from common.evaluate.match import STANDARD, CandidateMatch
 from common.evaluate.statistics import PairedTest, Rate, mcnemar, mean
 from common.evaluate.strata import FREEDOM, freedom_class
 from common.evaluate.symmetry import SymmetryLabel
-from common.evaluate.tables import COLOURS, MARKERS, number, percent, png, table, text, write_trio
+from common.evaluate.tables import (
+    COLOURS,
+    MARKERS,
+    number,
+    p_value,
+    percent,
+    png,
+    table,
+    text,
+    write_trio,
+)
 
 FORMAT = "uni-mdm evaluation 1"
 
@@ -487,7 +497,7 @@ def paired_table(tests: Iterable[NamedTest]) -> str:
         [
             f"{first.run.name} against {second.run.name}",
             *(str(n) for n in (test.first_only, test.second_only, test.both, test.neither)),
-            f"{test.p_value:.2g}",
+            p_value(test.p_value),
         ]
         for first, second, test in tests
     ]

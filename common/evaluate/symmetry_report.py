@@ -21,7 +21,17 @@ from common.evaluate.symmetry_prediction import (
     calibration_error,
     reliability,
 )
-from common.evaluate.tables import COLOURS, MARKERS, number, percent, png, table, text, write_trio
+from common.evaluate.tables import (
+    COLOURS,
+    MARKERS,
+    number,
+    p_value,
+    percent,
+    png,
+    table,
+    text,
+    write_trio,
+)
 
 FORMAT = "uni-mdm symmetry evaluation 1"
 #: Rows in a bin of the reliability diagram below which it says nothing.
@@ -367,7 +377,7 @@ def _paired_table(rows: Sequence[SymmetryRow]) -> str:
 
 
 def _paired_cell(test: PairedTest) -> str:
-    return f"{test.first_only} : {test.second_only}, {test.p_value:.2g}"
+    return f"{test.first_only} : {test.second_only}, {p_value(test.p_value)}"
 
 
 def _kind_table(rows: Sequence[SymmetryRow], new: bool) -> str:

@@ -39,6 +39,11 @@ def number(value: float | None, digits: int = 4) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
+def p_value(value: float) -> str:
+    """A p-value; below what a float can hold, that it is."""
+    return f"{value:.2g}" if value else "< 1e-300"
+
+
 def text(value: object) -> str:
     """Anything, or a dash for None."""
     return "-" if value is None else str(value)

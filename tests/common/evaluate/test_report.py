@@ -311,6 +311,13 @@ def test_almost_all_is_not_shown_as_all() -> None:
     assert "| model | 100 (" in to_markdown([EvaluationRow(run(k=1), outcomes)])
 
 
+def test_a_p_value_is_never_zero() -> None:
+    alike = tuple(Outcome(str(i), "AB", 0, (hit(0.1),)) for i in range(2000))
+    missed = tuple(replace(one, candidates=(MISS,)) for one in alike)
+    text = to_markdown([EvaluationRow(run(), alike), EvaluationRow(run("none"), missed)])
+    assert cells(text, "model against none") == ["2000", "0", "0", "0", "< 1e-300"]
+
+
 def test_plot_of_extreme_rows() -> None:
     nothing = EvaluationRow(run("none", k=1), (Outcome("m", "AB", 0, (MISS,)),))
     everything = EvaluationRow(run("all", k=1), (Outcome("m", "AB", 9, (hit(0.0),)),))
