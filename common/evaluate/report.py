@@ -436,25 +436,33 @@ def _plain(value: Any) -> Any:
 
 
 def _results_table(rows: Sequence[EvaluationRow]) -> str:
+    """A line for each figure: with a column for each, terminals would cut them off."""
     several = any(row.run.k > 1 for row in rows)
-    header = ["", "match", "RMSE", "valid", "RMSE valid", "tight", "RMSE tight"]
-    header += ["any of k", "RMSE any"] if several else []
-    header += ["METRe", "cRMSE", "symmetry kept", "composition exact"]
-    header += ["network calls", "s / structure"]
-    lines = []
-    for row in rows:
-        metrics = row.metrics
-        line = [row.run.name, percent(metrics.match_rate, interval=True), number(metrics.rmse)]
-        line += [percent(metrics.match_valid), number(metrics.rmse_valid)]
-        line += [percent(metrics.match_tight), number(metrics.rmse_tight)]
-        if several:
-            k = row.run.k
-            line += [f"{percent(metrics.match_at[k])} (k={k})", number(metrics.rmse_at[k])]
-        line += [percent(metrics.metre), number(metrics.crmse)]
-        line += [percent(metrics.symmetry_kept), percent(metrics.composition_exact)]
-        line += [str(row.run.network_calls), number(row.seconds_per_structure, 3)]
-        lines.append(line)
-    return table(header, lines)
+    figures: tuple[tuple[str, Callable[[EvaluationRow], str]], ...] = (
+        ("match", lambda row: percent(row.metrics.match_rate, interval=True)),
+        ("RMSE", lambda row: number(row.metrics.rmse)),
+        ("valid", lambda row: percent(row.metrics.match_valid)),
+        ("RMSE valid", lambda row: number(row.metrics.rmse_valid)),
+        ("tight", lambda row: percent(row.metrics.match_tight)),
+        ("RMSE tight", lambda row: number(row.metrics.rmse_tight)),
+        *((("any of k", _any_of_k), ("RMSE any", _rmse_of_any)) if several else ()),
+        ("METRe", lambda row: percent(row.metrics.metre)),
+        ("cRMSE", lambda row: number(row.metrics.crmse)),
+        ("symmetry kept", lambda row: percent(row.metrics.symmetry_kept)),
+        ("composition exact", lambda row: percent(row.metrics.composition_exact)),
+        ("network calls", lambda row: str(row.run.network_calls)),
+        ("s / crystal", lambda row: number(row.seconds_per_structure, 3)),
+    )
+    lines = [[name, *(get(row) for row in rows)] for name, get in figures]
+    return table(["", *(row.run.name for row in rows)], lines)
+
+
+def _any_of_k(row: EvaluationRow) -> str:
+    return f"{percent(row.metrics.match_at[row.run.k])} (k={row.run.k})"
+
+
+def _rmse_of_any(row: EvaluationRow) -> str:
+    return number(row.metrics.rmse_at[row.run.k])
 
 
 _FIRST = "References matched by any of the first n candidates (%), and RMSE of the best of these."

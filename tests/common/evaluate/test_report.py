@@ -1,11 +1,14 @@
 """Figures of a row worked out by hand, and the files of a report."""
 
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.image
 import pytest
+from rich.console import Console
+from rich.markdown import Markdown
 
 from common.errors import UserError
 from common.evaluate.match import CandidateMatch
@@ -264,10 +267,22 @@ def cells(markdown: str, start: str) -> list[str]:
 
 def test_markdown_tables() -> None:
     text = to_markdown([EvaluationRow(run(), five()), control()])
-    row = next(line for line in text.splitlines() if line.startswith("| model |"))
-    assert row.startswith(
-        "| model | 60.00 (23.1 to 88.2) | 0.1400 | 40.00 | 0.2000 | 40.00 | 0.0600 | 80.00 (k=2) |"
-    )
+    results = text.split("## Among")[0]
+    assert cells(results, "match") == ["60.00 (23.1 to 88.2)", "20.00 (3.6 to 62.4)"]
+    for name, figure in (
+        ("RMSE", "0.1400"),
+        ("valid", "40.00"),
+        ("RMSE valid", "0.2000"),
+        ("tight", "40.00"),
+        ("RMSE tight", "0.0600"),
+        ("any of k", "80.00 (k=2)"),
+        ("RMSE any", "0.1925"),
+        ("METRe", "100"),
+        ("cRMSE", "0.1740"),
+        ("symmetry kept", "90.00"),
+        ("composition exact", "90.00"),
+    ):
+        assert cells(results, name)[0] == figure
     assert cells(text, "free coordinates: 9+") == [
         "0.00 (0.0 to 79.3), -, n=1",
         "0.00 (0.0 to 79.3), -, n=1",
@@ -284,6 +299,18 @@ def test_markdown_tables() -> None:
     for table in tables:
         widths = {line.replace("\\|", "").count("|") for line in table.splitlines()}
         assert len(widths) == 1, table
+
+
+def test_figures_are_whole_in_a_terminal() -> None:
+    """Of 80 columns, with as many rows as a model has beside its controls."""
+    rows = [EvaluationRow(run(), five())]
+    rows += [replace(control(), run=run(name, k=1)) for name in ("random", "nearest", "precedent")]
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(Markdown(to_markdown(rows)))
+    results = console.export_text().split("Among the first")[0]
+    assert "\N{HORIZONTAL ELLIPSIS}" not in results
+    for figure in ("60.00", "0.1400", "0.0600", "(k=2)", "0.1740"):
+        assert figure in results
 
 
 def test_everything_a_row_must_carry_is_in_the_tables() -> None:
@@ -307,8 +334,8 @@ def test_everything_a_row_must_carry_is_in_the_tables() -> None:
 def test_almost_all_is_not_shown_as_all() -> None:
     outcomes = tuple(Outcome(str(i), "AB", 0, (hit(0.1),)) for i in range(30_000))
     short = EvaluationRow(run(k=1), (*outcomes, Outcome("last", "AB", 0, (MISS,))))
-    assert "| model | 99.99 (" in to_markdown([short])
-    assert "| model | 100 (" in to_markdown([EvaluationRow(run(k=1), outcomes)])
+    assert "| match | 99.99 (" in to_markdown([short])
+    assert "| match | 100 (" in to_markdown([EvaluationRow(run(k=1), outcomes)])
 
 
 def test_a_p_value_is_never_zero() -> None:
