@@ -82,6 +82,8 @@ def formula_html(formula: str) -> str:
 def symbol_html(number: int) -> str:
     """The symbol of a space group with overlined and subscripted digits."""
     symbol = sg_symbol_from_int_number(number, hexagonal=False)
+    if 3 <= number <= 15:  # monoclinic, in full: P12_1/c1
+        symbol = symbol[0] + symbol[2:-1]
     out, index = [], 0
     while index < len(symbol):
         character, following = symbol[index], symbol[index + 1 : index + 2]

@@ -10,6 +10,7 @@ import pytest
 from pymatgen.core import Lattice, Structure
 
 from common.crystal.structure import Crystal, Site
+from common.crystal.wyckoff import wyckoff_summary
 from common.report import render_report
 from common.report.page import formula_html, symbol_html
 from common.report.scene import MAX_ATOMS, scene
@@ -170,7 +171,9 @@ def test_large_cells_are_drawn_without_copies() -> None:
 def test_symbols_of_all_groups(number: int) -> None:
     text = symbol_html(number)
     assert "_" not in text
-    assert ":" not in re.sub("<[^>]*>", "", text)
+    plain = wyckoff_summary(number).symbol
+    assert re.sub("<[^>]*>", "", text) == plain.replace("-", ""), "as everywhere else"
+    assert text.count('class="bar"') == plain.count("-")
 
 
 def test_symbol_and_formula_markup() -> None:
