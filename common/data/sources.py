@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any, Protocol
 from urllib.parse import unquote, urlsplit
@@ -85,7 +86,7 @@ class CsvSource:
         if not self.path.is_file():
             raise UserError(f"no such file: {self.path}")
         with self._rows() as rows:
-            self._columns = [name.strip() for name in next(rows, [])]
+            self._columns = _header(self.path, rows)
         missing = [name for name in ("material_id", "cif") if name not in self._columns]
         if missing:
             raise UserError(f"{self.path}: no column {' and '.join(missing)} in its first line")
@@ -184,7 +185,7 @@ class CifFolderSource:
         if not listed.is_file():
             return (), {}
         with _csv_rows(listed) as rows:
-            header = [name.strip() for name in next(rows, [])]
+            header = _header(listed, rows)
             if "material_id" not in header:
                 raise UserError(f"{listed}: no column material_id in its first line")
             columns = _property_columns(header)
@@ -321,6 +322,18 @@ def _open_plain(path: Path) -> IO[bytes]:
     with path.open("rb") as file:
         packed = file.read(2) == b"\x1f\x8b"
     return gzip.open(path, "rb") if packed else path.open("rb")  # type: ignore[return-value]
+
+
+def _header(path: Path, rows: Iterator[list[str]]) -> list[str]:
+    """Names of the columns.
+
+    Raises UserError if one that is read is there twice, for one of them would be left out.
+    """
+    header = [name.strip() for name in next(rows, [])]
+    for name in ("material_id", "cif", *chain(*PROPERTY_COLUMNS.values())):
+        if header.count(name) > 1:
+            raise UserError(f"{path}: column {name} is there {header.count(name)} times; keep one")
+    return header
 
 
 def _property_columns(header: list[str]) -> dict[str, str]:

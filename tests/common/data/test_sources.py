@@ -65,6 +65,17 @@ def test_file_without_the_columns(tmp_path: Path, content: bytes) -> None:
         CsvSource(tmp_path / "a.csv")
 
 
+@pytest.mark.parametrize("header", ["material_id,cif,band_gap,band_gap", "cif,material_id, cif"])
+def test_no_column_is_left_out_silently(tmp_path: Path, header: str) -> None:
+    (tmp_path / "a.csv").write_text(header + "\n")
+    with pytest.raises(UserError, match="2 times"):
+        CsvSource(tmp_path / "a.csv")
+    (tmp_path / "a.cif").write_text("A")
+    (tmp_path / "properties.csv").write_text(header + "\n")
+    with pytest.raises(UserError, match="2 times"):
+        CifFolderSource(tmp_path)
+
+
 def test_truncated_gzip_is_not_taken_for_a_short_file(tmp_path: Path) -> None:
     rows = "".join(f"mp-{i},{hash(i) ** 3 % 10**9},x\n" for i in range(20_000))
     packed = gzip.compress(("material_id,band_gap,cif\n" + rows).encode())
