@@ -146,7 +146,8 @@ def _show(console: Console, queries: "list[Query]", outcome: "Outcome") -> None:
     rankers = ", ".join(f"{one['name']} ({one['hash']})" for one in outcome.rankers)
     console.print(f"symmetries ranked by {escape(rankers)}", highlight=False, soft_wrap=True)
     if outcome.resumed:
-        console.print(f"{outcome.resumed} of them had been answered before", highlight=False)
+        told = f"{outcome.resumed} of the {len(entries)} requests had been answered before"
+        console.print(told, highlight=False)
     console.print(
         f"[bold]{escape(str(outcome.folder))}[/bold]: report.html, results.json, results.extxyz, "
         "one CIF per candidate",
@@ -175,8 +176,8 @@ def _show_table(console: Console, entry: dict[str, Any]) -> None:
             _short_sites(row["sites"]),
             f"{row['probability']:.3f}",
             f"{row['density']:.2f}",
-            "none" if nearest is None else _nearest(nearest, row["formula"]),
-            "" if nearest is None else f"{nearest['distance']:.3f}",
+            "-" if nearest is None else _nearest(nearest, row["formula"]),
+            "-" if nearest is None else f"{nearest['distance']:.3f}",
         )
     console.print(table)
     for row in entry["crystals"]:

@@ -356,5 +356,5 @@ def test_generate_on_a_small_file_system(checkpoint: Path, requests: Path, tmp_p
     assert finished.stderr.count("\n") == 1
     assert "No space left on device; make room and run again" in finished.stderr
     assert "exit code 2\n" in finished.stdout
-    assert re.search("[24] of them had been answered before", finished.stdout)
+    assert re.search("[24] of the 6 requests had been answered before", finished.stdout)
     assert whole(tmp_path / "result") == len(PAIRS)

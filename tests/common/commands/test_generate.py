@@ -1,0 +1,40 @@
+"""What `uni-mdm generate` says in the terminal."""
+
+import io
+from pathlib import Path
+
+from rich.console import Console
+
+from common.commands.generate import _show
+from common.runs import Outcome
+
+QUERY = {"formula": "SrTiO3", "band_gap": 1.8, "formation_energy": None}
+ROW = {
+    "rank": 1,
+    "space_group": 221,
+    "space_group_symbol": "Pm-3m",
+    "sites": "Sr:1a Ti:1b O:3c",
+    "formula": "SrTiO3",
+    "probability": 0.5,
+    "density": 5.0,
+    "nearest": None,
+    "warnings": [],
+}
+
+
+def shown(rows: int, resumed: int = 0) -> list[str]:
+    entries = [{"status": "done", "query": QUERY, "crystals": [ROW]} for _ in range(rows)]
+    console = Console(width=80, file=io.StringIO(), record=True)
+    _show(console, [], Outcome(Path("out"), resumed, entries, [{"name": "prior", "hash": "1"}]))
+    return console.export_text().splitlines()
+
+
+def test_crystal_like_none_has_dashes() -> None:
+    (line,) = (line for line in shown(1) if "Pm-3m" in line)
+    assert line.split()[-3:] == ["5.00", "-", "-"]
+
+
+def test_what_had_been_answered_are_requests() -> None:
+    """The line before is about symmetries."""
+    assert "2 of the 3 requests had been answered before" in shown(3, 2)
+    assert not any("before" in line for line in shown(3))
