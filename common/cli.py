@@ -1,6 +1,7 @@
 """The command line `uni-mdm`: finds the sub-command, and reports a user's mistake in one line."""
 
 import errno
+import io
 import os
 import sys
 from importlib import import_module
@@ -112,6 +113,9 @@ def main() -> None:
     The exit code is 0, or 2 after a user's mistake, which is one line on stderr, or 130 after an
     interruption.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        # What an ASCII terminal cannot show must not cost the rest of the output.
+        sys.stdout.reconfigure(errors="replace")
     code = run(sys.argv[1:])
     try:
         sys.stdout.flush()

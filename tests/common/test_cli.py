@@ -101,6 +101,17 @@ def test_what_the_terminal_would_obey_is_escaped() -> None:
     assert "\\x1b[31m\\nred" in message
 
 
+def test_characters_that_the_terminal_does_not_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    monkeypatch.setenv("UNI_MDM_DATA", str(tmp_path / "\N{GREEK SMALL LETTER DELTA}"))
+    finished = call("info")
+    assert finished.returncode == 0, finished.stderr
+    assert "data (UNI_MDM_DATA)" in finished.stdout
+    assert "crystal_dit_small_fm" in finished.stdout
+
+
 def test_output_that_cannot_be_written() -> None:
     with open("/dev/full", "w") as full:
         for arguments in (["--version"], ["info"]):
