@@ -68,7 +68,7 @@ def _described(checkpoint: Path) -> str:
     except UserError as error:
         return f"[red]{escape(str(error))}[/red]"
     parameters = sum(tensor.size for tensor in loaded.model.values())
-    return f"{loaded.hash}, {parameters / 1e6:.1f} M parameters, {checkpoint}"
+    return f"{loaded.hash}, {parameters:,} parameters, {checkpoint}"
 
 
 def _packages() -> list[tuple[str, str]]:

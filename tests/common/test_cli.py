@@ -1,6 +1,7 @@
 """`uni-mdm`: lazy, and one line with exit code 2 for what the user can mend."""
 
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from common.checkpoint import shipped, shipped_language
 from common.cli import COMMANDS
 
 UNI_MDM = Path(sys.executable).with_name("uni-mdm")
@@ -74,6 +76,9 @@ def test_info_describes_this_machine() -> None:
     assert version("pymatgen") in finished.stdout
     assert "cpu" in finished.stdout.lower()
     assert "crystal_dit_small_fm" in finished.stdout
+    counts = re.findall(r"([\d,]+) parameters", finished.stdout)
+    assert len(counts) == len(shipped()) + len(shipped_language())
+    assert min(int(count.replace(",", "")) for count in counts) > 1000, "also of small adapters"
 
 
 @pytest.mark.parametrize(
