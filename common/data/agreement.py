@@ -26,7 +26,6 @@ from pymatgen.symmetry.analyzer import SpacegroupAnalyzer, SymmetryUndeterminedE
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # ships no types
 
 from common.crystal.structure import Crystal
 from common.crystal.wyckoff import Sites, wyckoff_summary
@@ -36,6 +35,7 @@ from common.data.locations import DATASETS, cache_dir, data_dir
 from common.data.sources import RawEntry, Source, open_source
 from common.data.store import Record, read_records
 from common.errors import UserError
+from common.machine import start_worker
 
 #: Space groups of MP-20 rows by another program, in the data folder.
 PUBLISHED = "wyckoff_symprec0.1.csv.gz"
@@ -71,6 +71,12 @@ class Comparison:
 
 def compare(row: Row) -> Comparison:
     """Compare the two labels of a row."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return _compare(row)
+
+
+def _compare(row: Row) -> Comparison:
     fast, reference = row.fast, row.reference
     if isinstance(fast, str) and isinstance(reference, str):
         return Comparison(row.material_id, Outcome.REFUSED, f"{fast}; reference: {reference}")
@@ -189,13 +195,8 @@ def label(source: Source, labeller: Labeller, workers: int | None) -> dict[str, 
 def comparisons(rows: list[Row], workers: int | None) -> Iterator[Comparison]:
     """Compare rows, in order, in several processes."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, initializer=_start_worker) as pool:
+    with ProcessPoolExecutor(workers, context, initializer=start_worker) as pool:
         yield from pool.map(compare, rows, chunksize=32)
-
-
-def _start_worker() -> None:
-    threadpool_limits(1)
-    warnings.simplefilter("ignore")
 
 
 def published_groups() -> dict[str, int]:

@@ -10,7 +10,6 @@ import json
 import math
 import multiprocessing
 import os
-import threading
 import time
 import warnings
 from collections import Counter, deque
@@ -48,7 +47,7 @@ from common.files import (
     write_atomic,
     write_together,
 )
-from common.machine import cpu_count
+from common.machine import cpu_count, start_worker
 
 #: Part of the key of cached imports: raise it when the same rows give another result.
 IMPORT_VERSION = 1
@@ -483,7 +482,7 @@ def _kill(pool: ProcessPoolExecutor) -> None:
 def _pool(workers: int) -> ProcessPoolExecutor:
     """Fresh processes (not forked: forking a process that runs threads can lock up)."""
     context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker)
 
 
 def _ready_pool() -> ProcessPoolExecutor:
@@ -491,17 +490,3 @@ def _ready_pool() -> ProcessPoolExecutor:
     pool = _pool(1)
     pool.submit(os.getpid).result()
     return pool
-
-
-def _start_worker() -> None:
-    threadpool_limits(1)
-    warnings.simplefilter("ignore")
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """End this process when the importing one is gone, however it ended."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
