@@ -183,12 +183,13 @@ class Sample:
 
 
 def label(source: Source, labeller: Labeller, workers: int | None) -> dict[str, Record | str]:
-    """Records of a source by id, or why a row has none; kept in the cache."""
+    """Records of a source by id, or why no row of an id has one; kept in the cache."""
     report = import_cached(source, cache_dir(), workers, require=(), label=labeller)
     labels: dict[str, Record | str] = {r.material_id: r for r in read_records(report.path)}
     for line in report.quarantine_path.read_text("utf-8").splitlines():
         refused = json.loads(line)
-        labels[refused["material_id"]] = f"{refused['reason']}: {refused['detail']}"
+        reason = f"{refused['reason']}: {refused['detail']}"
+        labels.setdefault(refused["material_id"], reason)
     return labels
 
 
@@ -231,6 +232,8 @@ def main(
     """Compare the two ways to label, row by row."""
     location = data_dir() / DATASETS[data] if data in DATASETS else Path(data)
     source = open_source(location, cache_dir())
+    if not len(source):
+        raise UserError(f"{data}: no rows to compare")
     source = source if limit is None else Sample(source, limit)
     fast = label(source, label_structure, workers)
     reference = label(source, label_structure_reference, workers)
