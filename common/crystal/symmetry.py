@@ -80,17 +80,6 @@ class WyckoffPosition:
         return int(self.free_mask.sum())
 
     @cached_property
-    def site_symmetry(self) -> str:
-        """Symbol of the site symmetry, oriented as in International Tables."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            from pyxtal.symmetry import Wyckoff_position  # slow to import, seldom needed
-
-            position = Wyckoff_position.from_group_and_letter(self.space_group, self.letter)
-            position.get_site_symmetry()
-        return str(position.site_symm)
-
-    @cached_property
     def _left_inverse(self) -> Array:
         return np.linalg.pinv(self.rotations[0])
 

@@ -94,17 +94,6 @@ class CpuTimeout(Exception):
     """The processor-time limit of a pair was reached."""
 
 
-def rms_distance(
-    predicted: Structure, reference: Structure, thresholds: Thresholds = STANDARD
-) -> float | None:
-    """Normalised rms distance of two crystals, None if they do not match.
-
-    Structures that are broken (not finite, flat, atoms on top of each other, disordered) or that
-    exceed `CPU_SECONDS` do not match; no exception is raised for them.
-    """
-    return _compare(predicted, _Reference(reference), (thresholds,), CPU_SECONDS)[0][0]
-
-
 def match_many(
     items: Sequence[MatchItem],
     workers: int | None = None,
@@ -113,6 +102,9 @@ def match_many(
     cpu_seconds: float = CPU_SECONDS,
 ) -> list[tuple[CandidateMatch, ...]]:
     """Compare every candidate with its reference, in the order given.
+
+    Structures that are broken (not finite, flat, atoms on top of each other, disordered) or that
+    exceed `cpu_seconds` do not match; no exception is raised for them.
 
     Args:
         items: references with their candidates.
