@@ -150,9 +150,11 @@ def _bonds(frac: Array, lattice: Array, symbols: list[str]) -> list[list[tuple[i
     Bonded means not much farther than the nearest neighbour of either, within the sum of the radii
     plus a slack, and not between two metals where there is a non-metal.
     """
-    images = frac[None, :, :] + _STEPS[:, None, :]
-    difference = images[None] - frac[:, None, None]
-    distance = np.linalg.norm(difference @ lattice, axis=-1)
+    # Step by step: vectors between all atoms and all images would take gigabytes.
+    distance = np.stack(
+        [np.linalg.norm((frac + step - frac[:, None]) @ lattice, axis=-1) for step in _STEPS],
+        axis=1,
+    )
     distance[distance < 1e-3] = np.inf
     nearest = distance.min(axis=(1, 2))
     radii = np.array([element_radius(s) for s in symbols])

@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+import tracemalloc
 from html.parser import HTMLParser
 
 import numpy as np
@@ -165,6 +166,19 @@ def test_large_cells_are_drawn_without_copies() -> None:
     drawn = scene(structure)
     assert len(drawn["atoms"]) == len(structure)
     assert drawn["faces"] == []
+
+
+def test_large_cells_take_little_memory() -> None:
+    """200 atoms in the primitive cell are 800 in a face-centred one."""
+    structure = Structure.from_spacegroup(
+        "Fm-3m", Lattice.cubic(5.64), ["Na", "Cl"], [[0, 0, 0], [0.5, 0.5, 0.5]]
+    )
+    structure.make_supercell([4, 4, 4])
+    tracemalloc.start()
+    scene(structure)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 200 * 2**20
 
 
 @pytest.mark.parametrize("number", range(1, 231))
