@@ -17,6 +17,7 @@ from rich.progress import Progress, track
 from common.backend import Generator, SampleRequest
 from common.crystal.structure import Crystal
 from common.data.store import Record
+from common.errors import UserError
 from common.evaluate.controls import fit_standardizer, random_draw
 from common.evaluate.match import CandidateMatch, MatchItem, match_many, pool_by_composition
 from common.evaluate.report import EvaluationRow, Outcome, RunInfo
@@ -294,11 +295,16 @@ class Told:
             kind: see above. Shuffled values are dealt among the rows that have one, none of which
                 keeps its own.
             seed: of the shuffling.
+
+        Raises:
+            UserError: if there is but one value, which cannot be another reference's.
         """
         values: list[dict[str, float]] = [{} for _ in records]
         for name in names if kind != "null" else ():
             rows = [i for i, record in enumerate(records) if record.properties[name] is not None]
             if kind == "shuffled":
+                if len(rows) == 1:
+                    raise UserError(f"one row has a {name}: there is no other to shuffle it with")
                 rows = np.random.default_rng(seed).permutation(rows).tolist()
             sources = rows[1:] + rows[:1] if kind == "shuffled" else rows
             for row, source in zip(rows, sources, strict=True):

@@ -5,6 +5,7 @@ import pytest
 
 from common.crystal.structure import Crystal, Site
 from common.data.store import Record
+from common.errors import UserError
 from common.evaluate.run import Told
 
 CRYSTAL = Crystal(225, (Site(11, "a"), Site(17, "b")), 5.64 * np.eye(3))
@@ -35,6 +36,11 @@ def test_shuffled_values(seed: int) -> None:
     assert [one["formation_energy"] for one in told.values] == [-1] * 8
     assert told == Told.of(RECORDS, ("band_gap", "formation_energy"), "shuffled", seed)
     assert told.describe("x") == "x, shuffled band_gap, shuffled formation_energy"
+
+
+def test_one_value_cannot_be_shuffled() -> None:
+    with pytest.raises(UserError, match="no other"):
+        Told.of(RECORDS[:1], ("band_gap",), "shuffled", 0)
 
 
 def test_another_seed_shuffles_otherwise() -> None:
