@@ -596,12 +596,19 @@ class TemplatePrior:
         return np.where(np.isnan(known)[:, None], 0.5, features)
 
     def _fit_all(self) -> dict[str, Any]:
-        """Weights without a property and with either."""
+        """Weights without a property and with either; a property that no structure has weighs none.
+
+        With too few structures to compare the others stay where they start.
+        """
+        from common.prior_fit import fit_weights
+
         fitted = {}
-        start = None
+        start = unfitted = np.concatenate([np.full(2 * len(PAIR_FEATURES), 0.5), [-6.0, 0.0]])
         for name in ("none", *_PROPERTIES):
             comparisons = self._comparisons(None if name == "none" else name)
-            parameters, likelihood = _fit_or_default(comparisons, name, start)
+            parameters, likelihood = unfitted, -math.inf
+            if comparisons:
+                parameters, likelihood = fit_weights(comparisons, start)
             features = parameters[:-2]
             fitted[name] = {
                 "features": features.tolist(),
@@ -610,7 +617,10 @@ class TemplatePrior:
                 "mean_log_likelihood": round(likelihood, 4),
             }
             if name == "none":
-                start = np.concatenate([features, [0.5, 0.5], parameters[-2:]])
+                start, unfitted = (
+                    np.concatenate([features, [weight, weight], parameters[-2:]])
+                    for weight in (0.5, 0.0)
+                )
         return fitted
 
     def _comparisons(self, name: str | None) -> list["Comparison"]:
@@ -624,20 +634,22 @@ class TemplatePrior:
     def _compare(
         self, stoichiometry: Stoichiometry, structures: _Class, name: str | None
     ) -> "Comparison | None":
-        """Evenly chosen structures of a class against all of it."""
+        """Evenly chosen structures of a class, which have the property, against all of it."""
         from common.prior_fit import Comparison
 
         size = len(structures.template)
         permutations = np.array(role_permutations(stoichiometry))
         limit = max(4, _COMPARISONS_PER_CLASS // (size * len(permutations)))
-        if size < 2 or len(permutations) > 24:
+        asked = np.arange(size)
+        if name is not None:
+            asked = np.flatnonzero(~np.isnan(structures.properties[:, _PROPERTIES.index(name)]))
+        if size < 2 or len(permutations) > 24 or not len(asked):
             return None
-        chosen = np.unique(
-            np.linspace(0, size - 1, min(size, limit, _QUERIES_PER_CLASS)).astype(int)
-        )
+        count = min(len(asked), limit, _QUERIES_PER_CLASS)
+        chosen = asked[np.unique(np.linspace(0, len(asked) - 1, count).astype(int))]
         parts = [self._compare_one(structures, i, permutations, name) for i in chosen]
         differences, allowed, correct = (np.stack(x) for x in zip(*parts, strict=True))
-        return Comparison(differences, allowed, correct, size / len(chosen))
+        return Comparison(differences, allowed, correct, len(asked) / len(chosen))
 
     def _compare_one(
         self, structures: _Class, index: int, permutations: NDArray[np.int64], name: str | None
@@ -648,9 +660,9 @@ class TemplatePrior:
         pairs = self._pairs[elements[:, None, :], structures.roles[None]]
         anion = self._anion(elements)[:, None, :, None]
         parts = [(pairs * ~anion).sum(axis=2), (pairs * anion).sum(axis=2)]
-        value = None if name is None else structures.properties[index, _PROPERTIES.index(name)]
-        if name is not None and value is not None:
-            by_structure = self._property_differences(structures, {name: float(value)})
+        if name is not None:
+            value = float(structures.properties[index, _PROPERTIES.index(name)])
+            by_structure = self._property_differences(structures, {name: value})
             parts.append(np.broadcast_to(by_structure, (len(elements), *by_structure.shape)))
         differences = np.concatenate(parts, axis=-1)
         allowed = (np.sort(structures.roles, axis=1) != np.sort(own)).any(axis=1)
@@ -673,18 +685,6 @@ _SCHEMA = pa.schema(
         pa.field("roles", pa.list_(pa.uint8()), nullable=False),
     ]
 )
-
-
-def _fit_or_default(
-    comparisons: Sequence["Comparison"], name: str, start: Array | None
-) -> tuple[Array, float]:
-    """The fit, or its start where there is nothing to fit on (a handful of structures)."""
-    from common.prior_fit import fit_weights
-
-    features = 2 * len(PAIR_FEATURES) + (0 if name == "none" else 2)
-    if not comparisons:
-        return np.concatenate([np.full(features, 0.5), [-6.0, 0.0]]), float("-inf")
-    return fit_weights(comparisons, start)
 
 
 def _entries(assignments: Sequence[Any]) -> tuple[list[_Entry], dict[Template, int]]:

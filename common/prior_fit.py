@@ -19,7 +19,7 @@ from scipy.optimize import minimize
 
 Array = NDArray[np.float64]
 
-#: Largest weight of a feature, and the start.
+#: Largest weight of a feature, and what the sum of their squares is multiplied by in the loss.
 _MAX_WEIGHT = 12.0
 _PENALTY = 1e-3
 
@@ -41,13 +41,12 @@ class Comparison:
     weight: float
 
 
-def fit_weights(
-    comparisons: Sequence[Comparison], start: Array | None = None
-) -> tuple[Array, float]:
-    """Weights [F] and then ln e and ln c, and the mean log-likelihood reached."""
+def fit_weights(comparisons: Sequence[Comparison], start: Array) -> tuple[Array, float]:
+    """Weights [F] and then ln e and ln c, fitted from a start, and what is reached.
+
+    That is the mean log-likelihood less the penalty of large weights.
+    """
     features = comparisons[0].differences.shape[-1]
-    if start is None:
-        start = np.concatenate([np.full(features, 0.5), [-6.0, 0.0]])
     total = sum(len(c.differences) * c.weight for c in comparisons)
 
     def loss(parameters: Array) -> tuple[float, Array]:

@@ -226,6 +226,29 @@ def test_hash_names_what_was_learned(prior: TemplatePrior) -> None:
     assert TemplatePrior.fit(rows[1:], {"name": "textbook"}).hash != prior.hash
 
 
+def without_gap(record: Record) -> Record:
+    properties = {**record.properties, "band_gap": None}
+    return Record(record.material_id, record.crystal, None, properties)
+
+
+def test_rows_without_a_property_are_no_queries_of_its_fit(prior: TemplatePrior) -> None:
+    """Only as many as there are of those that have it; the other fits are as ever."""
+    rows = [without_gap(record) if index % 3 else record for index, record in enumerate(textbook())]
+    weights = TemplatePrior.fit(rows).metadata["weights"]
+    whole = prior.metadata["weights"]
+    assert np.isfinite(weights["band_gap"]["mean_log_likelihood"])
+    assert weights["band_gap"]["features"] != [*weights["none"]["features"], 0.5, 0.5]
+    assert weights["none"] == whole["none"]
+    assert weights["formation_energy"] == whole["formation_energy"]
+
+
+def test_a_property_that_no_row_has_changes_nothing() -> None:
+    prior = TemplatePrior.fit(map(without_gap, textbook()))
+    for formula in ("NaBr", "BaHfO3", "Ca3Al2Si3O12"):
+        counts = parse_formula(formula).counts
+        assert prior.rank(counts, {"band_gap": 2.0}) == prior.rank(counts)
+
+
 def test_damage_is_reported(prior: TemplatePrior, tmp_path: Path) -> None:
     path = tmp_path / "p.parquet"
     prior.save(path)
