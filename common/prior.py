@@ -64,6 +64,8 @@ ATTRIBUTION = (
 
 _METADATA_KEY = b"uni_mdm_prior"
 _PROPERTIES = ("band_gap", "formation_energy")
+#: So many are always ranked, lest order and probabilities depend on how many are shown.
+_FEWEST = 20
 _COMPARISONS_PER_CLASS = 120_000
 _QUERIES_PER_CLASS = 150
 
@@ -321,6 +323,7 @@ class TemplatePrior:
             if nothing legal fits what was fixed. Probabilities are of all candidates, so those
             returned may sum to less than one.
         """
+        most = max(top, _FEWEST)
         formula, _ = reduce_counts(counts)
         kept = {
             (n, s if sites is None else ordered_sites(sites, n)): (u, mass)
@@ -334,11 +337,13 @@ class TemplatePrior:
         ranked = sorted(kept.items(), key=lambda item: (-item[1][1], item[0]))
         candidates = [
             SymmetryCandidate(n, s, u, mass / (total + novelty), "template")
-            for (n, s), (u, mass) in ranked[:top]
+            for (n, s), (u, mass) in ranked[:most]
         ]
-        if len(candidates) < top or total < novelty:
+        if len(candidates) < most or total < novelty:
             share = novelty / (total + novelty)
-            candidates += self._unseen(formula, share, set(kept), space_group, z, units, sites, top)
+            candidates += self._unseen(
+                formula, share, set(kept), space_group, z, units, sites, most
+            )
         candidates.sort(key=lambda c: (-c.probability, c.space_group, c.sites))
         return candidates[:top]
 
@@ -356,7 +361,7 @@ class TemplatePrior:
         probability; theirs is divided among the others.
         """
         known = self.known_symmetries(counts)
-        ranked = self.rank(counts, properties, top=top + len(known))
+        ranked = self.rank(counts, properties, top=max(top, _FEWEST) + len(known))
         last = [c for c in ranked if c.key in known]
         left = 1 - sum(c.probability for c in last)
         new = [replace(c, probability=c.probability / left) for c in ranked if c.key not in known]

@@ -130,6 +130,14 @@ def test_what_is_fixed_is_kept(prior: TemplatePrior, fixed, check) -> None:
     assert all(check(c) for c in candidates)
 
 
+@pytest.mark.parametrize("formula", ["SrTiO3", "Zr3NbAl12", "U4Be2C5", "H19C7N5O2"])
+def test_fewer_are_the_first_of_more(shipped: TemplatePrior, formula: str) -> None:
+    counts = parse_formula(formula).counts
+    for rank in (shipped.rank, shipped.rank_new):
+        for top in (1, 5):
+            assert rank(counts, top=top) == rank(counts, top=20)[:top]
+
+
 def test_impossible_gives_nothing(prior: TemplatePrior) -> None:
     assert prior.rank({11: 1, 17: 1}, space_group=227, z=3) == []
 
