@@ -21,6 +21,9 @@ from common.crystal.wyckoff import Sites, wyckoff_summary
 #: Partial assignments kept after each element, and choices looked at per element.
 _BEAM = 40
 _MAX_OPTIONS = 400
+#: Atoms in the primitive cell where nothing is said of it; in a group that holds the formula only
+#: in larger cells, twice as many are tried, and so on.
+_USUAL_ATOMS = 20
 
 LetterCounts = tuple[tuple[str, int], ...]
 
@@ -123,13 +126,31 @@ def enumerate_sites(
         top: how many.
 
     Returns:
-        at most `top`, the likeliest first; empty only if nothing is legal.
+        at most `top`, the likeliest first; empty only if nothing is legal with at most
+        ``MAX_PRIMITIVE_ATOMS`` in the primitive cell, or with the given units.
     """
+    limit = max(_USUAL_ATOMS, sum(counts.values()))
+    found = _within(limit, counts, statistics, space_group, units, top)
+    while not found and units is None and limit < MAX_PRIMITIVE_ATOMS:
+        limit = min(2 * limit, MAX_PRIMITIVE_ATOMS)
+        found = _within(limit, counts, statistics, space_group, units, top)
+    return found
+
+
+def _within(
+    limit: int,
+    counts: Mapping[int, int],
+    statistics: SiteStatistics,
+    space_group: int | None,
+    units: Sequence[int] | None,
+    top: int,
+) -> list[LegalSites]:
+    """See ``enumerate_sites``, with so many atoms in the primitive cell unless units are given."""
     formula_atoms = sum(counts.values())
     places = []
     for number in [space_group] if space_group else range(1, 231):
         centering = wyckoff_summary(number).centering
-        for choice in unit_choices(counts, centering, units):
+        for choice in unit_choices(counts, centering, units, limit):
             atoms = formula_atoms * choice // centering
             bound = statistics.log_group(number, formula_atoms) + statistics.log_atoms(atoms)
             places.append((bound, number, choice))
@@ -146,16 +167,23 @@ def enumerate_sites(
 
 
 def unit_choices(
-    counts: Mapping[int, int], centering: int, units: Sequence[int] | None
+    counts: Mapping[int, int], centering: int, units: Sequence[int] | None, most: int
 ) -> list[int]:
-    """Formula units per conventional cell that are to be tried in a group."""
+    """Formula units per conventional cell that are to be tried in a group.
+
+    Args:
+        counts: atoms of each atomic number in one formula unit.
+        centering: lattice points of the conventional cell.
+        units: only these per primitive or conventional cell.
+        most: atoms in the primitive cell, if no units are given.
+    """
     formula_atoms = sum(counts.values())
     if units is not None:
         both = set(units) | {u * centering for u in units}
         limit = MAX_GIVEN_ATOMS * centering // formula_atoms
         return sorted(u for u in both if u <= max(limit, 1))
-    atoms = max(20, formula_atoms) * centering
-    return [u for u in range(1, atoms // formula_atoms + 1) if u * formula_atoms % centering == 0]
+    largest = most * centering // formula_atoms
+    return [u for u in range(1, largest + 1) if u * formula_atoms % centering == 0]
 
 
 def _in_group(

@@ -26,7 +26,7 @@ from common.checkpoint import (
     load_checkpoint,
     shipped_language,
 )
-from common.composition import Formula, check_sites
+from common.composition import MAX_PRIMITIVE_ATOMS, Formula, check_sites
 from common.crystal.wyckoff import Sites, SymmetryKey, wyckoff_summary
 from common.errors import UserError
 
@@ -450,12 +450,15 @@ def _plain_sites(query: "Query") -> Sites | None:
 
 def _nothing_legal(query: "Query") -> str:
     """One line that says what cannot be done."""
-    fixed = [f"space group {query.space_group}"] if query.space_group else []
-    fixed += [f"z = {query.z}"] if query.z else []
+    fixed = [f"z = {query.z}"] if query.z else []
     fixed += [f"sites {' '.join(map(str, query.sites))}"] if query.sites else []
     if query.formula.units > 1:
         fixed += [f"{query.formula.units} formula units per cell"]
+    if not fixed:
+        fixed = [f"at most {MAX_PRIMITIVE_ATOMS} atoms in the primitive cell"]
+    if query.space_group:
+        fixed = [f"space group {query.space_group}", *fixed]
     return (
-        f"{query.formula.text} cannot be placed with {', '.join(fixed) or 'these sites'}: "
+        f"{query.formula.text} cannot be placed with {', '.join(fixed)}: "
         "no Wyckoff positions add up to it; leave something free"
     )

@@ -202,6 +202,20 @@ def test_nothing_legal_is_seen(formula: str, number: int, units: int) -> None:
     assert [x for x in legal if x.units == units] == []
 
 
+@pytest.mark.parametrize(
+    ("formula", "number", "atoms"), [("SrTiO3", 230, 40), ("SrTiO3", 169, 30), ("Al2O3", 178, 30)]
+)
+def test_groups_of_large_cells_only_are_found(
+    prior: TemplatePrior, formula: str, number: int, atoms: int
+) -> None:
+    """Nothing is legal there within 20 atoms, which is as far as is looked elsewhere."""
+    counts = parse_formula(formula).counts
+    candidates = prior.rank(counts, space_group=number)
+    assert_legal(candidates, counts)
+    centering = wyckoff_summary(number).centering
+    assert min(c.z for c in candidates) * sum(counts.values()) == atoms * centering
+
+
 @settings(
     max_examples=30,
     deadline=None,

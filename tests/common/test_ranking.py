@@ -174,6 +174,8 @@ def test_prior_answers_what_the_model_cannot() -> None:
 def test_nothing_legal(ranker: Ranker) -> None:
     with pytest.raises(UserError, match="cannot be placed"):
         rank_symmetries(make_query("NaCl", space_group=227, z=3), ranker, 5)
+    with pytest.raises(UserError, match=r"space group 230, at most 120 atoms in the primitive"):
+        rank_symmetries(make_query("SiH119", space_group=230), ranker, 5)
 
 
 def candidate(group: int, letters: str, probability: float) -> SymmetryCandidate:
