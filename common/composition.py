@@ -203,20 +203,6 @@ def parse_sites(text: str) -> tuple[SiteRequest, ...]:
     return tuple(sites)
 
 
-def wyckoff_table(space_group_number: int) -> dict[str, tuple[int, int]]:
-    """Multiplicity (conventional cell) and free coordinates of every letter of a group.
-
-    Raises:
-        ValueError: if the number is not in 1-230.
-    """
-    from common.crystal.symmetry import space_group
-
-    group = space_group(space_group_number)
-    return {
-        letter: (position.multiplicity, position.dof) for letter, position in group.wyckoff.items()
-    }
-
-
 def check_sites(
     sites: Sequence[SiteRequest], table: WyckoffTable, space_group_number: int, formula: Formula
 ) -> int:
