@@ -9,14 +9,23 @@ import bisect
 import heapq
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
 from typing import Any
 
-from common.composition import MAX_GIVEN_ATOMS, MAX_PRIMITIVE_ATOMS, WyckoffTable
+from common.composition import (
+    MAX_GIVEN_ATOMS,
+    MAX_PRIMITIVE_ATOMS,
+    Formula,
+    SiteRequest,
+    WyckoffTable,
+    check_sites,
+)
 from common.crystal.wyckoff import Sites, wyckoff_summary
+from common.errors import UserError
+from common.templates import reduce_counts
 
 #: Partial assignments kept after each element, and choices looked at per element.
 _BEAM = 40
@@ -106,6 +115,24 @@ class SiteStatistics:
 
 def _plain(counts: Mapping[int, Mapping[Any, int]]) -> dict[str, dict[str, int]]:
     return {str(k): {str(a): b for a, b in sorted(v.items())} for k, v in sorted(counts.items())}
+
+
+def legal_units(
+    space_group: int, sites: Iterable[tuple[int, str]], counts: Mapping[int, int]
+) -> int | None:
+    """Formula units that some sites hold in a group's conventional cell; None if they are illegal.
+
+    Args:
+        space_group: number 1-230.
+        sites: atomic number and letter of each.
+        counts: atoms of each atomic number; only their ratio matters.
+    """
+    formula = Formula(tuple(sorted(reduce_counts(counts)[0].items())))
+    requests = [SiteRequest(z, letter) for z, letter in sites]
+    try:
+        return check_sites(requests, wyckoff_summary(space_group).letters, space_group, formula)
+    except UserError:
+        return None
 
 
 def enumerate_sites(

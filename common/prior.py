@@ -29,7 +29,7 @@ from common.data.store import reduced_formula
 from common.elements import PAIR_FEATURES, element_table, pair_differences
 from common.errors import UserError
 from common.files import atomic_path
-from common.legal_sites import SiteStatistics, enumerate_sites, size_class
+from common.legal_sites import SiteStatistics, enumerate_sites, legal_units, size_class
 from common.reference import (
     MAX_COMPARED,
     MAX_COMPARED_ATOMS,
@@ -528,7 +528,7 @@ class TemplatePrior:
         """A user's sites in every group where they are legal, by how common the group is."""
         found = []
         for number in [space_group] if space_group else range(1, 231):
-            formula_units = _units_of(sites, number, formula)
+            formula_units = legal_units(number, sites, formula)
             if formula_units is None or not _fits(number, formula_units, space_group, z, units):
                 continue
             if not any(n == number for n, _ in seen):
@@ -762,19 +762,3 @@ def _same(number: int, sites: Sites, wanted: Sites) -> bool:
     if any(letter not in summary.letters for _, letter in wanted):
         return False
     return summary.canonical(sites) == summary.canonical(wanted)
-
-
-def _units_of(sites: Sites, number: int, formula: Mapping[int, int]) -> int | None:
-    """Formula units that some sites hold in a group, None if they are not legal there."""
-    from common.composition import Formula, SiteRequest, check_sites
-
-    requests = [SiteRequest(z, letter) for z, letter in sites]
-    try:
-        return check_sites(
-            requests,
-            wyckoff_summary(number).letters,
-            number,
-            Formula(tuple(sorted(formula.items()))),
-        )
-    except UserError:
-        return None

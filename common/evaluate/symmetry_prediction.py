@@ -1,19 +1,17 @@
 """How often a ranking of symmetries has the true one among its first k."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from common.composition import Formula, SiteRequest, check_sites
 from common.crystal.structure import Crystal
-from common.crystal.wyckoff import SymmetryKey, wyckoff_summary
+from common.crystal.wyckoff import SymmetryKey
 from common.data.store import Record
-from common.errors import UserError
 from common.language.prompt import AnswerError, parse_answer
+from common.legal_sites import legal_units
 from common.prior import SymmetryCandidate, TemplatePrior
-from common.templates import reduce_counts
 
 CUTOFFS = (1, 5, 20)
 _BINS = 10
@@ -43,7 +41,7 @@ def outcome_of(crystal: Crystal, candidates: Sequence[SymmetryCandidate]) -> Out
         groups.index(crystal.space_group) if crystal.space_group in groups else None,
         first_place(candidates, {crystal.symmetry_key}),
         candidates[0].probability if candidates else 0.0,
-        all(is_legal(c.space_group, c.sites, crystal.formula_counts) for c in candidates),
+        all(legal_units(c.space_group, c.sites, crystal.formula_counts) for c in candidates),
     )
 
 
@@ -58,26 +56,19 @@ def first_place(
     return None
 
 
-def is_legal(space_group: int, sites: Iterable[tuple[int, str]], counts: Mapping[int, int]) -> bool:
-    """Whether sites exist in a group and add up to a composition."""
-    formula = Formula(tuple(sorted(reduce_counts(counts)[0].items())))
-    requests = [SiteRequest(z, letter) for z, letter in sites]
-    try:
-        check_sites(requests, wyckoff_summary(space_group).letters, space_group, formula)
-    except UserError:
-        return False
-    return True
-
-
 def legal_answers(answers: Sequence[str], crystals: Sequence[Crystal]) -> float:
-    """Share of texts that are an answer, and a legal one for the composition."""
+    """Share of texts that are an answer, and a legal one for the composition.
+
+    That is one whose sites exist in its group, and add up to as many formula units as it says.
+    """
 
     def legal(answer: str, crystal: Crystal) -> bool:
         try:
             symmetry = parse_answer(answer)
         except AnswerError:
             return False
-        return is_legal(symmetry.space_group, symmetry.sites, crystal.formula_counts)
+        own = legal_units(symmetry.space_group, symmetry.sites, crystal.formula_counts)
+        return own == symmetry.units
 
     return float(np.mean([legal(a, c) for a, c in zip(answers, crystals, strict=True)]))
 

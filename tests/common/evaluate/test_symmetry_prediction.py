@@ -84,8 +84,9 @@ def test_legal_answers() -> None:
     right = write_answer(Symmetry.of_crystal(ROCK_SALT.crystal))
     other = write_answer(Symmetry.of(216, [(11, "a"), (17, "c")]))
     wrong = write_answer(Symmetry.of(225, [(11, "a"), (17, "e")]))
-    texts = [right, other, wrong, right.replace("4a", "4z"), ""]
-    assert legal_answers(texts, [ROCK_SALT.crystal] * 5) == pytest.approx(0.4)
+    untrue = right.replace("units: 4", "units: 8")
+    texts = [right, other, wrong, right.replace("4a", "4z"), untrue, ""]
+    assert legal_answers(texts, [ROCK_SALT.crystal] * 6) == pytest.approx(1 / 3)
 
 
 # Controls

@@ -9,7 +9,6 @@ import pytest
 
 from common.composition import parse_formula
 from common.data.store import Record
-from common.evaluate.symmetry_prediction import is_legal
 from common.language.analogues import AnalogueIndex
 from common.language.examples import IGNORED, Examples, Int, Told
 from common.language.prompt import (
@@ -22,6 +21,7 @@ from common.language.prompt import (
     write_question,
 )
 from common.language.tokenizer import UNKNOWN, SymmetryTokenizer
+from common.legal_sites import legal_units
 from common.prior import TemplatePrior
 from common.templates import reduce_counts
 from common.training import Shard
@@ -74,7 +74,7 @@ def test_what_is_told_is_legal_ordered_and_comes_back(
     assert len(set(symmetries)) == len(symmetries) > 3
     for symmetry in symmetries:
         assert symmetry == symmetry.canonical
-        assert is_legal(symmetry.space_group, symmetry.sites, question.counts)
+        assert legal_units(symmetry.space_group, symmetry.sites, question.counts)
     percents = [analogue.percent for analogue in told.similar]
     assert percents == sorted(percents, reverse=True)
     assert 0 < sum(percents) <= 103  # each is rounded
