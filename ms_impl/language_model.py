@@ -225,7 +225,7 @@ class LanguageModel:
         logits, states = self.model(tokens, *(Tensor(i.astype(np.float32)) for i in inputs))
         return logits.asnumpy(), states.asnumpy()
 
-    def write(self, prompts: Sequence[Sequence[int]], limit: int = 128) -> list[list[int]]:
+    def write(self, prompts: Sequence[Sequence[int]], limit: int) -> list[list[int]]:
         """Answers without any constraint, always the likeliest token; without the end's token.
 
         Args:

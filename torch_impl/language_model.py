@@ -186,7 +186,7 @@ class LanguageModel:
         return states
 
     @torch.inference_mode()
-    def write(self, prompts: Sequence[Sequence[int]], limit: int = 128) -> list[list[int]]:
+    def write(self, prompts: Sequence[Sequence[int]], limit: int) -> list[list[int]]:
         """Answers without any constraint, always the likeliest token; without the end's token.
 
         Args:

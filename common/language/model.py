@@ -12,6 +12,9 @@ from common.language.tokenizer import SymmetryTokenizer
 
 #: Questions that are searched side by side; what bounds memory.
 _CHUNK = 64
+#: Tokens of an answer that is written without constraint, at most. With GLM-4's tokenizer an answer
+#: of as many atoms as there may be, each on a site of its own, has about 400.
+LONGEST_ANSWER = 512
 
 
 class LanguageModel(Scorer, Protocol):
@@ -27,7 +30,7 @@ class LanguageModel(Scorer, Protocol):
     name: str
     analogues: int
 
-    def write(self, prompts: Sequence[Sequence[int]], limit: int = 128) -> list[list[int]]:
+    def write(self, prompts: Sequence[Sequence[int]], limit: int) -> list[list[int]]:
         """Answers without any constraint, always the likeliest token; without the end's token.
 
         Args:
@@ -131,7 +134,7 @@ def write_answers(
     answers: dict[int, str] = {}
     for begin in range(0, len(order), batch_size):
         chosen = order[begin : begin + batch_size]
-        written = model.write([prompts[index] for index in chosen])
+        written = model.write([prompts[index] for index in chosen], LONGEST_ANSWER)
         texts = map(model.tokenizer.decode, written)
         answers |= dict(zip(chosen, texts, strict=True))
         if progress is not None:

@@ -536,7 +536,7 @@ def test_it_is_told_what_it_was_trained_with(
     plain = load_language_model(trained / "final")
     seen: list[str] = []
 
-    def write(prompts: Sequence[Sequence[int]], limit: int = 128) -> list[list[int]]:
+    def write(prompts: Sequence[Sequence[int]], limit: int) -> list[list[int]]:
         seen.extend(map(TOKENIZER.decode, prompts))
         return [[] for _ in prompts]
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from common.composition import parse_formula
+from common.composition import MAX_PRIMITIVE_ATOMS, parse_formula
 from common.crystal.wyckoff import wyckoff_summary
 from common.language.calibration import (
     Choice,
@@ -18,6 +18,7 @@ from common.language.grammar import AnswerGrammar, TokenGrammar
 from common.language.model import rank_questions, search_request, write_answers
 from common.language.prompt import Question, Symmetry, parse_answer, write_answer
 from common.language.search import SearchRequest
+from common.language.tokenizer import SymmetryTokenizer
 from tests.common.language.test_search import COMPACT, Synthetic, exact
 
 
@@ -28,7 +29,7 @@ class Model(Synthetic):
     name = "synthetic"
     analogues = 0
 
-    def write(self, prompts, limit=128):
+    def write(self, prompts, limit):
         """The answer that each question's own tokens seed, whatever it is asked."""
         return [COMPACT.encode(f" {len(prompt)}") for prompt in prompts]
 
@@ -93,6 +94,19 @@ def test_answers_keep_their_order() -> None:
     questions = [Question.ask(dict.fromkeys(range(3, 3 + n), 1)) for n in (4, 1, 3, 2, 5)]
     texts = write_answers(Model(), questions, batch_size=2)
     assert texts == [f" {len(COMPACT.question_ids(question))}" for question in questions]
+
+
+def test_longest_answers_are_written_whole(glm4: SymmetryTokenizer) -> None:
+    """Of as many atoms as there may be, each on a site of its own, in GLM-4's small tokens."""
+    symmetry = Symmetry.of(5, [(1, "c"), *[(14, "c")] * (MAX_PRIMITIVE_ATOMS - 1)])
+
+    class Knowing(Model):
+        tokenizer = glm4
+
+        def write(self, prompts, limit):
+            return [glm4.answer_ids(symmetry)[:-1][:limit] for _ in prompts]
+
+    assert write_answers(Knowing(), [Question.ask({1: 1, 14: 119})]) == [write_answer(symmetry)]
 
 
 def test_request_is_the_question() -> None:
