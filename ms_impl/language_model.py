@@ -172,7 +172,7 @@ class LanguageModel:
         self._shared = config["num_attention_heads"] // config["num_key_value_heads"]
         turning = config["head_dim"] // 2
         powers = np.arange(0, turning, 2) / turning
-        self._frequencies = config.get("rope_theta", 10000.0) ** -powers  # [d/4]
+        self._frequencies = config["rope_theta"] ** -powers  # [d/4]
 
     def __call__(
         self, sequences: Sequence[Sequence[int]], handles: Sequence[Any]

@@ -24,6 +24,8 @@ CONFIG = "config.json"
 _HEADER = 8
 _SAMPLE = 2**20
 _TYPES: dict[str, type[np.generic]] = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
+#: What transformers takes where config.json does not say.
+_USUAL = {"rms_norm_eps": 1.5625e-07, "rope_theta": 10000.0}
 #: Our settings of a network, and what config.json calls them.
 _SIZES = {
     "layers": "num_hidden_layers",
@@ -55,7 +57,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Content of config.json.
+    """Content of config.json, and what transformers takes where it does not say.
 
     Raises:
         UserError: if it cannot be read, or is another network's than GLM-4's.
@@ -64,7 +66,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     config = read_json(path)
     if config.get("model_type") != "glm":
         raise UserError(f"{path}: model_type is not glm; give a folder of GLM-4")
-    return config
+    return _USUAL | config
 
 
 def base_of(adapter: Checkpoint, base: Path | None = None) -> tuple[Path, Checkpoint | None]:
@@ -96,14 +98,13 @@ def network_config(folder: Path, model: GlmConfig) -> dict[str, Any]:
         UserError: if it cannot be read, is not GLM-4's or of other sizes.
     """
     path = folder / CONFIG
-    content = read_json(path)
+    content = read_config(folder)
     check_network(content, str(path))
     for ours, theirs in _SIZES.items():
         if content[theirs] != getattr(model, ours):
             line = f"{path}: {theirs} is {content[theirs]}, but model.{ours} {getattr(model, ours)}"
             raise UserError(f"{line}: give the folder of the network that the run names")
-    eps = content.get("rms_norm_eps", model.norm_eps)
-    return content | {"rms_norm_eps": eps, "rope_theta": content.get("rope_theta", 10000.0)}
+    return content
 
 
 @dataclass(frozen=True)

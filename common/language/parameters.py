@@ -63,7 +63,13 @@ def check_network(config: Mapping[str, Any], where: str) -> None:
         size = config.get(name)
         if not isinstance(size, int) or size < 1:
             raise UserError(f"{where}: {name} is {size!r}, not a size; give GLM-4's own file")
-    wanted = {"attention_bias": True, "tie_word_embeddings": False, "partial_rotary_factor": 0.5}
+    wanted = {
+        "attention_bias": True,
+        "tie_word_embeddings": False,
+        "partial_rotary_factor": 0.5,
+        "hidden_act": "silu",
+        "rope_scaling": None,
+    }
     for name, value in wanted.items():
         if config.get(name, value) != value:
             raise UserError(f"{where}: {name} is {config[name]}, not {value} as in GLM-4-9B")

@@ -1,5 +1,7 @@
 """The search asks MindSpore for what torch answers: scores with and without a past, rankings."""
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -96,6 +98,37 @@ def test_repositories_of_the_hub(
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: str(held[name]))
     found = load("some/adapter@v1", base=Path("some/base@v1"))
     assert found.name == load_checkpoint(ADAPTER).hash
+
+
+def foreign(folder: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    """The shipped base as a folder of transformers, whose config.json is another one."""
+    for name in ("model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(BASE / name, folder)
+    config = json.loads((BASE / "config.json").read_text())
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["rms_norm_eps", "rope_theta"])
+def test_what_a_folder_does_not_say_is_as_usual(name: str, tmp_path: Path) -> None:
+    folder = foreign(tmp_path, lambda config: config.pop(name))
+    first, second = (load(folder) for load in LOADERS)
+    ids = [first.tokenizer.question_ids(QUESTIONS[0])]
+    ours, theirs = (logits(model, ids, [None])[0] for model in (first, second))
+    assert np.abs(ours - theirs).max() < LIMIT
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("hidden_act", "gelu"), ("rope_scaling", {"rope_type": "linear", "factor": 4.0})],
+)
+def test_other_networks_are_not_computed_as_if_they_were_glm4(
+    name: str, value: object, tmp_path: Path
+) -> None:
+    folder = foreign(tmp_path, lambda config: config.update({name: value}))
+    with pytest.raises(UserError, match=f"{name} is "):
+        load_mindspore(folder)
 
 
 @pytest.mark.parametrize("load", LOADERS, ids=["torch", "mindspore"])
