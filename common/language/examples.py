@@ -129,6 +129,12 @@ class Examples:
         self._analogues = 1 + max(numbers, default=-1)
         self._lengths = np.array([[len(e.tokens) for e in forms] for forms in self._forms])
 
+    @property
+    def longest(self) -> tuple[int, int]:
+        """The row with the longest question and answers, and the tokens that they are padded to."""
+        row = int(self._lengths.max(axis=1).argmax())
+        return row, _padded(int(self._lengths[row].max()))
+
     def epoch(self, seed: int, epoch: int) -> list[tuple[Int, Int]]:
         """Batches of one epoch in their order, each as rows and what these are asked."""
         random = np.random.Generator(np.random.Philox(key=[seed, epoch]))

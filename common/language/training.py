@@ -63,6 +63,17 @@ class LanguageTrainer(TrainingRun[TokenBatch]):
             raise UserError(f"{settings.validation}: no crystal to watch")
         self.data = self._examples(train_records, settings.rehearsals)
         self.validation = self._examples(validation_records[: settings.validation_rows], 0)
+        for name, rows, data in (
+            (settings.data, train_records, self.data),
+            (settings.validation, validation_records, self.validation),
+        ):
+            row, tokens = data.longest
+            if tokens > config.model.positions:
+                raise UserError(
+                    f"{name}: question and answer of {rows[row].material_id} take {tokens} tokens, "
+                    f"but model.positions is {config.model.positions}: give as many, or leave the "
+                    "row out"
+                )
 
     @cached_property
     def start_folder(self) -> Path | None:

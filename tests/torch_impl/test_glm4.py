@@ -83,6 +83,21 @@ def test_nothing_to_learn_from_or_to_watch(records: list[Record]) -> None:
             Trainer(language_run(), rows, watched)
 
 
+def test_rows_longer_than_the_positions(records: list[Record]) -> None:
+    """MindFormers' table of angles ends there; the longest row is named."""
+
+    def positions(count: int) -> LanguageRunConfig:
+        run = language_run()
+        return run.model_copy(update={"model": run.model.model_copy(update={"positions": count})})
+
+    row, tokens = Trainer(language_run(), records, records).data.longest
+    assert Trainer(positions(tokens), records, records).data.longest == (row, tokens)
+    told = f"{records[row].material_id} take {tokens} tokens, but model.positions is {tokens - 1}"
+    for rows, watched in ((records, records), (records[:1], records)):
+        with pytest.raises(UserError, match=told):
+            Trainer(positions(tokens - 1), rows, watched)
+
+
 def test_loss_is_that_of_transformers(model: LanguageModel, records: list[Record]) -> None:
     """The batch, padded and with the head on answers alone, against one example at a time."""
     trainer = Trainer(language_run(), records, records)
