@@ -20,6 +20,7 @@ from common.composition import Formula, SiteRequest, check_sites
 from common.crystal.wyckoff import wyckoff_summary
 from common.data.locations import dataset
 from common.data.store import Record
+from common.errors import UserError
 from common.language import prompt
 from common.language.analogues import AnalogueIndex
 from common.language.grammar import AnswerGrammar, TokenGrammar
@@ -146,4 +147,7 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -6,6 +6,7 @@ Deterministic: the same training rows and package versions give the same file. T
 """
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +14,7 @@ import typer
 
 from common.data.locations import dataset
 from common.data.store import fingerprint
+from common.errors import UserError
 from common.evaluate.symmetry_prediction import evaluate_prior
 from common.prior import SHIPPED, TemplatePrior
 
@@ -36,4 +38,7 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    try:
+        typer.run(main)
+    except UserError as error:
+        sys.exit(f"error: {error}")

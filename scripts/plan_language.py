@@ -9,6 +9,7 @@ MindFormers' graphs have them. Computed from these: everything else. A fourth bl
 the law is off.
 """
 
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -187,13 +188,11 @@ class Plan:
 def plan(
     run: LanguageRunConfig, coefficients: NDArray[np.float64], padded: Padding, devices: int
 ) -> Plan:
-    """What a run needs with MindFormers: memory of its largest graph, operations of a mean step.
+    """What a run with lora needs with MindFormers: its largest graph's memory, a step's operations.
 
-    Raises:
-        UserError: if it has no lora.
+    Operations are those of a mean step.
     """
-    if run.lora is None:
-        raise UserError(f"{run.name}: a plan is for runs with lora")
+    assert run.lora is not None
     config = run.model.to_huggingface(compact_tokenizer()) | {"vocab_size": VOCABULARY}
     count = sum(prod(p.shape) for p in parameters(config))
     added = sum(prod(p.shape) for p in lora_parameters(config, run.lora.rank, run.lora.targets))
@@ -224,11 +223,12 @@ def main(
 ) -> None:
     """Measures small networks and prints a plan."""
     run = parse_run(read_settings(config), str(config))
-    assert isinstance(run, LanguageRunConfig)
+    if not isinstance(run, LanguageRunConfig) or run.lora is None:
+        raise UserError(f"{config}: a plan is for language models' runs with lora")
     folder = tokenizer or Path(run.train.init_from or "")
     padded = padding(run, load_tokenizer(folder), dataset(run.train.data), devices)
     torch.manual_seed(0)
-    needs = {shape: block(shape, run.lora or LoraConfig()) for shape in SHAPES}
+    needs = {shape: block(shape, run.lora) for shape in SHAPES}
     coefficients = law(needs)
     for shape, need in needs.items():
         wanted = float(coefficients @ np.array(shape))
@@ -258,4 +258,7 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    try:
+        typer.run(main)
+    except UserError as error:
+        sys.exit(f"error: {error}")
