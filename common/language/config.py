@@ -7,6 +7,28 @@ from pydantic import Field, model_validator
 from common.config import AnyRunConfig, Optimisation, PropertyName, Settings
 from common.language.tokenizer import SymmetryTokenizer
 
+#: Sections of MindFormers' YAML that our settings fill; others are kept as they are.
+FILLED = frozenset(
+    [
+        "seed",
+        "run_mode",
+        "load_checkpoint",
+        "model",
+        "trainer",
+        "train_dataset",
+        "train_dataset_task",
+        "eval_dataset",
+        "eval_step_interval",
+        "runner_config",
+        "runner_wrapper",
+        "lr_schedule",
+        "optimizer",
+        "recompute_config",
+        "callbacks",
+        "uni_mdm",
+    ]
+)
+
 
 class GlmConfig(Settings):
     """GLM-4: what both transformers' GlmForCausalLM and MindFormers' ChatGLM2 can be.
@@ -156,4 +178,11 @@ class LanguageRunConfig(AnyRunConfig):
             raise ValueError("lora needs train.init_from, the checkpoint that it adds to")
         if self.train.fsdp and self.lora is None:
             raise ValueError("train.fsdp needs lora: it is the base that GPUs share out")
+        return self
+
+    @model_validator(mode="after")
+    def _says_nothing_twice(self) -> Self:
+        if filled := FILLED & self.mindformers.keys():
+            names = ", ".join(sorted(filled))
+            raise ValueError(f"mindformers.{names}: other settings say it, for every framework")
         return self

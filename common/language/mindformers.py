@@ -10,7 +10,7 @@ from typing import Any
 
 from common.config import parse_as
 from common.errors import UserError
-from common.language.config import LanguageRunConfig
+from common.language.config import FILLED, LanguageRunConfig
 from common.language.parameters import ATTENTION
 from common.training import ADAM_BETAS, ADAM_EPS
 
@@ -24,27 +24,6 @@ _OWN = (
     "ema",
     "compile",
     "fsdp",
-)
-#: Those that our settings fill; others are kept as they are.
-_FILLED = frozenset(
-    [
-        "seed",
-        "run_mode",
-        "load_checkpoint",
-        "model",
-        "trainer",
-        "train_dataset",
-        "train_dataset_task",
-        "eval_dataset",
-        "eval_step_interval",
-        "runner_config",
-        "runner_wrapper",
-        "lr_schedule",
-        "optimizer",
-        "recompute_config",
-        "callbacks",
-        "uni_mdm",
-    ]
 )
 #: What the others are where nobody says more: one process, or some with a part of the data each.
 USUAL: dict[str, Any] = {
@@ -271,7 +250,7 @@ def _run_settings(data: Mapping[str, Any]) -> dict[str, Any]:
             "norm_eps": network["layernorm_epsilon"],
         },
         "train": train,
-        "mindformers": {name: value for name, value in data.items() if name not in _FILLED},
+        "mindformers": {name: value for name, value in data.items() if name not in FILLED},
     }
     adapter = network.get("pet_config")
     if adapter is not None:

@@ -42,6 +42,7 @@ def test_shipped_file(path: Path, compact: SymmetryTokenizer) -> None:
         ("train", {"analogues": 6, "analogue_dropout": 1.1}, "train.analogue_dropout"),
         ("train", {"dropout": 1.0}, "train.dropout"),
         ("train", {"batch_size": 4}, "train.batch_size"),
+        ("mindformers", {"optimizer": {"type": "SGD"}}, "mindformers.optimizer: other settings"),
     ],
 )
 def test_wrong_settings(section: str, setting: dict[str, object], told: str) -> None:
