@@ -234,12 +234,19 @@ def load_ranker(
     return Ranker(prior, note=note)
 
 
-@lru_cache(maxsize=2)
 def load_prior(path: Path | None = None) -> "TemplatePrior":
-    """The template prior of a path, or the shipped one; kept for the next call."""
-    from common.prior import SHIPPED, TemplatePrior
+    """The template prior of a path, or the shipped one; kept until the file is another one."""
+    from common.prior import SHIPPED
 
-    return TemplatePrior.load(path or SHIPPED)
+    file = path or SHIPPED
+    return _read_prior(file, file.stat().st_mtime_ns if file.is_file() else 0)
+
+
+@lru_cache(maxsize=2)
+def _read_prior(path: Path, changed: int) -> "TemplatePrior":
+    from common.prior import TemplatePrior
+
+    return TemplatePrior.load(path)
 
 
 def model_folder(wanted: str | None, given: str | Path) -> Path | None:
