@@ -2,8 +2,6 @@
 
 import json
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +28,7 @@ from tests.networks import fill_value
 from tests.training import textbook_records, tiny_run
 from torch_impl.backend import load, train
 from torch_impl.diffusion import Loss
+from torch_impl.threads import threads_per_operation
 from torch_impl.train_dit import Trainer
 
 SCORE = {"kind": "score", "timesteps": 50}
@@ -413,16 +412,6 @@ def test_shares_of_a_batch_add_up(records: list[Record]) -> None:
         torch.testing.assert_close(one, three, rtol=1e-3, atol=1e-6 * largest, msg=name)
 
 
-@contextmanager
-def torch_threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def sizes_of_shares(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Gets the crystals of every call of the loss, in which an operation has one thread."""
     sizes = []
@@ -449,7 +438,7 @@ def test_threads_take_shares_of_a_step(
     run = tiny_run(model=model, batch_size=7, edge_budget=65536)
     found = []
     for count, shares in ((1, [7]), (2, [3, 4]), (3, [2, 2, 3]), (5, [1, 1, 1, 2, 2])):
-        with torch_threads(count):
+        with threads_per_operation(count):
             trainer = trainer_of(records, run)
             with torch.no_grad():
                 for name, parameter in trainer.model.named_parameters():
@@ -472,7 +461,7 @@ def test_threads_take_shares_of_a_step(
 def test_fewer_crystals_than_threads(
     records: list[Record], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with torch_threads(4):
+    with threads_per_operation(4):
         trainer = trainer_of(records, tiny_run(batch_size=2, edge_budget=2048))
         sizes = sizes_of_shares(trainer, monkeypatch)
         steps(trainer, 1)
@@ -481,7 +470,7 @@ def test_fewer_crystals_than_threads(
 
 def test_threads_repeat_a_run_bit_by_bit(records: list[Record]) -> None:
     """Which share is done first makes no difference."""
-    with torch_threads(3):
+    with threads_per_operation(3):
         first, second = (trainer_of(records, tiny_run(batch_size=16)) for _ in range(2))
         assert first.threads is not None
         assert steps(first, 4) == steps(second, 4)
@@ -492,7 +481,7 @@ def test_threads_repeat_a_run_bit_by_bit(records: list[Record]) -> None:
 def test_an_error_in_a_share_is_raised(
     records: list[Record], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with torch_threads(2):
+    with threads_per_operation(2):
         trainer = trainer_of(records, tiny_run())
         data = next(trainer.batches())
 
@@ -510,6 +499,6 @@ def test_one_thread_where_state_is_its_own(
     records: list[Record], settings: dict[str, object]
 ) -> None:
     """Compiled code and autocast's cache are not shared between threads."""
-    with torch_threads(2):
+    with threads_per_operation(2):
         assert trainer_of(records, tiny_run(**settings)).threads is None
         assert trainer_of(records, tiny_run()).threads is not None
