@@ -47,7 +47,7 @@ from common.ranking import Ranker, rank_symmetries
 
 FORMAT_VERSION = 1
 _RUN, _JOURNAL = "run.json", "journal.jsonl"
-#: Crystals sampled together, and kept together: what a kill costs at most. A call of the network has
+#: Crystals sampled and kept together: what a kill costs at most. A call of the network has
 #: one size however few crystals are in it, so that small batches take a third longer.
 _BATCH = 1024
 _MAX_FOLDERS = 10_000
