@@ -7,6 +7,7 @@ and safetensors). No code that comes with weights is run, and no pickle is read.
 import math
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,11 @@ from common.language.pasts import Call, Past, alike
 from common.language.tokenizer import SymmetryTokenizer, load_tokenizer
 from torch_impl.devices import available_device
 from torch_impl.glm4 import add_adapter, build, load_adapter, load_weights
+from torch_impl.threads import threads_per_operation
+
+#: Parameters up to which an operation has one thread on a CPU: several gain little, and the last
+#: bits would hang on how many there are.
+SMALL = 20_000_000
 
 
 def _attention_by_group(
@@ -123,6 +129,10 @@ class LanguageModel:
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
 
+    @cached_property
+    def _is_small(self) -> bool:
+        return self._device.type == "cpu" and self.model.num_parameters() <= SMALL
+
     @torch.inference_mode()
     def __call__(
         self, sequences: Sequence[Sequence[int]], handles: Sequence[Any]
@@ -138,9 +148,10 @@ class LanguageModel:
         logits = np.empty((len(new), self.model.config.vocab_size), dtype=np.float32)
         pasts: list[Past | None] = [None] * len(new)
         for rows in alike([len(ids) for ids in new]):
-            found, states = self._forward(
-                [new[row] for row in rows], [handles[row] for row in rows]
-            )
+            with threads_per_operation(1) if self._is_small else nullcontext():
+                found, states = self._forward(
+                    [new[row] for row in rows], [handles[row] for row in rows]
+                )
             logits[rows] = found
             for row, own in zip(rows, states, strict=True):
                 length = len(new[row])

@@ -13,7 +13,13 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from common.checkpoint import latest, load_checkpoint, rows_seen_by, save_checkpoint
+from common.checkpoint import (
+    latest,
+    load_checkpoint,
+    rows_seen_by,
+    save_checkpoint,
+    shipped_language,
+)
 from common.composition import Formula
 from common.data.store import Record, read_records, write_records
 from common.errors import UserError
@@ -32,6 +38,7 @@ from torch_impl import devices
 from torch_impl.backend import train_language
 from torch_impl.glm4 import add_dropout, answer_loss, build
 from torch_impl.language_model import LanguageModel, load_language_model
+from torch_impl.threads import threads_per_operation
 from torch_impl.train_glm4 import Trainer
 
 TOKENIZER = compact_tokenizer()
@@ -615,3 +622,15 @@ def test_bad_folders(trained: Path, model: LanguageModel, tmp_path: Path) -> Non
     assert "other" in refused(other)
     (other / "model.safetensors").unlink()
     assert "other" in refused(other)
+
+
+def test_logits_do_not_hang_on_the_number_of_threads() -> None:
+    """The shipped model's, whose probabilities `generate` writes down."""
+    model = load_language_model(shipped_language()["glm4_tiny_fm"])
+    questions = [list(range(5, 65 + 7 * i)) for i in range(6)]
+    found = []
+    for threads in (1, 2, 3):
+        with threads_per_operation(threads):
+            found.append(model(questions, [None] * len(questions))[0])
+            assert torch.get_num_threads() == threads
+    assert found[0].tobytes() == found[1].tobytes() == found[2].tobytes()
