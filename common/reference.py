@@ -14,7 +14,7 @@ from pymatgen.core import Structure
 from common.crystal.lattice import k_constraints, k_to_lattice, lattice_to_k
 from common.crystal.structure import Crystal, Site
 from common.crystal.wyckoff import wyckoff_summary
-from common.evaluate.match import PERFECT, STANDARD, cell_distance, reduced_cell
+from common.evaluate.match import PERFECT, STANDARD, Cell, cell_distance, reduced_cell
 from common.templates import reduce_counts
 
 #: Free coordinates are kept to a 65,536th of the cell, about 0.0002 A.
@@ -175,7 +175,7 @@ class ReferenceIndex:
             None if nothing matches within StructureMatcher's tolerances (ltol 0.3, stol 0.5,
             angle_tol 10).
         """
-        own = reduced_cell(structure, primitive=False)
+        own: Cell | None = None
         best: tuple[int, float] | None = None
         for row, elements in zip(rows, replace, strict=True):
             crystal = self.crystal(row)
@@ -186,6 +186,7 @@ class ReferenceIndex:
             other = Crystal(crystal.space_group, tuple(sites), crystal.lattice)
             compared = other.to_structure(primitive=True)
             if sizes[0] == sizes[1]:
+                own = own or reduced_cell(structure, primitive=False)
                 distance = cell_distance(own, reduced_cell(compared, primitive=False), STANDARD)
             else:
                 distance = _repeated_distance(structure, compared)

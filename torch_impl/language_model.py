@@ -31,8 +31,8 @@ from torch_impl.devices import available_device
 from torch_impl.glm4 import add_adapter, build, load_adapter, load_weights
 from torch_impl.threads import threads_per_operation
 
-#: Parameters up to which an operation has one thread on a CPU: several gain little, and the last
-#: bits would hang on how many there are.
+#: Parameters up to which an operation has one thread on a CPU, so that the last bits do not hang on
+#: how many there are. A call is slower for it, which a larger network could not afford.
 SMALL = 20_000_000
 
 

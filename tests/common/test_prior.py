@@ -382,6 +382,19 @@ def test_distance_is_that_of_structure_matcher(prior: TemplatePrior) -> None:
         assert len(original) == 1 or found[1] > 1e-3
 
 
+def test_a_cell_is_not_reduced_for_nothing(
+    prior: TemplatePrior, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which takes for ever where it is as thin as an untrained network makes it."""
+
+    def reduced(*_: object, **__: object) -> None:
+        raise AssertionError("there is nothing to compare it with")
+
+    monkeypatch.setattr("common.reference.reduced_cell", reduced)
+    sites = tuple(Site(z, "a", (0.1, 0.2, z / 100)) for z in (3, 61, 75))
+    assert prior.nearest(Crystal(1, sites, np.diag([1e-4, 1e-4, 1e6]))) is None
+
+
 def test_of_equally_near_crystals_the_first_is_named() -> None:
     """Which are the most alike in their elements, not those that rounding favours."""
     salts = [(11, 17), (19, 35), (12, 8), (3, 9), (20, 34)]
