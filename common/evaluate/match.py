@@ -42,6 +42,7 @@ CPU_SECONDS = 60.0
 """Processor time after which one pair counts as not matched (typical: 0.02 s)."""
 PERFECT = 1e-5
 """An rms below this cannot be told from zero: the search stops."""
+_AGAIN_AFTER = 1.0  # s of processor time until a timeout that was lost is raised again
 _MAX_IMAGES = 3e5
 _PAIRS_PER_WORKER = 100  # fewer are not worth starting a process for
 
@@ -167,24 +168,34 @@ def _match_candidate(
 def _cpu_limit(seconds: float) -> Iterator[None]:
     """Raise CpuTimeout after that much processor time; no limit outside the main thread.
 
-    Processor time, so that a busy machine gives the same results as an idle one.
+    Processor time, so that a busy machine gives the same results as an idle one. An exception that
+    a signal raises within a destructor or a callback of the garbage collector is lost: it is raised
+    again later, at the latest when the work is done.
     """
     if not hasattr(signal, "setitimer") or (
         threading.current_thread() is not threading.main_thread()
     ):
         yield
         return
+    expired = False
 
     def expire(_signal: int, _frame: FrameType | None) -> None:
+        nonlocal expired
+        expired = True
         raise CpuTimeout
 
     previous = signal.signal(signal.SIGVTALRM, expire)
-    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
     try:
-        yield
-    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, seconds, _AGAIN_AFTER)
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+    finally:  # even if the limit was reached while the timer was being stopped
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         signal.signal(signal.SIGVTALRM, previous)
+    if expired:
+        raise CpuTimeout
 
 
 @dataclass(frozen=True)
