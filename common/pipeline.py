@@ -8,6 +8,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -418,16 +419,29 @@ def generate(
     if engine.ranker.note:
         warnings.warn(engine.ranker.note, stacklevel=2)
     candidates = rank_symmetries(query, engine.ranker, settings.top)
-    return answer([(query, candidates)], engine, settings, progress)[0]
+    return answer(query, candidates, engine, settings, progress)
 
 
 def answer(
+    query: Query,
+    candidates: Sequence["SymmetryCandidate"],
+    engine: Engine,
+    settings: Settings,
+    progress: Progress | None = None,
+) -> list[GeneratedCrystal]:
+    """Samples the symmetries of a query and describes the chosen crystals."""
+    (samples,) = sample_symmetries([(query, candidates)], engine, settings, progress)
+    sampled = Sampled(query, candidates, samples, settings, engine.checkpoint)
+    return describe(sampled, engine.prior, progress)
+
+
+def sample_symmetries(
     ranked: Sequence[tuple[Query, Sequence["SymmetryCandidate"]]],
     engine: Engine,
     settings: Settings,
     progress: Progress | None = None,
-) -> list[list[GeneratedCrystal]]:
-    """Samples several queries in one batch and describes the chosen crystals."""
+) -> list[list[list[Crystal]]]:
+    """Samples several queries in one batch: the crystals of every symmetry of every query."""
     report = progress or (lambda *_: None)
     requests = [
         SampleRequest(c.space_group, c.sites, query.properties, _noise_key(query, c), sample)
@@ -446,19 +460,49 @@ def answer(
     crystals = iter(
         engine.generator.sample(requests, settings.seed, steps=settings.steps, progress=advance)
     )
-    total = sum(len(candidates) for _, candidates in ranked)
-    described = 0
-    answers = []
-    for query, candidates in ranked:
-        chosen = []
-        for rank, candidate in enumerate(candidates, start=1):
-            report("Comparing", described, total)
-            samples = [next(crystals) for _ in range(settings.num_samples)]
-            chosen.append(_describe(rank, candidate, samples, query, engine, settings))
-            described += 1
-        answers.append(chosen)
+    return [
+        [list(islice(crystals, settings.num_samples)) for _ in candidates]
+        for _, candidates in ranked
+    ]
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A query whose symmetries are sampled.
+
+    Attributes:
+        query: what was asked.
+        candidates: its symmetries, the most probable first.
+        samples: the crystals of each.
+        settings: how it is answered.
+        checkpoint: name and hash of the network's weights.
+    """
+
+    query: Query
+    candidates: Sequence["SymmetryCandidate"]
+    samples: Sequence[Sequence[Crystal]]
+    settings: Settings
+    checkpoint: dict[str, str]
+
+
+def describe(
+    sampled: Sampled, prior: "TemplatePrior", progress: Progress | None = None
+) -> list[GeneratedCrystal]:
+    """The chosen crystal of every symmetry of a query, with what is to be said of it.
+
+    Args:
+        sampled: the query with its crystals.
+        prior: the training structures.
+        progress: told what is done.
+    """
+    report = progress or (lambda *_: None)
+    total = len(sampled.candidates)
+    crystals = []
+    for rank in range(1, total + 1):
+        report("Comparing", rank - 1, total)
+        crystals.append(_describe(rank, sampled, prior))
     report("Comparing", total, total)
-    return answers
+    return crystals
 
 
 def _noise_key(query: Query, candidate: "SymmetryCandidate") -> str:
@@ -467,17 +511,12 @@ def _noise_key(query: Query, candidate: "SymmetryCandidate") -> str:
     return f"{query.formula.text} {candidate.space_group} {sites}"
 
 
-def _describe(
-    rank: int,
-    candidate: "SymmetryCandidate",
-    samples: Sequence[Crystal],
-    query: Query,
-    engine: Engine,
-    settings: Settings,
-) -> GeneratedCrystal:
+def _describe(rank: int, sampled: Sampled, prior: "TemplatePrior") -> GeneratedCrystal:
     from common.evaluate.symmetry import composition_is_exact, found_space_groups
     from common.evaluate.validity import min_distance
 
+    query, candidate = sampled.query, sampled.candidates[rank - 1]
+    samples = sampled.samples[rank - 1]
     choice = choose_sample(samples)
     crystal = samples[choice.sample]
     structure = crystal.to_structure()
@@ -490,15 +529,15 @@ def _describe(
         crystal=crystal,
         symmetry=candidate,
         query=query,
-        settings=settings,
+        settings=sampled.settings,
         choice=choice,
-        checkpoint=engine.checkpoint,
-        nearest=engine.prior.nearest(crystal),
+        checkpoint=sampled.checkpoint,
+        nearest=prior.nearest(crystal),
         found_groups=found,
         composition_exact=composition_is_exact(structure, counts),
         min_distance=distance,
         density=float(structure.density),
-        warnings=_warnings(query, candidate, found, distance, engine),
+        warnings=_warnings(query, candidate, found, distance, prior),
     )
 
 
@@ -507,7 +546,7 @@ def _warnings(
     candidate: "SymmetryCandidate",
     found: dict[str, int],
     distance: float,
-    engine: Engine,
+    prior: "TemplatePrior",
 ) -> tuple[str, ...]:
     notes = []
     if distance < (CLOSE_WITH_HYDROGEN if 1 in query.formula.counts else CLOSE):
@@ -515,7 +554,7 @@ def _warnings(
     if set(found.values()) != {candidate.space_group}:
         named = ", ".join(f"{program} {number}" for program, number in found.items())
         notes.append(f"space group found: {named}")
-    strangers = sorted(set(query.formula.counts) - engine.prior.known_elements)
+    strangers = sorted(set(query.formula.counts) - prior.known_elements)
     if strangers:
         symbols = ", ".join(Element.from_Z(z).symbol for z in strangers)
         notes.append(f"not in the training set: {symbols}")

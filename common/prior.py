@@ -195,6 +195,10 @@ class TemplatePrior:
             for name, w in metadata["weights"].items()
         }
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For another process, which makes its own of what is kept here."""
+        return TemplatePrior, (self._table, self.metadata)
+
     @cached_property
     def hash(self) -> str:
         """Names the prior: 12 hex digits of the SHA-256 of what was learned, not of the source."""

@@ -13,9 +13,13 @@ give the same bytes.
 
 import hashlib
 import json
+import multiprocessing
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -34,22 +38,27 @@ from common.files import (
     write_atomic,
     write_together,
 )
+from common.machine import start_worker
 from common.pipeline import (
     Engine,
-    GeneratedCrystal,
     Progress,
     Query,
+    Sampled,
     Settings,
-    answer,
+    describe,
     load_engine,
+    sample_symmetries,
 )
+from common.prior import TemplatePrior
 from common.ranking import Ranker, rank_symmetries
 
 FORMAT_VERSION = 1
 _RUN, _JOURNAL = "run.json", "journal.jsonl"
-#: Crystals sampled and kept together: what a kill costs at most. A call of the network has
-#: one size however few crystals are in it, so that small batches take a third longer.
+#: Crystals sampled together: what a kill costs at most. A call of the network has one size however
+#: few crystals are in it, so that small batches take a third longer.
 _BATCH = 1024
+#: Fewer are not worth starting a process for.
+_CRYSTALS_PER_WORKER = 200
 _MAX_FOLDERS = 10_000
 
 
@@ -86,6 +95,7 @@ def generate_many(
     checkpoint: str | Path | None = None,
     prior: Any = None,
     symmetry_model: str | Path | None = None,
+    workers: int = 1,
     progress: Progress | None = None,
 ) -> Outcome:
     """Answers requests into a folder.
@@ -98,6 +108,8 @@ def generate_many(
         out: the folder.
         settings: the same for all.
         backend, checkpoint, prior, symmetry_model: as in ``common.pipeline.generate``.
+        workers: processes that compare crystals, if there are many. They are spawned: a script
+            that asks for several needs an ``if __name__ == "__main__"``.
         progress: told what is done.
 
     Raises:
@@ -113,7 +125,7 @@ def generate_many(
     with _open_folder(Path(out), description) as folder:
         journal = _Journal(folder / _JOURNAL)
         resumed = len(journal.entries)
-        _answer_all(queries, engines, settings, folder, journal, progress)
+        _answer_all(queries, engines, settings, folder, journal, workers, progress)
         entries = [journal.entries[index] for index in range(len(queries))]
         _finish(folder, description, entries)
     notes = dict.fromkeys(engine.ranker.note for engine in engines.values() if engine.ranker.note)
@@ -243,15 +255,29 @@ class _Journal:
             if whole < len(data):
                 os.truncate(path, whole)
 
-    def append(self, entries: Iterable[dict[str, Any]]) -> None:
-        """Adds lines and makes them durable."""
-        entries = list(entries)
-        lines = [json.dumps(entry, separators=(",", ":")) + "\n" for entry in entries]
-        append_whole(self._path, "".join(lines).encode())
-        self.entries |= {entry["index"]: entry for entry in entries}
+    def append(self, entry: dict[str, Any]) -> None:
+        """Adds a line and makes it durable."""
+        line = json.dumps(entry, separators=(",", ":")) + "\n"
+        append_whole(self._path, line.encode())
+        self.entries[entry["index"]] = entry
 
 
 # Answering
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A request on its way: its folder, and its crystals or why there can be none."""
+
+    index: int
+    query: Query
+    place: str = ""
+    sampled: Sampled | None = None
+    error: str | None = None
+
+
+_Answer = tuple[dict[str, Any], dict[str, str]]
+"""A line of the journal, and the CIFs that it names by their path in the run's folder."""
 
 
 def _answer_all(
@@ -260,83 +286,141 @@ def _answer_all(
     settings: Settings,
     folder: Path,
     journal: _Journal,
+    workers: int,
     progress: Progress | None,
 ) -> None:
-    report = progress or (lambda *_: None)
+    def tell() -> None:
+        if progress is not None and len(queries) > 1:
+            progress("Requests", len(journal.entries), len(queries))
+
+    tell()
     waiting = [index for index in range(len(queries)) if index not in journal.entries]
-    size = max(1, _BATCH // (settings.top * settings.num_samples))
+    jobs = _sample_all(queries, waiting, engines, settings, progress)
+    prior = next(iter(engines.values())).prior
+    work = len(waiting) * settings.top * settings.num_samples // _CRYSTALS_PER_WORKER
+    workers = min(workers, len(waiting), 1 + work)
+    answers = (
+        _described_apart(jobs, prior, workers, limit=_chunk(settings))
+        if workers > 1
+        else (_answer_job(job, prior, progress) for job in jobs)
+    )
+    with closing(answers):
+        for entry, files in answers:
+            _keep(folder, entry, files, journal)
+            tell()
+
+
+def _chunk(settings: Settings) -> int:
+    """Requests whose crystals are sampled together."""
+    return max(1, _BATCH // (settings.top * settings.num_samples))
+
+
+def _sample_all(
+    queries: Sequence[Query],
+    waiting: Sequence[int],
+    engines: dict[str | None, Engine],
+    settings: Settings,
+    progress: Progress | None,
+) -> Iterator[_Job]:
+    """The waiting requests with their crystals, batch by batch."""
+    size = _chunk(settings)
     for kind, engine in engines.items():
         mine = [index for index in waiting if _kind(queries[index]) == kind]
         for start in range(0, len(mine), size):
-            if len(queries) > 1:
-                report("Requests", len(journal.entries), len(queries))
-            chunk = {index: queries[index] for index in mine[start : start + size]}
-            entries, files = _answer_chunk(chunk, engine, settings, len(queries), progress)
-            _keep(folder, entries, files, journal)
-    if len(queries) > 1:
-        report("Requests", len(queries), len(queries))
+            ranked = {}
+            for index in mine[start : start + size]:
+                query = queries[index]
+                try:
+                    ranked[index] = query, rank_symmetries(query, engine.ranker, settings.top)
+                except UserError as error:
+                    yield _Job(index, query, error=str(error))
+            if not ranked:
+                continue
+            crystals = sample_symmetries(list(ranked.values()), engine, settings, progress)
+            for (index, (query, candidates)), samples in zip(ranked.items(), crystals, strict=True):
+                place = f"{index + 1:05d}_{query.formula.text}" if len(queries) > 1 else ""
+                sampled = Sampled(query, candidates, samples, settings, engine.checkpoint)
+                yield _Job(index, query, place, sampled)
 
 
-def _answer_chunk(
-    chunk: dict[int, Query],
-    engine: Engine,
-    settings: Settings,
-    total: int,
-    progress: Progress | None,
-) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """Entries of some requests, and their CIFs by path in the run's folder."""
-    entries: list[dict[str, Any]] = []
-    files: dict[str, str] = {}
-    ranked = {}
-    for index, query in chunk.items():
-        try:
-            ranked[index] = (query, rank_symmetries(query, engine.ranker, settings.top))
-        except UserError as error:
-            failed = {"index": index, "status": "failed", "error": str(error)}
-            entries.append(failed | {"query": query.to_dict(), "folder": "", "crystals": []})
-    answers = answer(list(ranked.values()), engine, settings, progress) if ranked else []
-    for (index, (query, _)), crystals in zip(ranked.items(), answers, strict=True):
-        place = "" if total == 1 else f"{index + 1:05d}_{query.formula.text}"
-        entry = _entry(index, query, place, crystals)
-        rows = zip(entry["crystals"], crystals, strict=True)
-        files |= {row["file"]: crystal.to_cif() for row, crystal in rows}
-        entries.append(entry)
-    return entries, files
+def _answer_job(job: _Job, prior: TemplatePrior, progress: Progress | None = None) -> _Answer:
+    """Chooses among a request's crystals and describes them."""
+    rows = []
+    files = {}
+    for crystal in describe(job.sampled, prior, progress) if job.sampled else ():
+        row = crystal.to_dict()
+        del row["query"], row["settings"]  # the same for all rows, kept once
+        file = f"{job.place}/{crystal.name}.cif" if job.place else f"{crystal.name}.cif"
+        rows.append({"file": file} | row)
+        files[file] = crystal.to_cif()
+    entry = {
+        "index": job.index,
+        "status": "failed" if job.error else "done",
+        "error": job.error,
+        "query": job.query.to_dict(),
+        "folder": job.place,
+        "crystals": rows,
+    }
+    return entry, files
 
 
-def _keep(
-    folder: Path, entries: list[dict[str, Any]], files: dict[str, str], journal: _Journal
-) -> None:
-    """Save answers: the files first, for what the journal names is there."""
+def _described_apart(
+    jobs: Iterator[_Job], prior: TemplatePrior, workers: int, limit: int
+) -> Generator[_Answer, None, None]:
+    """``_answer_job`` in processes of their own, while the next crystals are sampled here.
+
+    Args:
+        jobs: what to answer; the answers keep its order.
+        prior: the training structures.
+        workers: number of processes.
+        limit: jobs that wait at most.
+    """
+    pool = ProcessPoolExecutor(
+        workers, multiprocessing.get_context("spawn"), _start_describing, (prior,)
+    )
+    waiting: deque[Future[_Answer]] = deque()
+    try:
+        for job in jobs:
+            waiting.append(pool.submit(_answer_apart, job))
+            while waiting and (len(waiting) > limit or waiting[0].done()):
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a process that compares crystals was killed, perhaps for want of memory: the same "
+            "command goes on where this one stopped, with --workers 1 in one process"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_prior: TemplatePrior | None = None  # of a process that describes
+
+
+def _start_describing(prior: TemplatePrior) -> None:
+    global _prior
+    start_worker()
+    _prior = prior
+
+
+def _answer_apart(job: _Job) -> _Answer:
+    assert _prior is not None
+    return _answer_job(job, _prior)
+
+
+def _keep(folder: Path, entry: dict[str, Any], files: dict[str, str], journal: _Journal) -> None:
+    """Save an answer: the files first, for what the journal names is there."""
     paths = {folder / name: text for name, text in files.items()}
     write_together(paths)
     try:
-        journal.append(entries)
+        journal.append(entry)
     except UserError:
         for path in paths:
             path.unlink()
             with suppress(OSError):
                 path.parent.rmdir()
         raise
-
-
-def _entry(
-    index: int, query: Query, place: str, crystals: Sequence[GeneratedCrystal]
-) -> dict[str, Any]:
-    rows = []
-    for crystal in crystals:
-        row = crystal.to_dict()
-        del row["query"], row["settings"]  # the same for all rows, kept once
-        file = f"{crystal.name}.cif"
-        rows.append({"file": f"{place}/{file}" if place else file} | row)
-    return {
-        "index": index,
-        "status": "done",
-        "error": None,
-        "query": query.to_dict(),
-        "folder": place,
-        "crystals": rows,
-    }
 
 
 def _finish(folder: Path, description: dict[str, Any], entries: list[dict[str, Any]]) -> None:

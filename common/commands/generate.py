@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from common.errors import UserError
+from common.machine import cpu_count
 
 if TYPE_CHECKING:
     from common.pipeline import Progress, Query
@@ -57,6 +58,9 @@ def command(
             "model's name, or a folder."
         ),
     ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes that compare crystals; one per CPU.")
+    ] = None,
 ) -> None:
     """Crystals for a formula and a target property, the most probable symmetry first."""
     single = {
@@ -98,6 +102,7 @@ def command(
             backend=backend,
             checkpoint=checkpoint,
             symmetry_model=symmetry_model,
+            workers=workers or cpu_count(),
             progress=report,
         )
     _show(console, queries, outcome)

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -34,7 +35,7 @@ from common.pipeline import (
 )
 from common.ranking import rank_symmetries
 from common.requests import read_requests
-from common.runs import generate_many
+from common.runs import Outcome, generate_many
 from common.selection import choose_sample
 
 TINY = {"layers": 1, "width": 16, "edge_width": 16, "heads": 2, "properties": ("band_gap",)}
@@ -107,7 +108,7 @@ def test_atoms_that_are_too_close_are_said(
     sites = " ".join(f"{e.symbol}:4{letter}" for e, letter in zip(symbols, "ab", strict=True))
     query = make_query(formula, space_group=225, sites=sites)
     ranked = rank_symmetries(query, engine.ranker, 1)
-    ((crystal,),) = answer([(query, ranked)], engine, Settings(1, 1))
+    (crystal,) = answer(query, ranked, engine, Settings(1, 1))
     assert crystal.min_distance == pytest.approx(length / 2)
     assert any("apart" in note for note in crystal.warnings) == is_close
 
@@ -256,7 +257,10 @@ def contents(folder: Path) -> dict[str, bytes]:
     }
 
 
-def test_many_requests(checkpoint: Path, tmp_path: Path, monkeypatch) -> None:
+@pytest.mark.parametrize("workers", [1, 2])
+def test_many_requests(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
     """Answered in small batches, interrupted and resumed: the same bytes; never overwritten."""
     file = tmp_path / "requests.csv"
     file.write_text(REQUESTS)
@@ -266,8 +270,13 @@ def test_many_requests(checkpoint: Path, tmp_path: Path, monkeypatch) -> None:
     assert [entry["status"] for entry in whole.entries] == ["done", "done", "failed", "done"]
     assert "227" in whole.failed[0]["error"]
 
+    def parts() -> Outcome:
+        out = tmp_path / "parts"
+        return generate_many(queries, out, settings, checkpoint=checkpoint, workers=workers)
+
     monkeypatch.setattr(runs, "_BATCH", 4)
-    original, calls = runs.answer, []
+    monkeypatch.setattr(runs, "_CRYSTALS_PER_WORKER", 1)
+    original, calls = runs.sample_symmetries, []
 
     def interrupted(*arguments):
         calls.append(1)
@@ -275,23 +284,41 @@ def test_many_requests(checkpoint: Path, tmp_path: Path, monkeypatch) -> None:
             raise KeyboardInterrupt
         return original(*arguments)
 
-    monkeypatch.setattr(runs, "answer", interrupted)
+    monkeypatch.setattr(runs, "sample_symmetries", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        generate_many(queries, tmp_path / "parts", settings, checkpoint=checkpoint)
+        parts()
     assert not (tmp_path / "parts" / "results.json").exists()
     with open(tmp_path / "parts" / "journal.jsonl", "ab") as journal:
         journal.write(b'{"index": 3, "cut sho')
-    monkeypatch.setattr(runs, "answer", original)
-    parts = generate_many(queries, tmp_path / "parts", settings, checkpoint=checkpoint)
-    assert parts.folder == tmp_path / "parts"
-    assert 0 < parts.resumed < 4
-    assert contents(parts.folder) == contents(whole.folder)
+    monkeypatch.setattr(runs, "sample_symmetries", original)
+    finished = parts()
+    assert finished.folder == tmp_path / "parts"
+    assert 0 < finished.resumed < 4
+    assert contents(finished.folder) == contents(whole.folder)
 
     second = generate_many(queries, tmp_path / "whole", settings, checkpoint=checkpoint)
     assert second.folder == tmp_path / "whole-2"
     assert contents(second.folder) == contents(whole.folder)
     other = generate_many(queries[:1], tmp_path / "whole", settings, checkpoint=checkpoint)
     assert other.folder == tmp_path / "whole-3"
+
+
+def die(_job: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_that_is_killed_is_one_line_and_costs_nothing(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queries = [make_query(formula) for formula in ("NaCl", "KBr", "CsI")]
+    monkeypatch.setattr(runs, "_CRYSTALS_PER_WORKER", 1)
+    with monkeypatch.context() as patched:
+        patched.setattr(runs, "_answer_apart", die)
+        with pytest.raises(UserError, match=r"killed.*--workers 1"):
+            generate_many(queries, tmp_path, Settings(1, 1), checkpoint=checkpoint, workers=2)
+    outcome = generate_many(queries, tmp_path, Settings(1, 1), checkpoint=checkpoint)
+    assert outcome.folder == tmp_path
+    assert not outcome.failed
 
 
 def test_language_model_ranks(
