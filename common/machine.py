@@ -6,8 +6,11 @@ import signal
 import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TypeVar
+
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # ships no types
 
 Result = TypeVar("Result")
 
@@ -73,10 +76,18 @@ def leave_with_parent() -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
+def one_thread() -> AbstractContextManager[object]:
+    """During the block one thread computes a product of matrices, numpy's or a framework's.
+
+    For many small ones: OpenBLAS's other threads wait for the next one in a loop, which takes a
+    whole core from whatever else computes.
+    """
+    limits: AbstractContextManager[object] = threadpool_limits(1)
+    return limits
+
+
 def start_worker() -> None:
     """First call of a worker process: one thread each, and Ctrl-C is the parent's business."""
-    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threadpool_limits(1)
     leave_with_parent()

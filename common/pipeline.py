@@ -34,6 +34,7 @@ from common.composition import (
 from common.crystal.structure import Crystal
 from common.crystal.wyckoff import wyckoff_summary
 from common.errors import UserError
+from common.machine import one_thread
 from common.ranking import Ranker, load_prior, load_ranker, rank_symmetries
 from common.selection import Choice, choose_sample
 
@@ -498,9 +499,10 @@ def describe(
     report = progress or (lambda *_: None)
     total = len(sampled.candidates)
     crystals = []
-    for rank in range(1, total + 1):
-        report("Comparing", rank - 1, total)
-        crystals.append(_describe(rank, sampled, prior))
+    with one_thread():
+        for rank in range(1, total + 1):
+            report("Comparing", rank - 1, total)
+            crystals.append(_describe(rank, sampled, prior))
     report("Comparing", total, total)
     return crystals
 

@@ -29,6 +29,7 @@ from common.checkpoint import (
 from common.composition import MAX_PRIMITIVE_ATOMS, Formula, check_sites
 from common.crystal.wyckoff import Sites, SymmetryKey, wyckoff_summary
 from common.errors import UserError
+from common.machine import one_thread
 
 if TYPE_CHECKING:
     from common.language.model import LanguageModel
@@ -395,8 +396,6 @@ def _language_candidates(query: "Query", ranker: Ranker) -> list["SymmetryCandid
     """What the language model answers, given what is fixed; nothing where it cannot."""
     if ranker.model is None:
         return []
-    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
-
     from common.language.grammar import AnswerGrammar
     from common.language.model import rank_questions
     from common.language.prompt import Question
@@ -410,7 +409,7 @@ def _language_candidates(query: "Query", ranker: Ranker) -> list["SymmetryCandid
     except UserError:  # the cell is too large for it, or nothing is legal, as the prior will find
         return []
     # Alone and in one thread: other rows or threads would change the last digits.
-    with threadpool_limits(1):
+    with one_thread():
         (ranking,) = rank_questions(
             ranker.model, [question], top=_SEARCHED, grammars=[grammar], known=True
         )

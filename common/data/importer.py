@@ -26,7 +26,6 @@ import numpy as np
 from pymatgen.core import Structure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # ships no types
 
 from common.crystal.structure import Crystal
 from common.data.cif import CifError, parse_cif
@@ -47,7 +46,7 @@ from common.files import (
     write_atomic,
     write_together,
 )
-from common.machine import cpu_count, start_worker
+from common.machine import cpu_count, one_thread, start_worker
 
 #: Part of the key of cached imports: raise it when the same rows give another result.
 IMPORT_VERSION = 1
@@ -390,7 +389,7 @@ def _outcomes(
     """Every row with what became of it, in the order of the rows."""
     chunks = _chunks(entries)
     if workers == 1:
-        with threadpool_limits(1):
+        with one_thread():
             for chunk in chunks:
                 yield from zip(chunk, _process_chunk(chunk, options), strict=True)
     else:

@@ -32,7 +32,7 @@ from rich.progress import track
 from scipy.optimize import linear_sum_assignment
 
 from common.evaluate.validity import MIN_VOLUME, cell_is_sound, is_valid, min_distance
-from common.machine import cpu_count, start_worker
+from common.machine import cpu_count, one_thread, start_worker
 
 Array = NDArray[np.float64]
 
@@ -124,7 +124,8 @@ def match_many(
     show = partial(track, description="Matching", total=len(items), disable=not progress)
     workers = min(workers, len(items))
     if workers <= 1:
-        return list(show(map(work, items)))
+        with one_thread():
+            return list(show(map(work, items)))
     chunk = max(1, min(16, len(items) // (4 * workers)))
     with ProcessPoolExecutor(
         workers, multiprocessing.get_context("spawn"), initializer=start_worker

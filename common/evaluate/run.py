@@ -23,7 +23,7 @@ from common.evaluate.match import CandidateMatch, MatchItem, match_many, pool_by
 from common.evaluate.report import EvaluationRow, Outcome, RunInfo
 from common.evaluate.strata import TrainingIndex
 from common.evaluate.symmetry import SymmetryLabel, composition_is_exact, symmetry_kept
-from common.machine import cpu_count, start_worker
+from common.machine import cpu_count, one_thread, start_worker
 from common.precedents import PrecedentIndex
 from common.selection import choose_sample
 
@@ -68,7 +68,8 @@ def read_back_many(crystals: Sequence[Crystal], workers: int | None = None) -> l
     workers = min(workers or cpu_count(), 1 + len(crystals) // (4 * _CHUNK))
     show = partial(track, description="Reading CIFs", total=len(crystals))
     if workers <= 1:
-        return list(show(map(read_back, crystals)))
+        with one_thread():
+            return list(show(map(read_back, crystals)))
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, initializer=start_worker) as pool:
         return list(show(pool.map(read_back, crystals, chunksize=_CHUNK)))
@@ -134,7 +135,8 @@ class Evaluation:
         start = time.perf_counter()
         crystals = sample_all(generator, requests, seed, steps)
         groups = [crystals[i : i + k] for i in range(0, len(crystals), k)]
-        ranked = [_ranked(group) for group in groups]
+        with one_thread():
+            ranked = [_ranked(group) for group in groups]
         run = self.info(
             name,
             k,

@@ -7,7 +7,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from threadpoolctl import threadpool_info, threadpool_limits
+
+from common.machine import one_thread
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
@@ -80,3 +84,16 @@ def test_a_killed_process_takes_its_own_along(tmp_path: Path) -> None:
         parent.kill()
         parent.wait()
     assert wait_until(lambda: not runs(child))
+
+
+def test_one_thread_and_afterwards_as_before() -> None:
+    def threads() -> list[int]:
+        return [pool["num_threads"] for pool in threadpool_info()]
+
+    np.eye(2) @ np.eye(2)  # its library is loaded
+    with threadpool_limits(2):
+        before = threads()
+        assert 2 in before
+        with one_thread():
+            assert set(threads()) == {1}
+        assert threads() == before
