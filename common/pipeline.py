@@ -35,6 +35,7 @@ from common.crystal.structure import Crystal
 from common.crystal.wyckoff import wyckoff_summary
 from common.errors import UserError
 from common.machine import one_thread
+from common.properties import TARGETS
 from common.ranking import Ranker, load_prior, load_ranker, rank_symmetries
 from common.selection import Choice, choose_sample
 
@@ -42,8 +43,6 @@ if TYPE_CHECKING:
     from common.prior import SymmetryCandidate, TemplatePrior
     from common.reference import Nearest
 
-#: Property names, as batches and checkpoints know them: unit, and the values that make sense.
-PROPERTIES = {"band_gap": ("eV", 0.0, 25.0), "formation_energy": ("eV/atom", -10.0, 10.0)}
 DEFAULT_SAMPLES = 8
 #: Atoms nearer than this (A) are said to be close; with hydrogen, whose bonds are short, the other.
 CLOSE, CLOSE_WITH_HYDROGEN = 1.0, 0.7
@@ -78,7 +77,7 @@ class Query:
             "name": self.name,
             "formula": self.formula.text,
             "formula_units": self.formula.units if self.formula.units > 1 else None,
-            **{name: self.properties.get(name) for name in PROPERTIES},
+            **{name: self.properties.get(name) for name in TARGETS},
             "space_group": self.space_group,
             "sites": " ".join(map(str, self.sites)) if self.sites else None,
             "z": self.z,
@@ -251,7 +250,7 @@ def _whole(name: str, value: Any) -> int:
 
 
 def _checked_property(name: str, value: float) -> float:
-    unit, low, high = PROPERTIES[name]
+    unit, low, high = TARGETS[name]
     label = name.replace("_", " ")
     if isinstance(value, bool) or not isinstance(value, int | float | np.number):
         raise UserError(f"{label} is {value!r}: give a number ({unit})")

@@ -47,11 +47,12 @@ from common.files import (
     write_together,
 )
 from common.machine import cpu_count, one_thread, start_worker
+from common.properties import TARGETS
 
 #: Part of the key of cached imports: raise it when the same rows give another result.
-IMPORT_VERSION = 1
+IMPORT_VERSION = 2
 #: Properties that a row must have if its source offers them.
-LABELS = ("band_gap", "formation_energy")
+LABELS = tuple(TARGETS)
 #: Why a row can be refused.
 REASONS = (
     "malformed_row",
@@ -61,6 +62,7 @@ REASONS = (
     "missing_label",
     "bad_label",
     "not_finite",
+    "out_of_range",
     "too_many_atoms",
     "crash",
     *(reason for reason in LABEL_REASONS if reason != "not_finite"),
@@ -361,18 +363,21 @@ def _properties(raw: Mapping[str, Any], require: Iterable[str]) -> dict[str, flo
 
 
 def _number(name: str, value: Any, required: bool) -> float | None:
-    """A finite number, or None where there is none; NaN counts as none if not required."""
+    """A number in its range, or None where there is none; NaN counts as none if not required."""
     if value is None or (isinstance(value, str) and not value.strip()):
         return None
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError) as error:
         raise _Refused("bad_label", f"{name} is {str(value)[:50]!r}, not a number") from error
-    if math.isfinite(number):
-        return number
     if math.isnan(number) and not required:
         return None
-    raise _Refused("not_finite", f"{name} is {number}")
+    if not math.isfinite(number):
+        raise _Refused("not_finite", f"{name} is {number}")
+    unit, low, high = TARGETS.get(name, ("", -math.inf, math.inf))
+    if not low <= number <= high:
+        raise _Refused("out_of_range", f"{name} is {number:g}, not from {low:g} to {high:g} {unit}")
+    return number
 
 
 def _rejection(entry: RawEntry, reason: str, detail: str) -> Rejection:
