@@ -270,7 +270,7 @@ class TemplatePrior:
         Raises:
             UserError: if the path is not writable.
         """
-        text = json.dumps(self.metadata, sort_keys=True, separators=(",", ":"))
+        text = json.dumps(self.metadata, sort_keys=True, separators=(",", ":"), allow_nan=False)
         table = self._table.replace_schema_metadata({_METADATA_KEY: text.encode()})
         with atomic_path(path) as temporary:
             pq.write_table(
@@ -607,7 +607,8 @@ class TemplatePrior:
     def _fit_all(self) -> dict[str, Any]:
         """Weights without a property and with either; a property that no structure has weighs none.
 
-        With too few structures to compare the others stay where they start.
+        With too few structures to compare the others stay where they start, and no likelihood is
+        known.
         """
         from common.prior_fit import fit_weights
 
@@ -615,15 +616,16 @@ class TemplatePrior:
         start = unfitted = np.concatenate([np.full(2 * len(PAIR_FEATURES), 0.5), [-6.0, 0.0]])
         for name in ("none", *_PROPERTIES):
             comparisons = self._comparisons(None if name == "none" else name)
-            parameters, likelihood = unfitted, -math.inf
+            parameters, likelihood = unfitted, None
             if comparisons:
-                parameters, likelihood = fit_weights(comparisons, start)
+                parameters, reached = fit_weights(comparisons, start)
+                likelihood = round(reached, 4)
             features = parameters[:-2]
             fitted[name] = {
                 "features": features.tolist(),
                 "log_background": float(parameters[-2]),
                 "log_novelty": float(parameters[-1]),
-                "mean_log_likelihood": round(likelihood, 4),
+                "mean_log_likelihood": likelihood,
             }
             if name == "none":
                 start, unfitted = (

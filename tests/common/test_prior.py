@@ -3,11 +3,13 @@
 import csv
 import gzip
 import itertools
+import json
 import time
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -269,6 +271,17 @@ def test_a_property_that_no_row_has_changes_nothing() -> None:
     for formula in ("NaBr", "BaHfO3", "Ca3Al2Si3O12"):
         counts = parse_formula(formula).counts
         assert prior.rank(counts, {"band_gap": 2.0}) == prior.rank(counts)
+
+
+@pytest.mark.parametrize("rows", [1, len(textbook())])
+def test_metadata_are_json(rows: int, tmp_path: Path) -> None:
+    """Which knows no infinity; of a single row, too, of which no likelihood is known."""
+    prior = TemplatePrior.fit(map(without_gap, textbook()[:rows]))
+    prior.save(tmp_path / "p.parquet")
+    (text,) = pq.read_schema(tmp_path / "p.parquet").metadata.values()
+    weights = json.loads(text, parse_constant=pytest.fail)["weights"]
+    assert (weights["none"]["mean_log_likelihood"] is None) == (rows == 1)
+    assert weights["band_gap"]["mean_log_likelihood"] is None
 
 
 def test_damage_is_reported(prior: TemplatePrior, tmp_path: Path) -> None:
