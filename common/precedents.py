@@ -40,7 +40,14 @@ from common.errors import UserError
 from common.files import one_at_a_time, output_folder, write_atomic
 from common.machine import cpu_count, start_worker
 from common.prior import SHIPPED, TemplatePrior
-from common.templates import Assignment, Template, assign, wyckoff_sequence
+from common.templates import (
+    Assignment,
+    Template,
+    assign,
+    cheapest_automorphism,
+    permutes_all,
+    wyckoff_sequence,
+)
 
 Array = NDArray[np.float64]
 
@@ -154,15 +161,22 @@ class PrecedentIndex:
         if not rows:
             return
         filled = np.array([list(self._known.roles(row)) for row in rows])  # [N,R]
-        orders = np.array(
-            [[wanted.roles[role] for role in order] for order in wanted.template.automorphisms]
-        )  # [O,R]
-        costs = self._difference[filled[:, None], orders].sum(axis=-1)  # [N,O]
-        best = costs.argmin(axis=1)
-        for index in np.argsort(costs.min(axis=1), kind="stable").tolist():
-            new = dict(zip(filled[index].tolist(), orders[best[index]].tolist(), strict=True))
+        elements = self._most_alike(wanted, filled)  # [N,R]
+        costs = self._difference[filled, elements].sum(axis=1)
+        for index in np.argsort(costs, kind="stable").tolist():
+            new = dict(zip(filled[index].tolist(), elements[index].tolist(), strict=True))
             sites = self._known.crystal(rows[index]).sites
             yield rows[index], tuple(new[site.atomic_number] for site in sites)
+
+    def _most_alike(self, wanted: Assignment, filled: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The wanted elements in the roles where they are most like those that are there [N,R]."""
+        template, roles = wanted.template, np.array(wanted.roles)
+        if permutes_all(template.stoichiometry):
+            orders = roles[np.array(template.automorphisms)]  # [O,R]
+            costs = self._difference[filled[:, None], orders].sum(axis=-1)  # [N,O]
+            return orders[costs.argmin(axis=1)]
+        exchanges = self._difference[filled[:, :, None], roles]  # [N,R,R]
+        return roles[np.array([cheapest_automorphism(template, costs) for costs in exchanges])]
 
     def _isopointal(
         self, crystal: Crystal, exclude: str | None

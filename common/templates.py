@@ -7,10 +7,15 @@ exchange of equal roles.
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from itertools import groupby, permutations, product
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
 
 from common.crystal.structure import Crystal
 from common.crystal.wyckoff import Sites, wyckoff_summary
@@ -20,6 +25,9 @@ from common.elements import formula_order
 Stoichiometry = tuple[int, ...]
 #: Letters of every role, as one sorted string each.
 RoleLetters = tuple[str, ...]
+
+#: So many permutations of roles are gone through at most: those of six equal ones.
+MAX_PERMUTATIONS = 720
 
 
 @dataclass(frozen=True)
@@ -39,7 +47,7 @@ class Template:
 
     @property
     def automorphisms(self) -> tuple[tuple[int, ...], ...]:
-        """Permutations of the roles that give the same template, the identity first."""
+        """Those of ``role_permutations`` that give the same template, the identity first."""
         return _automorphisms(self.stoichiometry, self.space_group, self.letters)
 
 
@@ -68,12 +76,33 @@ def role_order(counts: Mapping[int, int]) -> list[int]:
 
 @cache
 def role_permutations(stoichiometry: Stoichiometry) -> tuple[tuple[int, ...], ...]:
-    """All permutations of the roles that keep their counts, the identity first."""
-    blocks = [
-        list(permutations([role for role, _ in block]))
+    """Permutations of the roles that keep their counts, the identity first.
+
+    All of them, or a group of at most MAX_PERMUTATIONS, in which only the first few of many equal
+    roles change places.
+    """
+    blocks = _equal_roles(stoichiometry)
+    exchanged = [len(block) for block in blocks]
+    while math.prod(map(math.factorial, exchanged)) > MAX_PERMUTATIONS:
+        exchanged[exchanged.index(max(exchanged))] -= 1
+    parts = [
+        [(*head, *block[size:]) for head in permutations(block[:size])]
+        for block, size in zip(blocks, exchanged, strict=True)
+    ]
+    return tuple(tuple(x for part in chosen for x in part) for chosen in product(*parts))
+
+
+def permutes_all(stoichiometry: Stoichiometry) -> bool:
+    """Whether ``role_permutations`` are all that keep the counts."""
+    sizes = map(len, _equal_roles(stoichiometry))
+    return math.prod(map(math.factorial, sizes)) <= MAX_PERMUTATIONS
+
+
+def _equal_roles(stoichiometry: Stoichiometry) -> list[list[int]]:
+    return [
+        [role for role, _ in block]
         for _, block in groupby(enumerate(stoichiometry), key=lambda item: item[1])
     ]
-    return tuple(tuple(x for part in parts for x in part) for parts in product(*blocks))
 
 
 def assign(crystal: Crystal) -> Assignment:
@@ -119,6 +148,26 @@ def _automorphisms(
         for permutation in role_permutations(stoichiometry)
         if tuple(letters[role] for role in permutation) in images
     )
+
+
+def cheapest_automorphism(template: Template, costs: NDArray[np.float64]) -> tuple[int, ...]:
+    """Of all permutations of the roles that give the same template, that with the least costs.
+
+    Args:
+        costs: [R,R], summed are those of every role and the one in its place.
+    """
+    kinds = list(zip(template.stoichiometry, template.letters, strict=True))
+    best, least = tuple(range(len(kinds))), float(np.trace(costs))
+    for image in sorted(relabelled(template.space_group, template.letters)):
+        wanted = list(zip(template.stoichiometry, image, strict=True))
+        if Counter(wanted) != Counter(kinds):
+            continue
+        allowed = np.array([[kind == other for kind in kinds] for other in wanted])
+        rows, columns = linear_sum_assignment(np.where(allowed, costs, np.inf))
+        total = float(costs[rows, columns].sum())
+        if total < least:
+            best, least = tuple(columns.tolist()), total
+    return best
 
 
 def relabelled(space_group: int, letters: RoleLetters) -> set[RoleLetters]:

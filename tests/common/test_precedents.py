@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.optimize import linear_sum_assignment
 
 from common import checkpoint, precedents
 from common.checkpoint import (
@@ -17,6 +18,7 @@ from common.checkpoint import (
 )
 from common.crystal.structure import Crystal, Site
 from common.data.store import Cell, Record, fingerprint, is_fingerprint
+from common.elements import element_table, pair_differences
 from common.errors import UserError
 from common.precedents import (
     PrecedentIndex,
@@ -69,6 +71,18 @@ def test_the_most_similar_elements_come_first(index: PrecedentIndex) -> None:
     assert [one.numbers for one in found] == [(38, 22, 8), (56, 22, 8), (19, 12, 9)]
     assert index.find(wanted, exclude="SrTiO3")[0].material_id == "BaTiO3"
     assert index.find(Crystal(225, (Site(11, "a"), Site(17, "b")), np.eye(3))) == []
+
+
+def test_many_equal_roles_get_the_most_similar_elements() -> None:
+    """Twelve elements on the same letter, of whose permutations there are 479 million."""
+    known, wanted = (
+        Crystal(1, tuple(Site(z, "a", (z / 90, 0.1, 0.2)) for z in elements), 8 * np.eye(3))
+        for elements in (range(3, 15), range(33, 45))
+    )
+    (found,) = PrecedentIndex.of_crystals([known], ["known"], VOLUME).find(wanted)
+    costs = pair_differences(element_table()).mean(axis=-1)[3:15, 33:45]
+    assert sum(found.differences) == pytest.approx(costs[linear_sum_assignment(costs)].sum())
+    assert sum(found.differences) < np.trace(costs) - 0.1
 
 
 def test_the_lattice_takes_the_volume_of_the_new_elements() -> None:

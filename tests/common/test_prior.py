@@ -30,7 +30,13 @@ from common.legal_sites import SiteStatistics, enumerate_sites
 from common.pipeline import load_prior
 from common.prior import SHIPPED, SymmetryCandidate, TemplatePrior
 from common.prior_fit import Comparison, _log_likelihood
-from common.templates import assign, role_permutations
+from common.templates import (
+    MAX_PERMUTATIONS,
+    assign,
+    cheapest_automorphism,
+    permutes_all,
+    role_permutations,
+)
 
 STATISTICS = SiteStatistics({}, {}, {})
 
@@ -350,6 +356,49 @@ def test_equivalent_crystals_share_a_template() -> None:
 def test_role_permutations_keep_counts() -> None:
     assert set(role_permutations((1, 1, 3))) == {(0, 1, 2), (1, 0, 2)}
     assert len(role_permutations((1, 1, 1, 2, 2))) == 12
+    assert permutes_all((1,) * 6)
+
+
+@pytest.mark.parametrize("stoichiometry", [(1,) * 12, (1,) * 7 + (2,) * 8 + (3,)])
+def test_role_permutations_of_many_equal_roles_are_a_small_group(
+    stoichiometry: tuple[int, ...],
+) -> None:
+    assert not permutes_all(stoichiometry)
+    group = role_permutations(stoichiometry)
+    assert group[0] == tuple(range(len(stoichiometry)))
+    assert 100 < len(set(group)) == len(group) <= MAX_PERMUTATIONS
+    assert all(tuple(stoichiometry[role] for role in each) == stoichiometry for each in group)
+    products = {tuple(a[role] for role in b) for a in group[::7] for b in group[::7]}
+    assert products <= set(group)
+
+
+@pytest.mark.parametrize(
+    ("number", "letters"), [(1, "aaaaa"), (2, "abcdef"), (2, "iiabi"), (216, "abcd"), (225, "abc")]
+)
+def test_cheapest_automorphism(number: int, letters: str) -> None:
+    """Against all of them, one after the other."""
+    template = assign(cubic(number, 5.0, *enumerate(letters, start=1))).template
+    assert len(template.automorphisms) > 1
+    for seed in range(20):
+        costs = np.random.default_rng(seed).random((len(letters),) * 2)
+        sums = {
+            each: sum(costs[pair] for pair in enumerate(each)) for each in template.automorphisms
+        }
+        assert cheapest_automorphism(template, costs) == min(sums, key=sums.__getitem__)
+
+
+def test_prior_of_crystals_with_many_equal_roles() -> None:
+    """Of 12 elements there are 479 million permutations."""
+    known, wanted = (
+        Crystal(1, tuple(Site(z, "a", (z / 40, 0.1, 0.2)) for z in zs), 8 * np.eye(3))
+        for zs in (range(20, 32), range(21, 33))
+    )
+    prior = TemplatePrior.fit([Record("x", known)])
+    first = prior.rank(wanted.formula_counts)[0]
+    assert (first.source, first.key) == ("template", wanted.symmetry_key)
+    nearest = prior.nearest(known)
+    assert nearest is not None
+    assert nearest.material_id == "x"
 
 
 def test_reference_crystals_are_exact_enough(prior: TemplatePrior) -> None:
