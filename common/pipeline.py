@@ -36,7 +36,7 @@ from common.crystal.wyckoff import wyckoff_summary
 from common.errors import UserError
 from common.machine import one_thread
 from common.properties import TARGETS
-from common.ranking import Ranker, load_prior, load_ranker, rank_symmetries
+from common.ranking import Ranker, load_ranker, rank_symmetries
 from common.selection import Choice, choose_sample
 
 if TYPE_CHECKING:
@@ -407,6 +407,8 @@ def generate(
     Raises:
         UserError: if anything asked for is not possible.
     """
+    from common.prior import load_prior
+
     settings = Settings(top, DEFAULT_SAMPLES if num_samples is None else num_samples, seed, steps)
     query = make_query(
         formula, band_gap, formation_energy, space_group=space_group, sites=sites, z=z

@@ -39,7 +39,7 @@ from common.elements import element_table, pair_differences
 from common.errors import UserError
 from common.files import one_at_a_time, output_folder, write_atomic
 from common.machine import cpu_count, start_worker
-from common.prior import SHIPPED, TemplatePrior
+from common.prior import SHIPPED, TemplatePrior, load_prior
 from common.templates import (
     Assignment,
     Template,
@@ -294,7 +294,7 @@ def load_precedents(folder: Path, trained_on: str, element_volume: Array) -> Pre
         records = read_records(path)
         names = [record.material_id for record in records]
         return PrecedentIndex.of_crystals([r.crystal for r in records], names, element_volume)
-    prior = TemplatePrior.load()
+    prior = load_prior()
     if not trained_on:
         raise UserError(
             f"{folder}: nothing says which rows it was trained on, from which it starts: convert "
@@ -318,7 +318,7 @@ def precedents_file(records: Sequence[Record], trained_on: str) -> dict[str, byt
     Returns:
         at most one file by its name.
     """
-    if TemplatePrior.load().metadata["source"].get("fingerprint") == trained_on:
+    if load_prior().metadata["source"].get("fingerprint") == trained_on:
         return {}
     with TemporaryDirectory() as folder:
         path = Path(folder, PRECEDENTS)

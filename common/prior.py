@@ -14,7 +14,7 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -687,6 +687,16 @@ class TemplatePrior:
         allowed = np.broadcast_to(allowed, correct.shape)
         flat = differences.reshape(-1, differences.shape[-1]).astype(np.float32)
         return flat, allowed.ravel(), correct.ravel()
+
+
+def load_prior(path: Path = SHIPPED) -> TemplatePrior:
+    """The prior of a path, read once for all who ask for it, until the file is another one."""
+    return _read_prior(path, path.stat().st_mtime_ns if path.is_file() else 0)
+
+
+@lru_cache(maxsize=2)
+def _read_prior(path: Path, changed: int) -> TemplatePrior:
+    return TemplatePrior.load(path)
 
 
 _SCHEMA = pa.schema(

@@ -14,7 +14,6 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -213,7 +212,9 @@ def load_ranker(
     if symmetry_model is None:
         symmetry_model = LANGUAGE if prior is None and shipped_language() else PRIOR
     if prior is None or isinstance(prior, str | Path):
-        prior = load_prior(None if prior is None else Path(prior))
+        from common.prior import SHIPPED, load_prior
+
+        prior = load_prior(SHIPPED if prior is None else Path(prior))
     folder = model_folder(next(iter(properties), None), symmetry_model)
     if folder is None:
         return Ranker(prior)
@@ -233,21 +234,6 @@ def load_ranker(
         )
     note = f"language model {folder} is not used, the template prior ranks: {reason}"
     return Ranker(prior, note=note)
-
-
-def load_prior(path: Path | None = None) -> "TemplatePrior":
-    """The template prior of a path, or the shipped one; kept until the file is another one."""
-    from common.prior import SHIPPED
-
-    file = path or SHIPPED
-    return _read_prior(file, file.stat().st_mtime_ns if file.is_file() else 0)
-
-
-@lru_cache(maxsize=2)
-def _read_prior(path: Path, changed: int) -> "TemplatePrior":
-    from common.prior import TemplatePrior
-
-    return TemplatePrior.load(path)
 
 
 def model_folder(wanted: str | None, given: str | Path) -> Path | None:

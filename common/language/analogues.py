@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import cache
 
 from common.language.prompt import Analogue, Analogues, Question, Symmetry
-from common.prior import TemplatePrior, Vote
+from common.prior import TemplatePrior, Vote, load_prior
 
 #: Known polymorphs that a question tells of, at most.
 _MAX_KNOWN = 3
@@ -36,7 +36,7 @@ class AnalogueIndex:
     @cache
     def shipped(cls, count: int) -> "AnalogueIndex":
         """With the shipped prior's crystals, those of MP-20's training set."""
-        return cls(TemplatePrior.load(), count)
+        return cls(load_prior(), count)
 
     def tell(self, question: Question, *, known: bool, leave_out: str | None = None) -> Question:
         """A question that tells of analogues.

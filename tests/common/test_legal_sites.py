@@ -9,7 +9,7 @@ import pytest
 from common import legal_sites
 from common.composition import WyckoffTable, parse_formula
 from common.crystal.wyckoff import Sites, wyckoff_summary
-from common.pipeline import load_prior
+from common.prior import load_prior
 
 #: None of them has the stoichiometry of a training structure.
 UNSEEN = ["K7Sr3Ti5O20", "Na5Fe7O13", "Mg5Al7Si3", "Cs4Pb9I22", "H19C7N5O2"]

@@ -33,6 +33,7 @@ from common.pipeline import (
     load_engine,
     make_query,
 )
+from common.prior import load_prior
 from common.ranking import rank_symmetries
 from common.requests import read_requests
 from common.runs import Outcome, generate_many
@@ -336,7 +337,7 @@ def test_language_model_ranks(
     together, again = made(1, queries, textbook_model), made(2, queries, textbook_model)
     assert together == again
     (identity,) = together["symmetry_models"]
-    prior_hash = ranking.load_prior().hash
+    prior_hash = load_prior().hash
     assert identity == {
         "name": "run and template prior",
         "hash": f"{load_checkpoint(textbook_model).hash}, {prior_hash}",

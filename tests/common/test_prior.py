@@ -26,9 +26,10 @@ from common.data.sources import CsvSource
 from common.data.store import Record, fingerprint
 from common.errors import UserError
 from common.evaluate.symmetry_prediction import evaluate_prior
+from common.language.analogues import AnalogueIndex
 from common.legal_sites import SiteStatistics, enumerate_sites
-from common.pipeline import load_prior
-from common.prior import SHIPPED, SymmetryCandidate, TemplatePrior
+from common.precedents import load_precedents
+from common.prior import SHIPPED, SymmetryCandidate, TemplatePrior, load_prior
 from common.prior_fit import Comparison, _log_likelihood
 from common.templates import (
     MAX_PERMUTATIONS,
@@ -288,6 +289,24 @@ def test_metadata_are_json(rows: int, tmp_path: Path) -> None:
     weights = json.loads(text, parse_constant=pytest.fail)["weights"]
     assert (weights["none"]["mean_log_likelihood"] is None) == (rows == 1)
     assert weights["band_gap"]["mean_log_likelihood"] is None
+
+
+def test_a_prior_that_is_written_anew_is_read_anew(tmp_path: Path) -> None:
+    path = tmp_path / "prior.parquet"
+    rows = textbook()
+    TemplatePrior.fit(rows[:4]).save(path)
+    first = load_prior(path)
+    assert load_prior(path) is first
+    TemplatePrior.fit(rows[4:]).save(path)
+    assert load_prior(path).hash == TemplatePrior.load(path).hash != first.hash
+
+
+def test_the_shipped_prior_is_read_once(tmp_path: Path) -> None:
+    """For questions and for precedents, too."""
+    shipped = load_prior()
+    assert AnalogueIndex.shipped(17)._prior is shipped
+    trained_on = shipped.metadata["source"]["fingerprint"]
+    assert load_precedents(tmp_path, trained_on, np.ones(119))._known is shipped.reference
 
 
 def test_damage_is_reported(prior: TemplatePrior, tmp_path: Path) -> None:

@@ -21,7 +21,6 @@ from common.ranking import (
     Ranker,
     averaged,
     beside_known,
-    load_prior,
     load_ranker,
     model_folder,
     pooled,
@@ -29,7 +28,6 @@ from common.ranking import (
     sharpened,
 )
 from tests.language import language_run
-from tests.training import textbook_records
 
 LANGUAGE = "language model"
 
@@ -293,16 +291,6 @@ def test_known_polymorphs_are_left_out(ranker: Ranker) -> None:
 
 
 # Choice of the model
-
-
-def test_a_prior_that_is_written_anew_is_read_anew(tmp_path: Path) -> None:
-    path = tmp_path / "prior.parquet"
-    rows = textbook_records()
-    TemplatePrior.fit(rows[:4]).save(path)
-    first = load_prior(path)
-    assert load_prior(path) is first
-    TemplatePrior.fit(rows[4:]).save(path)
-    assert load_prior(path).hash == TemplatePrior.load(path).hash != first.hash
 
 
 def test_identity(ranker: Ranker) -> None:
