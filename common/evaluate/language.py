@@ -11,16 +11,11 @@ the average, counts as zero here. ROUGE rewards text, not crystallography: a wro
 one word. It stands beside the rates of ``symmetry_prediction``, never in their place.
 """
 
-import logging
-import os
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-from common.data.locations import cache_dir
 
 NAMES = ("rouge-1", "rouge-2", "rouge-l")
 
@@ -78,7 +73,7 @@ def _by_rouge_score() -> _Measure:
 def _by_rouge_chinese() -> _Measure:
     from rouge_chinese import Rouge
 
-    words = jieba_words(cache_dir())
+    words = jieba_words()
     scorer = Rouge()
 
     def measure(answer: str, reference: str) -> tuple[float, ...]:
@@ -92,16 +87,12 @@ def _by_rouge_chinese() -> _Measure:
 
 
 @lru_cache(maxsize=1)
-def jieba_words(cache: Path) -> Callable[[str], str]:
-    """What cuts text into words, joined by blanks; loads a dictionary, which takes a second.
-
-    Args:
-        cache: folder for the dictionary; jieba's own choice is one where every user can write.
-    """
+def jieba_words() -> Callable[[str], str]:
+    """What cuts text into words, joined by blanks; loads a dictionary, which takes a second."""
     import jieba
 
-    jieba.setLogLevel(logging.WARNING)  # it reports its start on stderr
     cutter: Any = jieba.Tokenizer()
-    cutter.tmp_dir = os.fspath(cache)
-    cache.mkdir(parents=True, exist_ok=True)
+    # Its initialize() keeps the dictionary in a file for the next time, and is no faster then.
+    cutter.FREQ, cutter.total = cutter.gen_pfdict(cutter.get_dict_file())
+    cutter.initialized = True
     return lambda text: " ".join(cutter.cut(text))
