@@ -8,12 +8,13 @@ Everything that is not such a formula is refused with one line that says why.
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from pymatgen.core import Element
 
+from common.crystal.wyckoff import wyckoff_summary
 from common.errors import UserError
 
 #: Largest number of atoms a formula may count; the networks are trained on cells of up to 20.
@@ -33,9 +34,6 @@ _SITE = re.compile(r"(?P<element>[A-Za-z]+):(?P<multiplicity>[0-9]{0,4})(?P<lett
 _ATOMIC_NUMBERS: dict[str, int] = {
     element.symbol: element.Z for element in Element if element.symbol not in ("D", "T")
 }
-
-#: Multiplicity and number of free coordinates of every Wyckoff letter of one group.
-WyckoffTable = Mapping[str, tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -203,40 +201,38 @@ def parse_sites(text: str) -> tuple[SiteRequest, ...]:
     return tuple(sites)
 
 
-def check_sites(
-    sites: Sequence[SiteRequest], table: WyckoffTable, space_group_number: int, formula: Formula
-) -> int:
+def check_sites(sites: Sequence[SiteRequest], space_group: int, formula: Formula) -> int:
     """The number of formula units per conventional cell of a list of sites.
 
     Args:
         sites: as the user gave them.
-        table: the group's positions.
-        space_group_number: named in errors.
+        space_group: number 1-230.
         formula: what the sites must add up to.
 
     Raises:
         UserError: if a letter does not exist, has another multiplicity, has no freedom and is used
             twice, or the sites do not add up to the formula.
     """
+    table = wyckoff_summary(space_group).letters
     used: Counter[str] = Counter()
     counts: Counter[int] = Counter()
     for site in sites:
         if site.letter not in table:
             raise UserError(
-                f"site {site}: space group {space_group_number} has no Wyckoff letter "
+                f"site {site}: space group {space_group} has no Wyckoff letter "
                 f"'{site.letter}'; it has {', '.join(table)}"
             )
         multiplicity, freedom = table[site.letter]
         if site.multiplicity not in (None, multiplicity):
             raise UserError(
-                f"site {site}: position {site.letter} of space group {space_group_number} "
+                f"site {site}: position {site.letter} of space group {space_group} "
                 f"has multiplicity {multiplicity}"
             )
         used[site.letter] += 1
         if freedom == 0 and used[site.letter] > 1:
             raise UserError(
                 f"site {site}: position {multiplicity}{site.letter} of space group "
-                f"{space_group_number} has no freedom and can be occupied only once"
+                f"{space_group} has no freedom and can be occupied only once"
             )
         counts[site.atomic_number] += multiplicity
     units, rest = divmod(sum(counts.values()), formula.num_atoms)

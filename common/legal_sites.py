@@ -20,10 +20,9 @@ from common.composition import (
     MAX_PRIMITIVE_ATOMS,
     Formula,
     SiteRequest,
-    WyckoffTable,
     check_sites,
 )
-from common.crystal.wyckoff import Sites, wyckoff_summary
+from common.crystal.wyckoff import Sites, WyckoffTable, wyckoff_summary
 from common.errors import UserError
 from common.templates import reduce_counts
 
@@ -130,7 +129,7 @@ def legal_units(
     formula = Formula(tuple(sorted(reduce_counts(counts)[0].items())))
     requests = [SiteRequest(z, letter) for z, letter in sites]
     try:
-        return check_sites(requests, wyckoff_summary(space_group).letters, space_group, formula)
+        return check_sites(requests, space_group, formula)
     except UserError:
         return None
 

@@ -263,7 +263,7 @@ def _check_symmetry(query: Query) -> None:
     """Refuses cells that are too large, and sites that the group or the formula forbids."""
     number, units = query.space_group, query.z
     if query.sites is not None and number is not None:
-        units = check_sites(query.sites, wyckoff_summary(number).letters, number, query.formula)
+        units = check_sites(query.sites, number, query.formula)
         if query.z not in (None, units):
             raise UserError(f"the sites hold {units} formula units per cell, but z is {query.z}")
     if units is not None and not _agrees(query.formula.units, units, number):

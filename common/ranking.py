@@ -289,8 +289,7 @@ def rank_symmetries(query: "Query", ranker: Ranker, top: int) -> list["SymmetryC
     from common.templates import ordered_sites
 
     if query.sites is not None and query.space_group is not None:
-        table = wyckoff_summary(query.space_group).letters
-        units = check_sites(query.sites, table, query.space_group, query.formula)
+        units = check_sites(query.sites, query.space_group, query.formula)
         sites = ordered_sites(_plain_sites(query) or (), query.space_group)
         return [SymmetryCandidate(query.space_group, sites, units, 1.0, "given")]
     others = _prior_candidates(query, ranker.prior, max(top, _SEARCHED))

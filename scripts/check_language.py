@@ -113,10 +113,8 @@ def check_decodes(tokenizer: SymmetryTokenizer, records: Sequence[Record]) -> li
         grammar = TokenGrammar(AnswerGrammar(formula), tokenizer)
         for _ in range(_DECODES):
             symmetry = prompt.parse_answer(tokenizer.decode(decode(grammar, rng, seconds)))
-            number = symmetry.space_group
             sites = [SiteRequest(z, letter) for z, letter in symmetry.sites]
-            table = wyckoff_summary(number).letters
-            assert check_sites(sites, table, number, formula) == symmetry.units
+            assert check_sites(sites, symmetry.space_group, formula) == symmetry.units
     return seconds
 
 

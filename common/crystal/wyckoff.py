@@ -5,7 +5,7 @@
 
 import gzip
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 
 TABLE = Path(__file__).resolve().parent.parent / "assets" / "wyckoff.json.gz"
 
+#: Multiplicity and number of free coordinates of every Wyckoff letter of one group.
+WyckoffTable = Mapping[str, tuple[int, int]]
 #: Sites of a crystal: atomic number and letter of every orbit.
 Sites = tuple[tuple[int, str], ...]
 #: A space group and its sites, the same for all descriptions of them; see ``symmetry_key``.

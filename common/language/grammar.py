@@ -172,7 +172,7 @@ class AnswerGrammar:
         """Formula units of the given sites in a group; None where they are illegal."""
         assert self._sites is not None
         try:
-            return check_sites(self._sites, wyckoff_summary(number).letters, number, self.formula)
+            return check_sites(self._sites, number, self.formula)
         except UserError:
             return None
 

@@ -7,8 +7,8 @@ from itertools import islice
 import pytest
 
 from common import legal_sites
-from common.composition import WyckoffTable, parse_formula
-from common.crystal.wyckoff import Sites, wyckoff_summary
+from common.composition import parse_formula
+from common.crystal.wyckoff import Sites, WyckoffTable, wyckoff_summary
 from common.prior import load_prior
 
 #: None of them has the stoichiometry of a training structure.

@@ -53,7 +53,7 @@ def all_legal(formula: Formula, number: int, max_atoms: int) -> set[Symmetry]:
 def is_legal(formula: Formula, number: int, sites: Sites) -> bool:
     requests = [SiteRequest(z, letter) for z, letter in sites]
     try:
-        check_sites(requests, wyckoff_summary(number).letters, number, formula)
+        check_sites(requests, number, formula)
     except UserError:
         return False
     return True
@@ -195,7 +195,7 @@ def check(
     number = symmetry.space_group
     summary = wyckoff_summary(number)
     requests = [SiteRequest(z, letter) for z, letter in symmetry.sites]
-    assert check_sites(requests, summary.letters, number, formula) == symmetry.units
+    assert check_sites(requests, number, formula) == symmetry.units
     assert symmetry.sites == ordered_sites(symmetry.sites, number)
     assert symmetry.units * formula.num_atoms <= max_atoms * summary.centering
     return symmetry
