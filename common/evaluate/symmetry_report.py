@@ -1,7 +1,7 @@
 """Rows of symmetry prediction set side by side: JSON, Markdown tables, a plot."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from itertools import combinations
@@ -339,25 +339,24 @@ _POLYMORPHS = (
 
 def _polymorph_table(rows: Sequence[SymmetryRow]) -> str:
     kinds = (("all", None), ("new formulas", True), ("known formulas", False))
-    header = ["", *(f"{kind} @{k}" for kind, _ in kinds for k in CUTOFFS)]
-    lines = []
-    for row in rows:
-        shares = [
-            percent(row.polymorph_rate(k, new), interval=k == 1)
-            for _, new in kinds
-            for k in CUTOFFS
-        ]
-        lines.append([row.run.name, *shares])
-    return table(header, lines)
+    lines = [
+        [f"{kind} @{k}", *(percent(row.polymorph_rate(k, new), interval=k == 1) for row in rows)]
+        for kind, new in kinds
+        for k in CUTOFFS
+    ]
+    return _by_method(rows, lines)
+
+
+def _by_method(rows: Sequence[SymmetryRow], lines: Iterable[Sequence[str]]) -> str:
+    """A line for each figure: with a column for each, terminals would cut them off."""
+    return table(["", *(row.run.name for row in rows)], lines)
 
 
 def _results_table(rows: Sequence[SymmetryRow]) -> str:
-    header = ["", *_cutoff_names(), "legal", "calibration error"]
-    lines = [
-        [row.run.name, *_cutoffs(row), percent(row.legal), number(row.calibration_error)]
-        for row in rows
-    ]
-    return table(header, lines)
+    lines = _cutoff_lines(rows)
+    lines.append(["legal", *(percent(row.legal) for row in rows)])
+    lines.append(["calibration error", *(number(row.calibration_error) for row in rows)])
+    return _by_method(rows, lines)
 
 
 _PAIRED = (
@@ -381,34 +380,29 @@ def _paired_cell(test: PairedTest) -> str:
 
 
 def _kind_table(rows: Sequence[SymmetryRow], new: bool) -> str:
-    return table(["", *_cutoff_names()], [[row.run.name, *_cutoffs(row, new)] for row in rows])
+    return _by_method(rows, _cutoff_lines(rows, new))
 
 
-def _cutoff_names() -> list[str]:
-    return [f"{name} @{k}" for name in ("group", "assignment") for k in CUTOFFS]
-
-
-def _cutoffs(row: SymmetryRow, new: bool | None = None) -> list[str]:
+def _cutoff_lines(rows: Sequence[SymmetryRow], new: bool | None = None) -> list[list[str]]:
     places: tuple[Place, ...] = ("group", "assignment")
-    return [percent(row.rate(p, k, new), interval=k == 1) for p in places for k in CUTOFFS]
+    return [
+        [f"{place} @{k}", *(percent(row.rate(place, k, new), interval=k == 1) for row in rows)]
+        for place in places
+        for k in CUTOFFS
+    ]
 
 
 def _answers_table(rows: Sequence[SymmetryRow]) -> str:
-    names = [(lib, name) for lib, own in rows[0].answers.rouge.items() for name in own]
-    header = ["", "made", "legal", "exact", *(f"{lib} {name}" for lib, name in names)]
-    return table(
-        header,
-        [
-            [
-                row.run.name,
-                row.answers.kind,
-                number(100 * row.answers.legal, 2),
-                number(100 * row.answers.exact, 2),
-                *(number(row.answers.rouge[lib][name], 2) for lib, name in names),
-            ]
-            for row in rows
-        ],
-    )
+    lines = [
+        ["made", *(row.answers.kind for row in rows)],
+        ["legal", *(number(100 * row.answers.legal, 2) for row in rows)],
+        ["exact", *(number(100 * row.answers.exact, 2) for row in rows)],
+    ]
+    for library, own in rows[0].answers.rouge.items():
+        for name in own:
+            scores = (number(row.answers.rouge[library][name], 2) for row in rows)
+            lines.append([f"{library} {name}", *scores])
+    return _by_method(rows, lines)
 
 
 def _run_table(rows: Sequence[SymmetryRow]) -> str:
@@ -425,7 +419,7 @@ def _run_table(rows: Sequence[SymmetryRow]) -> str:
     lines = [[name, *(text(get(row)) for row in rows)] for name, get in fields]
     for name in dict.fromkeys(name for row in rows for name in row.figures):
         lines.append([name.replace("_", " "), *(_figure(row.figures, name) for row in rows)])
-    return table(["", *(row.run.name for row in rows)], lines)
+    return _by_method(rows, lines)
 
 
 def _figure(figures: Mapping[str, float], name: str) -> str:
