@@ -14,11 +14,11 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.markdown import Markdown
 
 from common.errors import UserError
 from common.evaluate.comparison import to_markdown, write_comparison
 from common.evaluate.contest import Machine, compare, contestants, make_plan
+from common.evaluate.tables import Shown
 from common.files import output_folder
 from common.machine import cpu_share
 
@@ -69,7 +69,7 @@ def command(
             with console.status(f"Timing {timed_steps} steps of each"):
                 plan = make_plan(out, runs, minutes, machine, timed_steps)
             found = compare(out, plan, seeds, rows, wanted, console, workers)
-        console.print(Markdown(to_markdown(plan, found)))
+        console.print(Shown(to_markdown(plan, found)))
         console.print(f"Table: {write_comparison(results or out, plan, found, name)}")
     except UserError as error:
         raise typer.BadParameter(str(error)) from error

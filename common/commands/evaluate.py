@@ -78,11 +78,11 @@ def crystals(
         return
     _check_options(given, num_samples, top, symmetry_model)
     from rich.console import Console
-    from rich.markdown import Markdown
 
     from common.evaluate.composition import CompositionEvaluation, Network
     from common.evaluate.report import to_markdown, write_report
     from common.evaluate.run import Evaluation, Told
+    from common.evaluate.tables import Shown
     from common.ranking import load_ranker
 
     folder = checkpoint_folder(checkpoint) if checkpoint else _default_checkpoint()
@@ -127,7 +127,7 @@ def crystals(
                 rows += evaluation.controls(seed)
         console = Console()
         # Seen even where it cannot be saved.
-        console.print(Markdown(to_markdown(rows)))
+        console.print(Shown(to_markdown(rows)))
         paths = write_report(rows, target)
         console.print(f"Report: {paths['md']}", highlight=False)
 
@@ -170,10 +170,10 @@ def symmetry(
 ) -> None:
     """Rank the symmetries of known crystals' compositions, and write JSON, Markdown and a plot."""
     from rich.console import Console
-    from rich.markdown import Markdown
 
     from common.evaluate.symmetry_report import to_markdown, write_symmetry_report
     from common.evaluate.symmetry_run import History, SymmetryEvaluation
+    from common.evaluate.tables import Shown
     from common.ranking import load_ranker
 
     ranker = load_ranker(
@@ -200,7 +200,7 @@ def symmetry(
         if controls:
             rows += evaluation.controls()
         console = Console()
-        console.print(Markdown(to_markdown(rows)))
+        console.print(Shown(to_markdown(rows)))
         paths = write_symmetry_report(rows, target_folder)
         console.print(f"Report: {paths['md']}", highlight=False)
 

@@ -3,8 +3,12 @@
 import io
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 from matplotlib.figure import Figure
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.markdown import Markdown, MarkdownElement, TableElement
+from rich.table import Table
 
 from common.evaluate.statistics import Rate
 from common.files import write_together
@@ -20,6 +24,24 @@ def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in line] for line in lines]
     names = [name.replace("|", "\\|") for name in header]
     return "\n".join("| " + " | ".join(line) + " |" for line in (names, marks, *cells))
+
+
+class _FoldedTable(TableElement):
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for part in super().__rich_console__(console, options):
+            assert isinstance(part, Table)
+            for column in part.columns:
+                column.overflow = "fold"
+            yield part
+
+
+class Shown(Markdown):
+    """Markdown for a terminal: words too long for a table's column are broken, not cut off."""
+
+    elements: ClassVar[dict[str, type[MarkdownElement]]] = {
+        **Markdown.elements,
+        "table_open": _FoldedTable,
+    }
 
 
 def percent(rate: Rate | None, interval: bool = False) -> str:

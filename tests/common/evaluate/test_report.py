@@ -8,7 +8,6 @@ from pathlib import Path
 import matplotlib.image
 import pytest
 from rich.console import Console
-from rich.markdown import Markdown
 
 from common.errors import UserError
 from common.evaluate.match import CandidateMatch
@@ -24,6 +23,7 @@ from common.evaluate.report import (
 )
 from common.evaluate.statistics import Rate
 from common.evaluate.symmetry import SymmetryLabel
+from common.evaluate.tables import Shown
 
 EXACT, HIGHER, LOST = SymmetryLabel.EXACT, SymmetryLabel.HIGHER, SymmetryLabel.LOST
 MISS = CandidateMatch(None, None, valid=True)
@@ -306,9 +306,10 @@ def test_figures_are_whole_in_a_terminal() -> None:
     rows = [EvaluationRow(run(), five())]
     rows += [replace(control(), run=run(name, k=1)) for name in ("random", "nearest", "precedent")]
     console = Console(width=80, record=True, file=io.StringIO())
-    console.print(Markdown(to_markdown(rows)))
-    results = console.export_text().split("Among the first")[0]
-    assert "\N{HORIZONTAL ELLIPSIS}" not in results
+    console.print(Shown(to_markdown(rows)))
+    text = console.export_text()
+    assert "\N{HORIZONTAL ELLIPSIS}" not in text
+    results = text.split("Among the first")[0]
     for figure in ("60.00", "0.1400", "0.0600", "(k=2)", "0.1740"):
         assert figure in results
 
