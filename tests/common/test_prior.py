@@ -4,7 +4,6 @@ import csv
 import gzip
 import itertools
 import json
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -547,15 +546,17 @@ def test_nearest_of_a_larger_cell_of_the_same_crystal(
         assert nearest.distance < 1e-4
 
 
-def test_shipped_prior_is_small_fast_and_knows_textbooks(shipped: TemplatePrior) -> None:
+def test_shipped_prior_is_small_and_knows_textbooks(
+    shipped: TemplatePrior, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whose formulas need no enumeration of legal sites, which takes its time."""
+    monkeypatch.setattr("common.prior.enumerate_sites", lambda *_, **__: pytest.fail("needed"))
     assert SHIPPED.stat().st_size < 3_000_000
     assert "CC BY 4.0" in shipped.metadata["attribution"]
     for formula, group in (("SrTiO3", 221), ("NaCl", 225), ("GaN", 186), ("CsCl", 221)):
         assert shipped.rank(parse_formula(formula).counts)[0].space_group == group
-    start = time.perf_counter()
     for formula in ("SrTiO3", "NaCl", "LiFePO4", "Si", "MgAl2O4"):
-        shipped.rank(parse_formula(formula).counts, {"band_gap": 1.0})
-    assert time.perf_counter() - start < 5
+        assert len(shipped.rank(parse_formula(formula).counts, {"band_gap": 1.0})) == 20
 
 
 def test_shipped_prior_names_its_rows(shipped: TemplatePrior, data_dir: Path) -> None:

@@ -1,8 +1,8 @@
 """Two processes train as one does, notice that they differ, and do not wait for ever."""
 
 import socket
-import time
 from datetime import timedelta
+from multiprocessing.synchronize import Event
 
 import pytest
 import torch
@@ -55,7 +55,7 @@ def losses(trainer: Trainer) -> list[dict[str, float]]:
     return [trainer.train_step(next(batches)) for _ in range(3)]
 
 
-def work(rank: int, port: int, expected: list[list[dict[str, float]]]) -> None:
+def work(rank: int, port: int, expected: list[list[dict[str, float]]], gave_up: Event) -> None:
     """What each of two processes does."""
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
@@ -65,9 +65,9 @@ def work(rank: int, port: int, expected: list[list[dict[str, float]]]) -> None:
             check_same_training(shard, expected)
             check_disagreement(rank, shard)
         environment(patch, rank, 2, port + 1)
-        patch.setattr(distributed, "TIMEOUT", timedelta(seconds=3))
+        patch.setattr(distributed, "TIMEOUT", timedelta(seconds=10))
         with distributed.joined("cpu"):
-            check_timeout(rank)
+            check_timeout(rank, gave_up)
 
 
 def check_same_training(shard: Shard, expected: list[list[dict[str, float]]]) -> None:
@@ -87,18 +87,20 @@ def check_disagreement(rank: int, shard: Shard) -> None:
         check_agreement(trainer)
 
 
-def check_timeout(rank: int) -> None:
-    """One process stalls; the other one gives up."""
+def check_timeout(rank: int, gave_up: Event) -> None:
+    """One process stalls until the other one gives up."""
     if rank:
-        time.sleep(6)
+        assert gave_up.wait(240)
         return
     with pytest.raises((RuntimeError, DistBackendError), match=r"[Tt]imed out"):
         distributed.sum_values(torch.zeros(1))
+    gave_up.set()
 
 
 def test_two_processes() -> None:
     expected = [losses(filled(settings, model, Shard())) for settings, model in VARIANTS]
-    torch.multiprocessing.spawn(work, (free_port(), expected), nprocs=2)
+    gave_up = torch.multiprocessing.get_context("spawn").Event()
+    torch.multiprocessing.spawn(work, (free_port(), expected, gave_up), nprocs=2)
 
 
 def test_alone() -> None:
