@@ -10,7 +10,7 @@ from common.backend import load_backend
 from common.checkpoint import latest, load_checkpoint
 from common.config import AnyRunConfig, RunConfig, parse_as, parse_config, read_settings
 from common.errors import UserError
-from common.files import output_folder, refused
+from common.files import alone_in, output_folder, refused
 from common.machine import cpu_share, launched_by
 
 #: Settings of `train` that may change when a run goes on, for they do not change its result.
@@ -83,12 +83,15 @@ def prepare(folder: Path, config: AnyRunConfig, resume: bool | None) -> bool:
     """Whether to go on with the run in `folder`; with ``resume=False`` it is put aside.
 
     Raises:
-        UserError: if there is nothing to go on with although asked to, or if the run was started
-            with other settings, which are named.
+        UserError: if there is nothing to go on with although asked to, if the run was started
+            with other settings, which are named, or if one that is to be put aside still trains.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is not a folder: give another --out")
     if resume is False and latest(folder) is not None:
+        with alone_in(folder) as alone:
+            if not alone:
+                raise UserError(f"{folder}: another process trains there; give another --out")
         folder.rename(_unused(folder))
     if latest(folder) is None:
         if resume:

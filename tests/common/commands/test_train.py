@@ -10,6 +10,7 @@ from common.cli import run
 from common.commands.train import prepare
 from common.config import AnyRunConfig, RunConfig
 from common.errors import UserError
+from common.files import alone_in
 from common.language.config import LanguageRunConfig
 
 CONFIG = RunConfig(name="example")
@@ -68,6 +69,18 @@ def test_fresh_run_puts_the_old_one_aside(tmp_path: Path) -> None:
         assert not prepare(tmp_path / "run", CONFIG, False)
         assert not (tmp_path / "run").exists()
         assert latest(tmp_path / f"run.{number}") is not None
+
+
+def test_fresh_leaves_a_run_where_it_is_that_still_trains(tmp_path: Path) -> None:
+    start_run(tmp_path / "run")
+    with (
+        alone_in(tmp_path / "run"),
+        pytest.raises(UserError, match="another process trains there; give another --out"),
+    ):
+        prepare(tmp_path / "run", CONFIG, False)
+    assert latest(tmp_path / "run") is not None
+    assert not prepare(tmp_path / "run", CONFIG, False)
+    assert [path.name for path in tmp_path.iterdir()] == ["run.1"]
 
 
 def test_fresh_leaves_folders_alone_that_are_no_runs(tmp_path: Path) -> None:
