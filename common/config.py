@@ -128,7 +128,7 @@ class Optimisation(Settings):
     init_from: str | None = Field(None, description="Checkpoint whose weights to start from.")
     checkpoint_every: int = Field(1000, ge=1, description="Steps between checkpoints.")
     log_every: int = Field(50, ge=1, description="Steps between lines of the log.")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**31, description="Below 2**31, as all frameworks take.")
 
 
 class TrainConfig(Optimisation):

@@ -103,6 +103,7 @@ def test_wrong_network(tmp_path: Path, model: dict[str, object], says: str) -> N
         ("name: x\ntrain: {learning_rate: .inf}", "train.learning_rate"),
         ("name: x\ntrain: {ema: 1.0}", "train.ema"),
         ("name: x\ntrain: {seed: -1}", "train.seed"),
+        ("name: x\ntrain: {seed: 2147483648}", "train.seed: Input should be less than 2147483648"),
         ("name: x\ntrain: {precision: float8}", "train.precision"),
         ("name: x\ndiffusion: {kind: ddpm}", "diffusion.kind"),
         ("name: x\nmodel:\n", "model: "),
