@@ -4,7 +4,8 @@
     a checkpoint or run folder of this project         a folder, in the layout of the framework
     a folder that this converter made for MindSpore    a file: the weights alone
     a file of weights, with config.yaml and, perhaps,
-    optimizer.*, state.json and README.md beside it
+    optimizer.*, state.json and README.md beside it,
+    and precedents.parquet there or beside config.yaml
 
 The folder for torch is a checkpoint folder, which both backends load and train on from. The folder
 for MindSpore has the same files, byte for byte, but ``.ckpt`` instead of safetensors. Going there
@@ -188,6 +189,8 @@ def _loose(path: Path, config: Path | None) -> Source:
         raise UserError(f"{what}; give --config")
     optimizer = path.with_name(f"optimizer{path.suffix}")
     others = {name: path.with_name(name) for name in (CARD, STATE, PRECEDENTS)}
+    if not others[PRECEDENTS].is_file():
+        others[PRECEDENTS] = config.with_name(PRECEDENTS)
     return Source(
         place=path,
         model=path,

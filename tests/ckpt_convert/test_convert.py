@@ -110,6 +110,12 @@ def test_a_single_file_finds_its_training_rows_again(tmp_path: Path) -> None:
     rows[0].write_bytes(b"rows")
     convert(tmp_path / "model.ckpt", tmp_path / "c", "torch")
     assert rows[1].read_bytes() == rows[0].read_bytes()
+    shutil.copytree(folder, tmp_path / "own")  # of a run with rows that are not shipped
+    (tmp_path / "own" / "precedents.parquet").write_bytes(b"own rows")
+    rows[0].unlink()
+    own = tmp_path / "own" / "config.yaml"
+    convert(tmp_path / "model.ckpt", tmp_path / "d", "torch", config=own)
+    assert (tmp_path / "d" / "precedents.parquet").read_bytes() == b"own rows"
 
 
 def test_a_run_is_its_latest_step(run_folder: Path, tmp_path: Path) -> None:
