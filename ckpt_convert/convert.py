@@ -240,6 +240,8 @@ def _check_destination(path: Path, to: Framework, source: Path, overwrite: bool)
         raise UserError(f"{path} is already there; give another path, or --overwrite")
     if path.suffix not in SUFFIXES:
         read_manifest(path, LAYOUTS[to])
+        if glm4.is_language(path):
+            raise UserError(f"{path}: holds a language model, which stays; give another path")
 
 
 def _trained_on(source: Source) -> str:

@@ -107,14 +107,15 @@ def convert(
         destination: the folder to make.
         to: the framework whose names to write.
         base: of an adapter, which is worked into it: the result is a model.
-        overwrite: whether to replace a folder that has a manifest.
+        overwrite: whether to replace a folder with a manifest, of the same kind.
 
     Raises:
         MisfitError: if tensors do not fit; nothing is written then.
         UserError: if the source cannot be read, or the destination cannot be written or is there.
     """
     found = open_folder(source)
-    _check_destination(destination, [found.path, *([base] if base else [])], overwrite)
+    kind = lora.CONFIG if found.adapter and base is None else CONFIG
+    _check_destination(destination, [found.path, *([base] if base else [])], overwrite, kind)
     if found.manifest is None and destination.is_dir() and any(destination.iterdir()):
         raise UserError(f"{destination}: only what has a {MANIFEST} takes its place; give another")
     if base is None:
@@ -252,8 +253,11 @@ def _step(source: Path) -> Path:
     return latest(source) or source
 
 
-def _check_destination(path: Path, sources: list[Path], overwrite: bool) -> None:
-    """Raises UserError if nothing can or may be written there."""
+def _check_destination(path: Path, sources: list[Path], overwrite: bool, kind: str) -> None:
+    """Raises UserError if nothing can or may be written there.
+
+    ``kind`` is a file that must be in what is replaced.
+    """
     if path.suffix in (".ckpt", ".safetensors", ".pt", ".pth"):
         raise UserError(f"{path}: a language model is a folder; give one")
     real = path.resolve()
@@ -267,6 +271,8 @@ def _check_destination(path: Path, sources: list[Path], overwrite: bool) -> None
         raise UserError(f"{path} is already there; give another path, or --overwrite")
     if not (path / MANIFEST).is_file():
         raise UserError(f"{path}: has no {MANIFEST}, and so is not replaced; give another path")
+    if not (path / kind).is_file():
+        raise UserError(f"{path}: has no {kind}, is of another kind, and stays; give another path")
 
 
 def _copy(source: Path, destination: Path) -> None:

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from ckpt_convert.convert import convert
 from ckpt_convert.stream import CHUNK, Stored, find_shards
-from common.checkpoint import NATIVE, save_checkpoint, shipped_language
+from common.checkpoint import NATIVE, save_checkpoint, shipped, shipped_language
 from common.cli import app
 from common.errors import UserError
 from common.language.config import GlmConfig, LoraConfig
@@ -155,6 +155,26 @@ def test_what_has_a_manifest_is_not_replaced_by_what_has_none(
     with pytest.raises(UserError, match="takes its place"):
         convert(pair[0], out, "mindspore", overwrite=True)
     assert (out / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("there", "name"),
+    [
+        ("crystal_dit_small_fm", "glm4_tiny"),
+        ("glm4_tiny", "crystal_dit_small_fm"),
+        ("glm4_tiny", "glm4_tiny_fm"),
+        ("glm4_tiny_fm", "glm4_tiny"),
+    ],
+)
+def test_another_kind_of_network_is_not_replaced(there: str, name: str, tmp_path: Path) -> None:
+    folders = shipped() | shipped_language()
+    out = tmp_path / "out"
+    convert(folders[there], out, "torch")
+    before = contents(out)
+    with pytest.raises(UserError, match="stays; give another path"):
+        convert(folders[name], out, "torch", overwrite=True)
+    assert contents(out) == before
+    convert(folders[there], out, "torch", overwrite=True)
 
 
 # Adapters
