@@ -503,8 +503,25 @@ def batch_items(records: list[Record]) -> list[BatchItem]:
 
 
 def records_of(config: AnyRunConfig) -> tuple[list[Record], list[Record]]:
-    """Training and validation rows that a run names."""
-    return dataset(config.train.data), dataset(config.train.validation)
+    """Training and validation rows that a run names.
+
+    Raises:
+        UserError: if they cannot be read, or do not tell a property that the network is to learn.
+    """
+    known = dataset(config.train.data)
+    if isinstance(config, RunConfig):
+        _check_properties(config, small_enough(known))
+    return known, dataset(config.train.validation)
+
+
+def _check_properties(config: RunConfig, known: list[Record]) -> None:
+    """What is not told is not learned, and has no scale, but a sample can be asked for it."""
+    for name in config.model.properties:
+        if known and len({record.properties[name] for record in known} - {None}) < 2:
+            raise UserError(
+                f"{config.train.data}: no row has a {name}, or all have the same, so that nothing "
+                "is learned of it; leave it out of model.properties"
+            )
 
 
 def run_training(trainer: TrainingRun[Any], out: Path, resume: bool) -> None:

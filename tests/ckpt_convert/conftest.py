@@ -19,7 +19,11 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     data = folder / "textbook.parquet"
     records = [
-        Record(name, label_structure(textbook(name)), properties={"band_gap": 1.0 * index})
+        Record(
+            name,
+            label_structure(textbook(name)),
+            properties={"band_gap": 1.0 * index, "formation_energy": -0.5 * index},
+        )
         for index, name in enumerate(tuple(TEXTBOOK)[:4])
     ]
     write_records(records, data)

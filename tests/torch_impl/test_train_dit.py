@@ -327,6 +327,22 @@ def test_no_rows(tmp_path: Path, parquet: Path, records: list[Record]) -> None:
         train(tiny_run(tmp_path / "absent.parquet"), tmp_path / "run", device="cpu")
 
 
+@pytest.mark.parametrize("energy", [None, -1.0])
+def test_a_property_that_no_row_tells(
+    tmp_path: Path, records: list[Record], energy: float | None
+) -> None:
+    told = [
+        Record(r.material_id, r.crystal, properties=r.properties | {"formation_energy": energy})
+        for r in records
+    ]
+    write_records(told, tmp_path / "told.parquet")
+    run = tiny_run(tmp_path / "told.parquet")
+    with pytest.raises(UserError, match=r"no row has a formation_energy.* model\.properties"):
+        train(run, tmp_path / "run", device="cpu")
+    assert not (tmp_path / "run").exists()
+    train(tiny_run(tmp_path / "told.parquet", {"properties": ["band_gap"]}), tmp_path / "run")
+
+
 def test_a_folder_where_another_run_trains(parquet: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     with alone_in(tmp_path / "run"), pytest.raises(UserError, match="another process trains"):
