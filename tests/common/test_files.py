@@ -128,6 +128,26 @@ def test_one_at_a_time_is_alone_in_a_folder(tmp_path: Path) -> None:
     assert listing(tmp_path) == []
 
 
+def test_a_lock_that_its_holder_removes_meanwhile_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process leaves after this one has opened the file, before it has locked it."""
+    flock, left = fcntl.flock, []
+
+    def leave_before(descriptor: int, operation: int) -> None:
+        if not left:
+            left.append(descriptor)
+            (tmp_path / LOCK).unlink()
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", leave_before)
+    with alone_in(tmp_path) as first, alone_in(tmp_path) as second:
+        assert (first, second) == (True, False)
+        assert listing(tmp_path) == [LOCK]
+    assert left
+    assert listing(tmp_path) == []
+
+
 def test_a_file_system_without_locks_keeps_nobody_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
