@@ -121,7 +121,10 @@ def check_decodes(tokenizer: SymmetryTokenizer, records: Sequence[Record]) -> li
 def main(arguments: list[str]) -> None:
     """Runs the checks and prints what was measured; stops at the first row that fails."""
     console = Console()
-    records = dataset(arguments[0] if arguments else "train")
+    name = arguments[0] if arguments else "train"
+    records = dataset(name)
+    if not records:
+        raise UserError(f"{name}: no rows to check")
     named = {"compact": compact_tokenizer(), **{x: load_tokenizer(x) for x in arguments[1:]}}
     lengths: dict[str, list[list[int]]] = {name: [] for name in named}
     for record in track(records, "rows"):

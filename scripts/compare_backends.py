@@ -8,6 +8,7 @@ Each framework runs in a process of its own, on the CPU.
 """
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ from common.config import AnyRunConfig, RunConfig, load_config, read_settings
 from common.crystal.structure import Crystal
 from common.data.locations import dataset
 from common.data.store import Record
+from common.errors import UserError
 from common.evaluate.match import MatchItem, match_many
 from common.evaluate.run import read_back_many
 from common.files import write_atomic
@@ -263,6 +265,10 @@ def language(
         runs = {name: Path(folder, name) for name in (*BACKENDS, "changed")}
         read = tuple(settings or ())
         given = read_settings(config, read)
+        if given.get("kind") != "language":
+            raise UserError(
+                f"{config}: no run of a language model, as configs/glm4_tiny_fm.yaml is"
+            )
         base = parse_run(given, str(config)).train.init_from
         if base is None or not Path(base).exists():
             base = str(Path(folder, "base"))
@@ -312,4 +318,7 @@ def _save(figures: dict[str, Any], out: Path | None) -> None:
 
 
 if __name__ == "__main__":
-    app()
+    try:
+        app()
+    except UserError as error:
+        sys.exit(f"error: {error}")

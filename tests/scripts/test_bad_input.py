@@ -1,4 +1,4 @@
-"""Scripts of the language models say in one line what is wrong with what they are given."""
+"""Scripts say in one line what is wrong with what they are given."""
 
 import subprocess
 import sys
@@ -13,6 +13,8 @@ from tests.conftest import REPOSITORY
     [
         (["fit_prior.py", "--data", "absent.csv"], "no data set at absent.csv"),
         (["check_language.py", "absent.csv"], "no data set at absent.csv"),
+        (["compare_backends.py", "training", "absent.yaml"], "absent.yaml: No such file"),
+        (["compare_backends.py", "language", "configs/crystal_dit_small_fm.yaml"], "no run of a"),
         (["plan_language.py", "configs/crystal_dit_small_bg.yaml"], "a plan is for"),
         (["plan_language.py", "configs/glm4_tiny.yaml"], "a plan is for"),
     ],
