@@ -241,7 +241,10 @@ def download(url: str, folder: Path) -> Path:
 
     Raises UserError when the server cannot be reached, refuses, or sends less than it announced.
     """
-    name = Path(unquote(urlsplit(url).path)).name or "data.csv"
+    try:
+        name = Path(unquote(urlsplit(url).path)).name or "data.csv"
+    except ValueError as error:
+        raise UserError(f"cannot download {url}: {error}; check address") from error
     target = folder / hashlib.sha256(url.encode()).hexdigest()[:16] / name
     validators = target.with_name(target.name + ".http.json")
     request = urllib.request.Request(url, headers=_conditions(target, validators))

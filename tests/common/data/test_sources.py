@@ -113,7 +113,9 @@ def test_name_that_is_not_utf8(tmp_path: Path) -> None:
     assert CifFolderSource(tmp_path).description["kind"] == "cif"
 
 
-@pytest.mark.parametrize("name", ["missing.csv", "missing.cif", "empty", "https://"])
+@pytest.mark.parametrize(
+    "name", ["missing.csv", "missing.cif", "empty", "https://", "https://[a/b.csv"]
+)
 def test_sources_that_do_not_exist(tmp_path: Path, name: str) -> None:
     (tmp_path / "empty").mkdir()
     location = name if "://" in name else str(tmp_path / name)
