@@ -61,6 +61,8 @@ def import_command(
     format_: Annotated[Format, typer.Option("--format", help="Kind of source.")] = Format.auto,
 ) -> None:
     """Label a source's structures; rows that cannot be used go to OUT.quarantine.jsonl."""
+    if out.suffix != ".parquet":  # as a source's own is not, and as a data set is known by
+        raise UserError(f"{out}: give a name that ends in .parquet")
     opened = open_source(source, cache_dir(), format_.value, max_atoms, show_progress=True)
     report = import_dataset(opened, out, workers, max_atoms, cache_dir())
     Console().print(_report_table(report))
@@ -83,14 +85,16 @@ def split(
 ) -> None:
     """Part a data set so that no reduced formula is in two parts."""
     path = dataset_path(data)
-    names = ("train", "val", "test")
-    parts = split_by_formula(read_records(path), _fractions(fractions, len(names)), seed)
+    targets = [out / f"{name}.parquet" for name in ("train", "val", "test")]
+    if path.resolve() in [target.resolve() for target in targets]:
+        raise UserError(f"{path}: a part of it would take its place; give another --out")
+    parts = split_by_formula(read_records(path), _fractions(fractions, len(targets)), seed)
     metadata = read_metadata(path)
-    for name, part in zip(names, parts, strict=True):
-        origin = {"split": name, "fractions": fractions, "seed": seed}
+    for target, part in zip(targets, parts, strict=True):
+        origin = {"split": target.stem, "fractions": fractions, "seed": seed}
         origin |= {"of": metadata["fingerprint"], "source": metadata["source"]}
-        write_records(part, out / f"{name}.parquet", origin)
-        typer.echo(f"{out / name}.parquet: {len(part)} rows")
+        write_records(part, target, origin)
+        typer.echo(f"{target}: {len(part)} rows")
 
 
 class Target(StrEnum):

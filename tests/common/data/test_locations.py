@@ -98,3 +98,17 @@ def test_bad_options_are_user_errors(csv_file: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="at least 1"):
         invoke("import", "--source", csv_file, "--out", out, "--workers", 0)
     assert not out.exists()
+
+
+def test_no_source_is_overwritten(csv_file: Path, tmp_path: Path) -> None:
+    content = csv_file.read_bytes()
+    for out in (csv_file, tmp_path / "out"):
+        with pytest.raises(UserError, match=r"ends in \.parquet"):
+            invoke("import", "--source", csv_file, "--out", out)
+    assert csv_file.read_bytes() == content
+    whole = tmp_path / "train.parquet"
+    invoke("import", "--source", csv_file, "--out", whole, "--workers", 1)
+    content = whole.read_bytes()
+    with pytest.raises(UserError, match="give another --out"):
+        invoke("split", whole, "--out", tmp_path)
+    assert whole.read_bytes() == content
