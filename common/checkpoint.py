@@ -9,7 +9,8 @@
     manifest.json          size and SHA-256 of each file above, its own digest, and the origin
 
 Safetensors has no checksum of its own, hence the manifest; no pickle is ever read. A run folder
-holds ``step_00001000/``, ... and the file ``latest``, which names one of them.
+holds ``step_00001000/``, ... and the file ``latest``, which names one of them; when it has ended
+also ``final/``.
 """
 
 import hashlib
@@ -47,6 +48,8 @@ STATE = "state.json"
 CARD = "README.md"
 MANIFEST = "manifest.json"
 LATEST = "latest"
+#: A run's finished checkpoint.
+FINAL = "final"
 #: Training rows that the Crystal DiT starts from; see ``common.precedents``.
 PRECEDENTS = "precedents.parquet"
 #: Files that may lie beside ``model.safetensors``: that one, and what transformers and peft read.

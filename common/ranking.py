@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from common.backend import load_language_model
 from common.checkpoint import (
     ADAPTER,
+    FINAL,
     checkpoint_folder,
     is_checkpoint,
     load_checkpoint,
@@ -260,7 +261,7 @@ def model_folder(wanted: str | None, given: str | Path) -> Path | None:
 def _name(folder: Path) -> str:
     """A run's name rather than that of its last folder."""
     path = folder.resolve()
-    return path.parent.name if path.name == "final" else path.name
+    return path.parent.name if path.name == FINAL else path.name
 
 
 def _shipped_base(folder: Path) -> Path | None:

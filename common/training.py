@@ -27,6 +27,7 @@ from rich.progress import (
 )
 
 from common.checkpoint import (
+    FINAL,
     Checkpoint,
     latest,
     load_checkpoint,
@@ -558,7 +559,7 @@ def _run_training(trainer: TrainingRun[Any], out: Path, resume: bool) -> None:
     with _progress() as progress:
         _lead(trainer, out, log, progress)
     save_checkpoint(
-        out / "final",
+        out / FINAL,
         **trainer.final(),
         extra=trainer.account | {"training_seconds": round(trainer.seconds)},
         card=f"# {trainer.config.name}\n",

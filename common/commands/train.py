@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from common.backend import load_backend
-from common.checkpoint import latest, load_checkpoint
+from common.checkpoint import FINAL, MANIFEST, latest, load_checkpoint
 from common.config import AnyRunConfig, RunConfig, parse_as, parse_config, read_settings
 from common.errors import UserError
 from common.files import alone_in, output_folder, refused
@@ -84,18 +84,25 @@ def prepare(folder: Path, config: AnyRunConfig, resume: bool | None) -> bool:
 
     Raises:
         UserError: if there is nothing to go on with although asked to, if the run was started
-            with other settings, which are named, or if one that is to be put aside still trains.
+            with other settings, which are named, if it would be lost, or if one that is to be put
+            aside still trains.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is not a folder: give another --out")
-    if resume is False and latest(folder) is not None:
+    finished = (folder / FINAL / MANIFEST).is_file()
+    if resume is False and (finished or latest(folder) is not None):
         with alone_in(folder) as alone:
             if not alone:
                 raise UserError(f"{folder}: another process trains there; give another --out")
         folder.rename(_unused(folder))
+        return False
     if latest(folder) is None:
         if resume:
             raise UserError(f"no checkpoint in {folder} to resume; leave out --resume")
+        if finished:
+            raise UserError(
+                f"{folder} holds a finished run without its steps: give --fresh or another --out"
+            )
         return False
     started = parse_run(load_checkpoint(folder, optimizer=True).config, str(folder))
     changed = _differences(started, config)

@@ -18,7 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 
 from common.backend import SampleRequest, load_backend
-from common.checkpoint import MANIFEST, Checkpoint, latest, load_checkpoint
+from common.checkpoint import FINAL, MANIFEST, Checkpoint, latest, load_checkpoint
 from common.config import RunConfig, load_config
 from common.crystal.structure import Crystal
 from common.data.batch import bucket, symmetry_only
@@ -141,7 +141,7 @@ def _read_plan(path: Path) -> Plan:
 
 def train_within(folder: Path, run: RunConfig, machine: Machine) -> Path:
     """Trains a run to its end, in a process of its own; returns its finished checkpoint."""
-    finished = folder / "final"
+    finished = folder / FINAL
     if not (finished / MANIFEST).is_file():
         apart(_train, folder, run, machine)
     return finished
@@ -234,7 +234,7 @@ def measure(
         flops: of one of its training steps.
         calls: network calls per sample; the run's own number without it.
     """
-    saved = load_checkpoint(folder / "final")
+    saved = load_checkpoint(folder / FINAL)
     run = RunConfig.model_validate(saved.config)
     calls = calls or own_calls(run.diffusion)
     path = folder / f"evaluation-{len(evaluation.references)}-{calls}.json"
@@ -242,7 +242,7 @@ def measure(
         (row,) = read_rows(path)
         return replace(row, run=replace(row.run, name=name))
     backend = load_backend(machine.backend, machine.device)
-    generator = backend.load(folder / "final", machine.device)
+    generator = backend.load(folder / FINAL, machine.device)
     kept = KeptSamples(generator, folder / "samples", saved.hash)
     row = evaluation.model(
         kept,

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.checkpoint import latest, save_step
+from common.checkpoint import latest, save_checkpoint, save_step
 from common.cli import run
 from common.commands.train import prepare
 from common.config import AnyRunConfig, RunConfig
@@ -87,6 +87,16 @@ def test_fresh_leaves_folders_alone_that_are_no_runs(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     assert not prepare(tmp_path, CONFIG, False)
     assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("resume", [None, True])
+def test_a_finished_run_without_steps_is_not_lost(tmp_path: Path, resume: bool | None) -> None:
+    weights = {"w": np.ones(2, dtype=np.float32)}
+    save_checkpoint(tmp_path / "run" / "final", config={"name": "example"}, model=weights)
+    with pytest.raises(UserError, match="another --out" if resume is None else "no checkpoint"):
+        prepare(tmp_path / "run", CONFIG, resume)
+    assert not prepare(tmp_path / "run", CONFIG, False)
+    assert [path.name for path in tmp_path.iterdir()] == ["run.1"]
 
 
 def test_other_settings_are_refused(tmp_path: Path) -> None:
