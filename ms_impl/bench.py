@@ -32,7 +32,7 @@ def benchmark(config: RunConfig, records: list[Record], calls: int, threads: int
         config: network and batch sizes; compilation is left out.
         records: the crystals.
         calls: network calls per sample.
-        threads: CPU threads.
+        threads: CPU threads, which are left to MindSpore.
     """
     trainer, generator = _untrained(config, records)
     parameters = sum(parameter.size for parameter in trainer.parameters)

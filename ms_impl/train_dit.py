@@ -189,7 +189,7 @@ def train(
         config: the run.
         out: the run's folder.
         resume: whether to go on from the latest step in it.
-        threads: CPU threads.
+        threads: CPU threads, which are left to MindSpore.
         device: ``auto``, ``cpu`` or ``ascend``.
 
     Raises:

@@ -52,7 +52,7 @@ def command(
     ),
     results: Annotated[Path | None, typer.Option(help="Folder for the table; OUT.")] = None,
     name: Annotated[str, typer.Option(help="Of the table's files.")] = "compare_models",
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; all of them.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads (torch); all.")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes for matching.")] = None,
     backend: Annotated[str, typer.Option(help="auto, torch or mindspore.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or ascend.")] = "auto",

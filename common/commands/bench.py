@@ -55,7 +55,7 @@ def command(
             min=1, help="Network calls per sample; 10, with --checkpoint as many as it asks for."
         ),
     ] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; all of them.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads (torch); all.")] = None,
     backend: Annotated[str, typer.Option(help="auto, torch or mindspore.")] = "auto",
     against: Annotated[
         str | None,

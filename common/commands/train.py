@@ -32,7 +32,7 @@ def command(
             "without either, go on if there is one.",
         ),
     ] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; all of them.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads (torch); all.")] = None,
     backend: Annotated[str, typer.Option(help="auto, torch or mindspore.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or ascend.")] = "auto",
 ) -> None:
