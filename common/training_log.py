@@ -11,7 +11,7 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from common.files import append_whole
+from common.files import append_whole, refused
 
 
 class TrainingLog:
@@ -32,7 +32,10 @@ class TrainingLog:
         seconds, rest = divmod(time.time_ns(), 10**9)
         name = f"events.out.tfevents.{seconds:010d}.{socket.gethostname()}.{os.getpid()}.{rest:09d}"
         self._events = folder / "tensorboard" / name
-        self._events.parent.mkdir(exist_ok=True)
+        try:
+            self._events.parent.mkdir(exist_ok=True)
+        except OSError as error:
+            raise refused(self._events.parent, error) from error
         self._add(Event(step=step, file_version="brain.Event:2"))
         self._add(Event(step=step, session_log=SessionLog(status=SessionLog.START)))
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from common.errors import UserError
 from common.training_log import TrainingLog
 
 
@@ -37,3 +38,9 @@ def test_tensorboard_reads_it(tmp_path: Path) -> None:
     ]
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [row["loss"] for row in rows] == [0.25, 0.5, 0.75, 5.0]
+
+
+def test_a_file_in_its_place(tmp_path: Path) -> None:
+    (tmp_path / "tensorboard").write_text("notes")
+    with pytest.raises(UserError, match=r"cannot write .*tensorboard: File exists"):
+        TrainingLog(tmp_path, 0)
