@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from common.checkpoint import (
     install,
     latest,
     provenance_of,
+    sweep,
     verify,
 )
 from common.errors import UserError
@@ -305,6 +307,7 @@ def _install(folder: Path, files: Mapping[str, Content]) -> None:
     temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(6)}.tmp")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
+        sweep(folder.parent, escape(folder.name))
         try:
             temporary.mkdir()
             for name, content in files.items():

@@ -234,7 +234,7 @@ def save_step(
     with _reporting(run_folder):
         for path in older[:-keep]:
             _remove(path)
-        _sweep(run_folder, "step_*")
+        sweep(run_folder, "step_*")
     return folder
 
 
@@ -411,7 +411,7 @@ def install(
         if folder.exists() and not (folder / MANIFEST).is_file() and not _is_empty(folder):
             raise _broken(folder, "is something else", "give a path that does not exist yet")
         folder.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(folder.parent, escape(folder.name))
+        sweep(folder.parent, escape(folder.name))
         try:
             temporary.mkdir()
             entries = {name: _put(temporary / name, content) for name, content in files.items()}
@@ -480,7 +480,7 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def _sweep(parent: Path, pattern: str) -> None:
+def sweep(parent: Path, pattern: str) -> None:
     """Delete what killed saves of the folders that match `pattern` have left in `parent`."""
     for rest in parent.glob(f".{pattern}.*.tmp"):
         shutil.rmtree(rest, ignore_errors=True)

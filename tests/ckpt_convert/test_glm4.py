@@ -25,6 +25,7 @@ from common.errors import UserError
 from common.language.config import GlmConfig, LoraConfig
 from common.language.parameters import lora_parameters, parameters
 from common.language.tokenizer import compact_tokenizer
+from tests.conftest import REPOSITORY
 from torch_impl.glm4 import add_adapter, build
 from torch_impl.language_model import load_language_model
 
@@ -194,6 +195,24 @@ def pair(tmp_path: Path) -> tuple[Path, Path]:
                 parameter.normal_(std=0.1)
     adapter.save_pretrained(tmp_path / "adapter")
     return tmp_path / "base", tmp_path / "adapter"
+
+
+def test_nothing_is_left_of_a_conversion_that_was_killed(
+    pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """The next one to the same folder takes it away."""
+    killed = (
+        "import os, sys; from pathlib import Path; from ckpt_convert import glm4\n"
+        "glm4.write_shard = lambda *_, **__: os._exit(9)\n"
+        "glm4.convert(Path(sys.argv[1]), Path(sys.argv[2]), 'mindspore')"
+    )
+    out = tmp_path / "out" / "mf"
+    command = [sys.executable, "-c", killed, str(pair[0]), str(out)]
+    assert subprocess.run(command, cwd=REPOSITORY).returncode == 9
+    (left,) = out.parent.iterdir()
+    assert left.name.startswith(".mf.")
+    convert(pair[0], out, "mindspore")
+    assert list(out.parent.iterdir()) == [out]
 
 
 def test_adapter_there_and_back(pair: tuple[Path, Path], tmp_path: Path) -> None:
