@@ -73,6 +73,8 @@ SHIPPED = Path(__file__).resolve().parent / "assets" / "checkpoints"
 SHIPPED_LANGUAGE = SHIPPED.parent / "language"
 
 _STEP = re.compile(r"step_(\d{8,})")
+#: What temporary folders have in their names, of `secrets.token_hex(6)`.
+_TOKEN = "[0-9a-f]" * 12
 #: Packages whose versions decide what a checkpoint does.
 _VERSIONED = ("numpy", "safetensors", "pymatgen", "spglib", "moyopy", "torch", "mindspore")
 
@@ -481,9 +483,13 @@ def _remove(folder: Path) -> None:
 
 
 def sweep(parent: Path, pattern: str) -> None:
-    """Delete what killed saves of the folders that match `pattern` have left in `parent`."""
-    for rest in parent.glob(f".{pattern}.*.tmp"):
-        shutil.rmtree(rest, ignore_errors=True)
+    """Delete what killed saves of the folders that match `pattern` have left in `parent`.
+
+    What another process saves beside them, under a name that goes on after a dot, stays.
+    """
+    for name in (pattern, f"{pattern}.previous"):
+        for rest in parent.glob(f".{name}.{_TOKEN}.tmp"):
+            shutil.rmtree(rest, ignore_errors=True)
 
 
 @contextmanager

@@ -523,3 +523,12 @@ def test_another_kind_of_folder_has_its_own_files(folder: Path) -> None:
     assert "is not of a uni-mdm checkpoint" in error_of(target)
     with pytest.raises(UserError, match="is not of a recipes"):
         verify(folder, other)
+
+
+def test_what_another_process_saves_beside_it_stays(tmp_path: Path) -> None:
+    beside = tmp_path / ".mine.v2.0123456789ab.tmp"  # of mine.v2
+    left = [tmp_path / f".mine{part}.0123456789ab.tmp" for part in ("", ".previous")]
+    for folder in (beside, *left):
+        folder.mkdir()
+    save_checkpoint(tmp_path / "mine", config={}, model={"w": np.ones(2, dtype=np.float32)})
+    assert sorted(tmp_path.iterdir()) == [beside, tmp_path / "mine"]
