@@ -586,9 +586,8 @@ def _lead(trainer: TrainingRun[Any], out: Path, log: "TrainingLog", progress: Pr
             mean = _mean(window)
             log.write("train", trainer.step, trainer.seconds, mean)
             if not progress.console.is_terminal:  # which shows the bar only when it is full
-                print(
-                    f"step {trainer.step} of {settings.steps}: loss {mean['loss']:.4f}", flush=True
-                )
+                loss = mean.get("loss", math.nan)
+                print(f"step {trainer.step} of {settings.steps}: loss {loss:.4f}", flush=True)
             window.clear()
         if _due(trainer, settings.validation_every):
             log.write("validation", trainer.step, trainer.seconds, trainer.validate())
@@ -604,7 +603,12 @@ def _due(trainer: TrainingRun[Any], every: int) -> bool:
 
 
 def _mean(rows: list[dict[str, float]]) -> dict[str, float]:
-    return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+    """Means of figures over the steps where they are finite; those that never are stay away.
+
+    A step that ``LossScale`` leaves out has no gradient.
+    """
+    finite = {name: [row[name] for row in rows if math.isfinite(row[name])] for name in rows[0]}
+    return {name: float(np.mean(values)) for name, values in finite.items() if values}
 
 
 def _progress() -> Progress:

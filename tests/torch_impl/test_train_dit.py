@@ -379,6 +379,19 @@ def test_loss_scale_is_halved_where_a_gradient_overflows(records: list[Record]) 
     assert not trainer.loss_scale.follow(finite=False)  # nothing left to halve: an error
 
 
+def test_log_of_steps_that_are_left_out_is_json(
+    parquet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("common.training.LOSS_SCALE", 2.0**127)
+    train(tiny_run(parquet, precision="float16"), tmp_path / "run", device="cpu")
+    lines = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+    rows = [json.loads(line, parse_constant=pytest.fail) for line in lines]
+    steps_told = [row for row in rows if row["kind"] == "train"]
+    assert len(steps_told) == 6
+    assert "gradient_norm" not in steps_told[0]
+    assert all(row["loss"] > 0 for row in steps_told)
+
+
 def test_loss_scale_grows_after_many_steps() -> None:
     scale = LossScale("float16")
     for _ in range(LOSS_SCALE_STEPS):
