@@ -172,23 +172,31 @@ def cheapest_automorphism(template: Template, costs: NDArray[np.float64]) -> tup
 
 def relabelled(space_group: int, letters: RoleLetters) -> set[RoleLetters]:
     """All descriptions of the same letters, role by role."""
+    return {
+        tuple("".join(sorted(role.translate(table))) for role in letters)
+        for table in _relabellings(space_group)
+    }
+
+
+@cache
+def _relabellings(space_group: int) -> tuple[dict[int, int], ...]:
+    """For ``str.translate``: what becomes of each letter in each description."""
     summary = wyckoff_summary(space_group)
-    names = list(summary.letters)
-    images = set()
-    for permutation in summary.permutations:
-        table = str.maketrans(dict(zip(names, permutation, strict=True)))
-        images.add(tuple("".join(sorted(role.translate(table))) for role in letters))
-    return images
+    names = "".join(summary.letters)
+    return tuple(str.maketrans(names, permutation) for permutation in summary.permutations)
 
 
-@lru_cache(maxsize=100_000)
 def wyckoff_sequence(template: Template) -> str:
     """The letters of all sites, whatever is on them; the same for all equivalent descriptions.
 
     Crystals of one space group that share it are isopointal.
     """
-    letters = "".join(sorted("".join(template.letters)))
-    return min(relabelled(template.space_group, (letters,)))[0]
+    return _sequence(template.space_group, "".join(sorted("".join(template.letters))))
+
+
+@lru_cache(maxsize=100_000)
+def _sequence(space_group: int, letters: str) -> str:
+    return min(relabelled(space_group, (letters,)))[0]
 
 
 def ordered_sites(sites: Iterable[tuple[int, str]], space_group: int) -> Sites:
