@@ -323,17 +323,21 @@ def _sample_all(
     progress: Progress | None,
 ) -> Iterator[_Job]:
     """The waiting requests with their crystals, batch by batch."""
+    report = progress or (lambda *_: None)
     size = _chunk(settings)
     for kind, engine in engines.items():
         mine = [index for index in waiting if _kind(queries[index]) == kind]
         for start in range(0, len(mine), size):
+            chunk = mine[start : start + size]
             ranked = {}
-            for index in mine[start : start + size]:
+            for done, index in enumerate(chunk):
+                report("Ranking", done, len(chunk))
                 query = queries[index]
                 try:
                     ranked[index] = query, rank_symmetries(query, engine.ranker, settings.top)
                 except UserError as error:
                     yield _Job(index, query, error=str(error))
+            report("Ranking", len(chunk), len(chunk))
             if not ranked:
                 continue
             crystals = sample_symmetries(list(ranked.values()), engine, settings, progress)

@@ -304,6 +304,20 @@ def test_many_requests(
     assert other.folder == tmp_path / "whole-3"
 
 
+def test_progress_of_many_requests(checkpoint: Path, tmp_path: Path) -> None:
+    told: dict[str, list[tuple[int, int]]] = {}
+
+    def progress(stage: str, done: int, total: int) -> None:
+        told.setdefault(stage, []).append((done, total))
+
+    queries = [make_query("NaCl"), make_query("KBr")]
+    generate_many(queries, tmp_path, Settings(1, 2), checkpoint=checkpoint, progress=progress)
+    assert told["Requests"] == [(0, 2), (1, 2), (2, 2)]
+    assert told["Ranking"] == [(0, 2), (1, 2), (2, 2)]
+    assert told["Sampling"][-1] == (4, 4)
+    assert told["Comparing"] == 2 * [(0, 1), (1, 1)]
+
+
 def die(_job: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
