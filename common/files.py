@@ -58,6 +58,15 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise refused(path, error) from error
 
 
+def unused(path: Path) -> Path:
+    """The first of NAME, NAME-2, NAME-3, ... that is not there."""
+    number, free = 1, path
+    while free.exists():
+        number += 1
+        free = path.with_name(f"{path.name}-{number}")
+    return free
+
+
 def write_atomic(path: str | os.PathLike[str], data: bytes | str) -> None:
     """Write `data` (text as UTF-8, line ends unchanged) to `path`, whole or not at all.
 

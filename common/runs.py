@@ -151,9 +151,13 @@ def _load_engines(
 
 
 def _rankers(engines: dict[str | None, Engine]) -> list[dict[str, str]]:
-    """Name and hash of what ranks symmetries, without repetition."""
-    found = {tuple(engine.ranker.identity.items()) for engine in engines.values()}
-    return [dict(identity) for identity in sorted(found)]
+    """Name and hash of what ranked symmetries."""
+    return _distinct(engine.ranker.identity for engine in engines.values())
+
+
+def _distinct(identities: Iterable[dict[str, str]]) -> list[dict[str, str]]:
+    """Without repetition, in order."""
+    return [dict(one) for one in sorted({tuple(identity.items()) for identity in identities})]
 
 
 def _describe_run(
@@ -166,7 +170,7 @@ def _describe_run(
         "version": FORMAT_VERSION,
         "created_by": f"uni-mdm {version('uni-mdm')}",
         "settings": settings.to_dict(),
-        "checkpoints": [engine.checkpoint for engine in engines.values()],
+        "checkpoints": _distinct(engine.checkpoint for engine in engines.values()),
         "symmetry_models": _rankers(engines),
         "prior": {"hash": first.prior.hash, "source": first.prior.metadata["source"]},
         "attribution": first.prior.metadata["attribution"],

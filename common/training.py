@@ -564,6 +564,7 @@ def _run_training(trainer: TrainingRun[Any], out: Path, resume: bool) -> None:
         extra=trainer.account | {"training_seconds": round(trainer.seconds)},
         card=f"# {trainer.config.name}\n",
     )
+    print(f"{out / FINAL}: trained for {trainer.step} steps", flush=True)
 
 
 def _follow(trainer: TrainingRun[Any]) -> None:

@@ -16,7 +16,7 @@ from common.data.locations import DATASETS, dataset
 from common.data.store import Record
 from common.diffusion.score import own_calls
 from common.errors import UserError
-from common.files import output_folder
+from common.files import output_folder, unused
 
 #: Symmetries ranked where nothing else is said.
 DEFAULT_TOP = 20
@@ -67,7 +67,10 @@ def crystals(
     seed: Annotated[int, typer.Option(min=0)] = 0,
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder for the report; runs/evaluate-[composition-]CHECKPOINT-DATA."),
+        typer.Option(
+            help="Folder for the report, whose files it replaces; "
+            "runs/evaluate-[composition-]CHECKPOINT-DATA, numbered if it is there."
+        ),
     ] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; one per CPU.")] = None,
     backend: Annotated[str, typer.Option(help="auto, torch or mindspore.")] = "auto",
@@ -89,7 +92,7 @@ def crystals(
     saved = load_checkpoint(folder)
     config = parse_config(saved.config, f"{folder}/config.yaml")
     kind = "composition-" if given == "composition" else ""
-    target = out or Path("runs") / f"evaluate-{kind}{config.name}-{_split_name(data)}"
+    target = out or unused(Path("runs", f"evaluate-{kind}{config.name}-{_split_name(data)}"))
     with output_folder(target, "give another --out"):
         generator = load_generator(folder, backend, device)
         if given == "composition":
@@ -162,7 +165,11 @@ def symmetry(
         bool, typer.Option("--controls/--no-controls", help="Template prior and templates.")
     ] = True,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for the report; runs/evaluate-symmetry-MODEL-DATA.")
+        Path | None,
+        typer.Option(
+            help="Folder for the report, whose files it replaces; "
+            "runs/evaluate-symmetry-MODEL-DATA, numbered if it is there."
+        ),
     ] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; one per CPU.")] = None,
     backend: Annotated[str, typer.Option(help="auto, torch or mindspore.")] = "auto",
@@ -184,7 +191,7 @@ def symmetry(
     if ranker.model is None and not controls:
         raise UserError("nothing to measure: give --model, or leave --no-controls out")
     name = ranker.name.replace(" ", "-")
-    target_folder = out or Path("runs") / f"evaluate-symmetry-{name}-{_split_name(data)}"
+    target_folder = out or unused(Path("runs", f"evaluate-symmetry-{name}-{_split_name(data)}"))
     with output_folder(target_folder, "give another --out"):
         references = _references(data, limit, workers)
         history = History.of(ranker.folder) if ranker.folder else History()

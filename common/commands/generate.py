@@ -142,9 +142,15 @@ def _show(console: Console, queries: "list[Query]", outcome: "Outcome") -> None:
     else:
         done = len(entries) - len(outcome.failed)
         console.print(f"{done} of {len(entries)} requests answered", highlight=False)
+        rows = [row for entry in entries for row in entry["crystals"]]
+        if warned := sum(bool(row["warnings"]) for row in rows):
+            told = f"{warned} of {len(rows)} crystals have warnings, which report.html shows"
+            console.print(f"[yellow]{told}[/yellow]", highlight=False)
     for entry in outcome.failed[:10]:
+        name = f" ({entry['query']['name']})" if entry["query"]["name"] else ""
         console.print(
-            f"[red]request {entry['index'] + 1}[/red]: {escape(entry['error'])}", highlight=False
+            f"[red]request {entry['index'] + 1}{escape(name)}[/red]: {escape(entry['error'])}",
+            highlight=False,
         )
     for note in outcome.notes:
         console.print(f"[yellow]note[/yellow]: {escape(note)}", highlight=False, soft_wrap=True)

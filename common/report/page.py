@@ -179,8 +179,10 @@ def _table(entries: list[dict[str, Any]], drawn: int) -> str:
 def _table_cells(row: Mapping[str, Any], number: int | None) -> str:
     rank = str(row["rank"]) if number is None else f'<a href="#c{number}">{row["rank"]}</a>'
     width = max(2.0, 100 * row["probability"])
+    warned = escape("; ".join(row["warnings"]))
+    mark = f' <span class="warn" title="{warned}">\N{WARNING SIGN}\ufe0e</span>' if warned else ""
     cells = [
-        f'<td class="num">{rank}</td>',
+        f'<td class="num">{rank}{mark}</td>',
         f'<td class="group">{symbol_html(row["space_group"])} '
         f'<span class="muted">{row["space_group"]}</span></td>',
         f"<td>{_sites_html(row['sites'])}</td>",
@@ -208,7 +210,9 @@ def _failures(entries: list[dict[str, Any]]) -> str:
     if not failed:
         return ""
     items = "".join(
-        f"<li>{formula_html(entry['query']['formula'])}: {escape(entry['error'])}</li>"
+        f"<li>{formula_html(entry['query']['formula'])} "
+        f'<span class="muted">{escape(entry["query"]["name"])}</span>: '
+        f"{escape(entry['error'])}</li>"
         for entry in failed
     )
     return f'<section class="notes"><h2>Not answered</h2><ul>{items}</ul></section>'

@@ -18,6 +18,7 @@ from common.files import (
     atomic_path,
     output_file,
     output_folder,
+    unused,
     write_atomic,
     write_together,
 )
@@ -245,3 +246,11 @@ with atomic_path({str(target)!r}) as temporary:
     process.wait(timeout=60)
     process.stdout.close()
     assert target.read_bytes() == b"old"
+
+
+def test_an_unused_name_is_numbered(tmp_path: Path) -> None:
+    wanted = tmp_path / "report"
+    for name in ("report", "report-2", "report-3"):
+        found = unused(wanted)
+        assert found.name == name
+        found.mkdir()

@@ -318,6 +318,15 @@ def test_progress_of_many_requests(checkpoint: Path, tmp_path: Path) -> None:
     assert told["Comparing"] == 2 * [(0, 1), (1, 1)]
 
 
+def test_one_checkpoint_for_two_kinds_of_request_is_named_once(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    queries = [make_query("NaCl", 5.0), make_query("KBr")]
+    generate_many(queries, tmp_path, Settings(1, 1), checkpoint=checkpoint, symmetry_model="prior")
+    (named,) = json.loads((tmp_path / "run.json").read_text())["checkpoints"]
+    assert named["hash"] == load_checkpoint(checkpoint).hash
+
+
 def die(_job: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 

@@ -101,6 +101,7 @@ def test_page_is_well_formed_and_needs_no_network() -> None:
     assert not re.search(r"https?://|@import|url\(", text)
     assert "<script>alert" not in text
     assert "<b>bold" not in text
+    assert 'title="&lt;b&gt;bold&lt;/b&gt;"' in text, "its row in the table is marked"
     assert "no <i>" not in text
     assert "CC BY 4.0" in text
 

@@ -39,6 +39,16 @@ def report(command: list[str], out: Path, *arguments: str) -> dict:
     return json.loads((out / "evaluation.json").read_text())
 
 
+def test_a_report_is_not_replaced_unasked(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        assert run([*command, "--no-controls"]) == 0
+    names = sorted(path.parent.name for path in tmp_path.glob("runs/*/evaluation.json"))
+    assert names == ["evaluate-tiny-rows", "evaluate-tiny-rows-2"]
+
+
 def test_given_composition(command: list[str], tmp_path: Path) -> None:
     options = ["--given", "composition", "--top", "3", "--symmetry-model", "prior"]
     rows = report(command, tmp_path / "a", *options)["rows"]

@@ -8,7 +8,7 @@ from rich.console import Console
 from common.commands.generate import _show
 from common.runs import Outcome
 
-QUERY = {"formula": "SrTiO3", "band_gap": 1.8, "formation_energy": None}
+QUERY = {"name": "", "formula": "SrTiO3", "band_gap": 1.8, "formation_energy": None}
 ROW = {
     "rank": 1,
     "space_group": 221,
@@ -38,3 +38,22 @@ def test_what_had_been_answered_are_requests() -> None:
     """The line before is about symmetries."""
     assert "2 of the 3 requests had been answered before" in shown(3, 2)
     assert not any("before" in line for line in shown(3))
+
+
+def test_many_requests_say_what_went_wrong() -> None:
+    warned = ROW | {"warnings": ["two atoms are only 0.50 A apart"]}
+    failed = {
+        "index": 1,
+        "status": "failed",
+        "query": QUERY | {"name": "mine"},
+        "error": "no sites",
+    }
+    done = {"status": "done", "query": QUERY}
+    entries = [done | {"crystals": [ROW, warned, warned]}, failed | {"crystals": []}]
+    console = Console(width=80, file=io.StringIO(), record=True)
+    _show(console, [], Outcome(Path("out"), 0, entries, []))
+    lines = console.export_text().splitlines()
+    assert "1 of 2 requests answered" in lines
+    assert "2 of 3 crystals have warnings, which report.html shows" in lines
+    assert "request 2 (mine): no sites" in lines
+    assert not any("warnings" in line for line in shown(3))
