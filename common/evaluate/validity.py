@@ -6,11 +6,14 @@ anions more electronegative than its cations, atoms at least 0.5 A apart, a cell
 """
 
 import math
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
 
 import numpy as np
+from numpy.typing import NDArray
 from pymatgen.core import Composition, Structure
+from pymatgen.core.molecule_structure_comparator import CovalentRadius
 from smact.screening import smact_validity
 
 MIN_DISTANCE = 0.5
@@ -18,6 +21,7 @@ MIN_DISTANCE = 0.5
 MIN_VOLUME = 0.1
 """Smallest cell volume allowed (A^3)."""
 
+_UNKNOWN_RADIUS = 1.69  # A; that of curium, the last in the table
 _MAX_LENGTH = 1e4  # A; beyond it a cell is a numerical accident
 _MIN_FULLNESS = 1e-4  # volume / (a b c); below it the vectors are parallel but for rounding
 _NEIGHBOURS = np.array([step for step in product((-1, 0, 1), repeat=3) if any(step)], dtype=float)
@@ -47,12 +51,44 @@ def min_distance(structure: Structure) -> float:
 
     The cell must be sound, see `cell_is_sound`.
     """
+    return float(_distances(structure).min())
+
+
+@dataclass(frozen=True)
+class ClosePair:
+    """Two atoms of a crystal.
+
+    Attributes:
+        symbols: their elements.
+        distance: between them, A.
+        share: of the sum of their covalent radii.
+    """
+
+    symbols: tuple[str, str]
+    distance: float
+    share: float
+
+
+def closest_pair(structure: Structure) -> ClosePair:
+    """The atoms that are nearest for their size.
+
+    The cell must be sound, see `cell_is_sound`. Covalent radii are those of Cordero et al. (Dalton
+    Trans. 2008, 2832).
+    """
+    symbols = [site.specie.symbol for site in structure]
+    radii = np.array([CovalentRadius.radius.get(symbol, _UNKNOWN_RADIUS) for symbol in symbols])
+    distances = _distances(structure)
+    shares = distances / (radii[:, None] + radii)
+    i, j = np.unravel_index(shares.argmin(), shares.shape)
+    return ClosePair((symbols[i], symbols[j]), float(distances[i, j]), float(shares[i, j]))
+
+
+def _distances(structure: Structure) -> NDArray[np.float64]:
+    """Between the atoms and the nearest images of others, or of themselves (A): [N,N]."""
+    distances: NDArray[np.float64] = np.array(structure.distance_matrix)
     own_images = np.linalg.norm(_NEIGHBOURS @ structure.lattice.lll_matrix, axis=1).min()
-    if len(structure) == 1:
-        return float(own_images)
-    distances = structure.distance_matrix
-    others = distances[~np.eye(len(structure), dtype=bool)].min()
-    return float(min(own_images, others))
+    np.fill_diagonal(distances, own_images)
+    return distances
 
 
 def geometry_is_valid(structure: Structure) -> bool:

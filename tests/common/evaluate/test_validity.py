@@ -9,6 +9,7 @@ from smact.screening import smact_validity
 
 from common.evaluate.validity import (
     cell_is_sound,
+    closest_pair,
     composition_is_valid,
     geometry_is_valid,
     is_valid,
@@ -56,6 +57,20 @@ def test_distance_to_own_image_in_a_skewed_cell() -> None:
     skewed = np.array([[1, 2, 0], [0, 1, 3], [0, 0, 1]]) @ lattice
     copper = Structure(Lattice(skewed), ["Cu"], [[0.3, 0.3, 0.3]])
     assert math.isclose(min_distance(copper), 3.61 / 2**0.5, rel_tol=1e-9)
+
+
+def test_the_closest_pair_is_so_for_its_size() -> None:
+    """Radii of Ti 1.60, O 0.66 and Cs 2.44 A; a caesium atom is near its own image."""
+    lattice = Lattice.orthorhombic(10, 10, 3)
+    crystal = Structure(lattice, ["Ti", "O", "Cs"], [[0, 0, 0], [0.18, 0, 0], [0.5, 0.5, 0]])
+    assert math.isclose(min_distance(crystal), 1.8, rel_tol=1e-9)
+    found = closest_pair(crystal)
+    assert found.symbols == ("Cs", "Cs")
+    assert math.isclose(found.distance, 3, rel_tol=1e-9)
+    assert math.isclose(found.share, 3 / 4.88, rel_tol=1e-9)
+    without = closest_pair(Structure.from_sites(crystal[:2]))
+    assert without.symbols == ("Ti", "O")
+    assert math.isclose(without.share, 1.8 / 2.26, rel_tol=1e-9)
 
 
 def test_atoms_too_close_across_a_face_fail() -> None:
