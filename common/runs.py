@@ -54,8 +54,9 @@ from common.ranking import Ranker, rank_symmetries
 
 FORMAT_VERSION = 1
 _RUN, _JOURNAL = "run.json", "journal.jsonl"
-#: Crystals sampled together: what a kill costs at most. A call of the network has one size however
-#: few crystals are in it, so that small batches take a third longer.
+#: Crystals sampled together; a kill costs at most so many, or twice as many where the last ones are
+#: compared in other processes meanwhile. A call of the network has one size however few crystals
+#: are in it, so that small batches take a third longer.
 _BATCH = 1024
 #: Fewer are not worth starting a process for.
 _CRYSTALS_PER_WORKER = 200
