@@ -62,8 +62,8 @@ _CHUNK = 32
 class Known(Protocol):
     """Training crystals by row, as ``common.reference.ReferenceIndex`` has them."""
 
-    def roles(self, row: int) -> Sequence[int]:
-        """Atomic number in each role of the row's template."""
+    def roles_of(self, rows: Sequence[int]) -> NDArray[np.int64]:
+        """Atomic number in each role [N,R] of N rows of one template."""
         ...
 
     def crystal(self, row: int) -> Crystal:
@@ -81,8 +81,8 @@ class _KnownRecords:
     names: Sequence[str]
     assignments: Sequence[Assignment]
 
-    def roles(self, row: int) -> Sequence[int]:
-        return self.assignments[row].roles
+    def roles_of(self, rows: Sequence[int]) -> NDArray[np.int64]:
+        return np.array([self.assignments[row].roles for row in rows])
 
     def crystal(self, row: int) -> Crystal:
         return self.crystals[row]
@@ -107,6 +107,7 @@ class PrecedentIndex:
         self._volume = element_volume
         self._difference = pair_differences(element_table()).mean(axis=-1)
         self._sequences: dict[int, dict[str, list[Template]]] = {}
+        self._roles: dict[Template, NDArray[np.int64]] = {}
 
     @classmethod
     def of_crystals(
@@ -157,13 +158,17 @@ class PrecedentIndex:
     ) -> Iterator[tuple[int, tuple[int, ...]]]:
         """Rows of the crystal's template by similarity, and the new element of each site."""
         wanted = assign(crystal)
-        rows = self._without(self._rows.get(wanted.template, ()), exclude)
-        if not rows:
+        rows = self._rows.get(wanted.template)
+        if rows is None:
             return
-        filled = np.array([list(self._known.roles(row)) for row in rows])  # [N,R]
+        if wanted.template not in self._roles:
+            self._roles[wanted.template] = self._known.roles_of(rows)
+        filled = self._roles[wanted.template]  # [N,R]
         elements = self._most_alike(wanted, filled)  # [N,R]
         costs = self._difference[filled, elements].sum(axis=1)
         for index in np.argsort(costs, kind="stable").tolist():
+            if self._known.material_id(rows[index]) == exclude:
+                continue
             new = dict(zip(filled[index].tolist(), elements[index].tolist(), strict=True))
             sites = self._known.crystal(rows[index]).sites
             yield rows[index], tuple(new[site.atomic_number] for site in sites)

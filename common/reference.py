@@ -129,6 +129,10 @@ class ReferenceIndex:
         numbers: list[int] = self._roles(row).tolist()
         return numbers
 
+    def roles_of(self, rows: Sequence[int]) -> NDArray[np.int64]:
+        """The same of N rows of one template of R roles: [N,R]."""
+        return np.stack([self._roles(row) for row in rows]).astype(np.int64)
+
     def material_id(self, row: int) -> str:
         """The row's id in its source."""
         return str(self._ids[row])

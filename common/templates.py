@@ -170,12 +170,13 @@ def cheapest_automorphism(template: Template, costs: NDArray[np.float64]) -> tup
     return best
 
 
-def relabelled(space_group: int, letters: RoleLetters) -> set[RoleLetters]:
+@lru_cache(maxsize=256)
+def relabelled(space_group: int, letters: RoleLetters) -> frozenset[RoleLetters]:
     """All descriptions of the same letters, role by role."""
-    return {
+    return frozenset(
         tuple("".join(sorted(role.translate(table))) for role in letters)
         for table in _relabellings(space_group)
-    }
+    )
 
 
 @cache

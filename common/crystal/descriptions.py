@@ -108,18 +108,13 @@ def _letters_fit(crystal: Crystal, wanted: tuple[tuple[int, str], ...]) -> NDArr
     shifts = len(changes_of_basis(number).shifts)
     used = -(-_MAX_CHANGES // shifts)
     by_shift = np.stack([letter_images(number, letter)[1] for letter in letters])  # [L,M]
-    elements = sorted({site.atomic_number for site in crystal.sites} | {z for z, _ in wanted})
-    kinds = len(elements) * len(letters)
-    target = np.zeros(kinds, dtype=int)  # sites by element and letter
-    for z, letter in wanted:
-        target[elements.index(z) * len(letters) + letters.index(letter)] += 1
-    found = []
-    for site in crystal.sites:
-        by_axes = letter_images(number, site.letter)[0][:used]
-        images = by_shift[by_axes].ravel()[:_MAX_CHANGES]
-        found.append(elements.index(site.atomic_number) * len(letters) + images)
-    counts = (np.stack(found)[..., None] == np.arange(kinds)).sum(axis=0)  # [changes,kinds]
-    return np.asarray((counts == target).all(axis=1))
+    target = Counter(wanted)
+    sites = Counter((site.atomic_number, site.letter) for site in crystal.sites)
+    fits = []
+    for (z, letter), count in sites.items():  # two letters never have the same image
+        images = by_shift[letter_images(number, letter)[0][:used]].ravel()[:_MAX_CHANGES]
+        fits.append(np.array([target[z, image] == count for image in letters])[images])
+    return np.logical_and.reduce(fits) & (len(sites) == len(target))
 
 
 def _in_order(wanted: tuple[tuple[int, str], ...], found: list[tuple[int, str]]) -> tuple[int, ...]:

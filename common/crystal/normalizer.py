@@ -19,7 +19,6 @@ Array = NDArray[np.float64]
 
 # Origin shifts of normalisers are multiples of 1/8 and 1/3 of the cell's axes.
 _SHIFTS = np.array(list(product(range(24), repeat=3))) / 24
-_STEPS = np.array(list(product(range(-2, 3), repeat=3)), dtype=float)
 _GENERIC = np.array([0.1357, 0.2719, 0.4283])
 
 
@@ -44,18 +43,18 @@ def _linear_parts(group: SpaceGroup, generators: bool = True) -> list[Array]:
         candidates = _matrices(1, 1, 0, 1, 1, 0, 0, 0, 1)
     else:
         candidates = _signed_permutations()
-    lattice = group.to_primitive
-    inverse = np.linalg.inv(lattice)
+    matrices = np.array(candidates)
+    in_primitive = group.to_primitive @ matrices @ np.linalg.inv(group.to_primitive)
+    off_lattice = np.abs(in_primitive - np.rint(in_primitive)).max(axis=(1, 2))
     points = {_key(rotation) for rotation in group.rotations}
     kept, covered = [], set(points)
-    for matrix in candidates:
-        in_primitive = lattice @ matrix @ inverse
-        if _key(matrix) in covered or np.abs(in_primitive - np.rint(in_primitive)).max() > 1e-6:
+    for matrix in matrices[off_lattice < 1e-6]:
+        if _key(matrix) in covered:
             continue
         images = matrix @ group.rotations @ np.linalg.inv(matrix)
         if all(_key(image) in points for image in images):
             kept.append(matrix)
-            covered |= {_key(matrix @ rotation) for rotation in group.rotations}
+            covered |= {_key(other) for other in matrix @ group.rotations}
     return kept
 
 
@@ -100,15 +99,21 @@ def _shifts(group: SpaceGroup, linear: Array, only_first: bool) -> Array:
     rotations, translations = _generators(group)
     images = np.rint(linear @ rotations @ np.linalg.inv(linear))
     order = [int(np.flatnonzero((rotations == image).all(axis=(1, 2)))[0]) for image in images]
-    targets = translations[order]
-    candidates = _SHIFTS
-    for image, translation, target in zip(images, translations, targets, strict=True):
-        if (image == np.eye(3)).all():
-            continue
-        moved = linear @ translation + candidates - candidates @ image.T - target
-        off_lattice = np.abs(nearest_zero(moved @ group.to_primitive.T)).max(axis=1)
-        candidates = candidates[off_lattice < 1e-6]
-    return candidates[:1] if only_first else candidates
+    rests = translations @ linear.T - translations[order]
+
+    def fitting(candidates: Array) -> Array:
+        for image, rest in zip(images, rests, strict=True):
+            moved = (rest + candidates - candidates @ image.T) @ group.to_primitive.T
+            off_lattice = np.abs(nearest_zero(moved)).T
+            candidates = candidates[(off_lattice < 1e-6).all(axis=0)]
+            if not len(candidates):
+                break
+        return candidates
+
+    if not only_first:
+        return fitting(_SHIFTS)
+    parts = (fitting(part) for part in np.split(_SHIFTS, 24))
+    return next((part[:1] for part in parts if len(part)), _SHIFTS[:0])
 
 
 def _permutation(group: SpaceGroup, linear: Array, shift: Array) -> tuple[int, ...]:
@@ -127,11 +132,9 @@ def _permutation(group: SpaceGroup, linear: Array, shift: Array) -> tuple[int, .
 
 def _lie_on(points: Array, position: WyckoffPosition) -> NDArray[np.bool_]:
     """Whether an atom of an orbit can be at points [N,3], up to whole translations: [N]."""
-    rotations, translations = position.rotations, position.translations
-    off_plane = np.eye(3) - rotations @ np.linalg.pinv(rotations)
-    targets = (wrap(points)[:, None] - translations)[:, :, None] + _STEPS  # [N,M,125,3]
-    rests = np.abs(targets @ off_plane.swapaxes(1, 2)).max(axis=-1)
-    found: NDArray[np.bool_] = (rests < 1e-6).any(axis=(1, 2))
+    group = space_group(position.space_group)
+    images = np.einsum("gij,nj->gni", group.rotations, points) + group.translations[:, None]
+    found: NDArray[np.bool_] = (position.solve(images)[1] < 1e-6).any(axis=0)
     return found
 
 

@@ -52,7 +52,8 @@ class Crystal:
     @cached_property
     def positions(self) -> tuple[WyckoffPosition, ...]:
         """The Wyckoff position of every site."""
-        return tuple(self.group.wyckoff[site.letter] for site in self.sites)
+        wyckoff = self.group.wyckoff
+        return tuple(wyckoff[site.letter] for site in self.sites)
 
     @cached_property
     def num_atoms(self) -> int:

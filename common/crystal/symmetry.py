@@ -34,7 +34,6 @@ NUM_HALL_SYMBOLS = 530
 _STANDARD_CHOICES = ("", "b", "b1", "2", "H")
 _LETTERS = ascii_lowercase + "A"
 # Integer translations that can separate two points of one unit cell after an operation.
-_LATTICE_STEPS = np.array(list(product((0, 1, -1, 2, -2), repeat=3)), dtype=float)
 
 # That spglib finds no symmetry is an answer, which whoever asked deals with, not a line on stderr.
 os.environ.setdefault("SPGLIB_WARNING", "OFF")
@@ -161,22 +160,17 @@ class WyckoffPosition:
             [E,3,3] and [E,3], one map for every atom of the orbit that can be the first one there;
             none if the moved orbit is not on the other position.
         """
-        maps: dict[tuple[int, ...], tuple[Array, Array]] = {}
-        first, inverse = other.rotations[0], other._left_inverse
         rotations = linear @ self.rotations
-        translations = self.translations @ linear.T + shift - other.translations[0]
-        for rotation, translation in zip(rotations, translations, strict=True):
-            solved = inverse @ rotation
-            if not np.allclose(first @ solved, rotation):
-                continue
-            targets = nearest_zero(translation) + _LATTICE_STEPS
-            offsets = targets @ inverse.T
-            fits = np.abs(offsets @ first.T - targets).max(axis=1) < 1e-6
-            for offset in wrap(offsets[fits]):
-                key = tuple(np.rint(1e4 * np.append(solved.ravel(), offset)).astype(int).tolist())
-                maps.setdefault(key, (np.rint(solved), offset))
-        linears = np.array([kept for kept, _ in maps.values()]).reshape(-1, 3, 3)
-        return linears, np.array([offset for _, offset in maps.values()]).reshape(-1, 3)
+        solved = other._left_inverse @ rotations  # [M,3,3]
+        offsets, deviations = other.solve(self.translations @ linear.T + shift)
+        unexplained = np.abs(other.rotations[0] @ solved - rotations).reshape(-1, 9).T
+        fits = np.flatnonzero((unexplained < 1e-6).all(axis=0) & (deviations < 1e-6))
+        maps = np.concatenate([solved[fits].reshape(-1, 9), offsets[fits]], axis=1)
+        unique: dict[bytes, int] = {}
+        for index, key in zip(fits.tolist(), np.rint(1e4 * maps).astype(int), strict=True):
+            unique.setdefault(key.tobytes(), index)
+        kept = list(unique.values())
+        return np.rint(solved[kept]), offsets[kept]
 
 
 @dataclass(frozen=True)
