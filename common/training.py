@@ -39,7 +39,7 @@ from common.config import AnyRunConfig, RunConfig
 from common.data.batch import Batch, BatchItem, collate
 from common.data.loader import BatchPlan, Bucket, BucketedData
 from common.data.locations import dataset
-from common.data.store import Record, fingerprint, is_fingerprint
+from common.data.store import Record, fingerprint, is_fingerprint, lacking_lines
 from common.diffusion.draws import TrainingDraws
 from common.diffusion.flow import error_units, make_path, starting_points
 from common.diffusion.noisy import LossWeights, NoisyCrystals
@@ -151,6 +151,9 @@ class TrainingRun(ABC, Generic[Data]):
         train_records: what to learn from.
         num_rows: of these, so many as are used.
         shard: this process's share of every batch.
+
+    Attributes:
+        remarks: lines for the user on what becomes of the rows, before training begins.
     """
 
     def __init__(
@@ -161,6 +164,7 @@ class TrainingRun(ABC, Generic[Data]):
         self.step = 0
         self.seconds = 0.0
         self.loss_scale = LossScale(config.train.precision)
+        self.remarks: list[str] = []
         self.fingerprint = fingerprint(train_records)
         self.num_rows = num_rows
         start = self.start_folder
@@ -334,6 +338,9 @@ class BaseTrainer(TrainingRun[TrainingBatch]):
         if not known:
             raise UserError(f"{settings.data}: no crystal of at most {MAX_ATOMS} atoms to train on")
         super().__init__(config, train_records, len(known), shard)
+        self.remarks = lacking_lines(
+            settings.data, known, config.model.properties, "learned without it"
+        )
         self.standardizer = Standardizer.fit(collate(batch_items(known), "asymmetric"))
         self.precedents: PrecedentIndex | None = None
         self._companions: dict[str, bytes] = {}
@@ -553,6 +560,8 @@ def _run_training(trainer: TrainingRun[Any], out: Path, resume: bool) -> None:
     if trainer.shard.rank:
         _follow(trainer)
         return
+    for line in trainer.remarks:
+        print(line, flush=True)
     from common.training_log import TrainingLog  # slow to import, and only needed here
 
     log = TrainingLog(out, trainer.step)

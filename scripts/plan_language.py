@@ -32,7 +32,7 @@ from common.data.store import Record
 from common.errors import UserError
 from common.language.analogues import AnalogueIndex
 from common.language.config import GlmConfig, LanguageRunConfig, LoraConfig
-from common.language.examples import Examples, fixed_shape
+from common.language.examples import Examples, fixed_shape, rows_asked
 from common.language.parameters import lora_parameters, parameters
 from common.language.tokenizer import SymmetryTokenizer, compact_tokenizer, load_tokenizer
 from torch_impl.glm4 import add_adapter, build
@@ -150,7 +150,7 @@ def padding(
     """
     train = run.train
     examples = Examples(
-        records,
+        rows_asked(records, train.questions),
         tokenizer,
         train.questions,
         train.token_budget,

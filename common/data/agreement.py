@@ -184,7 +184,7 @@ class Sample:
 
 def label(source: Source, labeller: Labeller, workers: int | None) -> dict[str, Record | str]:
     """Records of a source by id, or why no row of an id has one; kept in the cache."""
-    report = import_cached(source, cache_dir(), workers, require=(), label=labeller)
+    report = import_cached(source, cache_dir(), workers, label=labeller)
     labels: dict[str, Record | str] = {r.material_id: r for r in read_records(report.path)}
     for line in report.quarantine_path.read_text("utf-8").splitlines():
         refused = json.loads(line)

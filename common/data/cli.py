@@ -16,6 +16,7 @@ from common.data.sources import open_source
 from common.data.store import (
     PROPERTIES,
     Record,
+    lacking_lines,
     read_metadata,
     read_records,
     split_by_formula,
@@ -141,8 +142,11 @@ def prompts(
     index = AnalogueIndex.shipped(analogues) if analogues else None
     records = {r.material_id: r for name in data for r in dataset(name, workers)}
     references = [_reference(name, workers) for name in against or ["val"]]
-    made = make_prompt_set(records.values(), references, _fractions(fractions, 3), seed, drop)
     wanted = None if target is Target.none else target.value
+    rows = list(records.values())
+    made = make_prompt_set(rows, references, _fractions(fractions, 3), seed, drop, wanted)
+    for line in lacking_lines("+".join(data), rows, [wanted] if wanted else [], "left out"):
+        typer.echo(line)
     parts = {
         name: list(track(prompt_rows(rows, wanted, index), f"{name} prompts", len(rows)))
         for name, rows in made.parts.items()
@@ -194,6 +198,8 @@ def _report_table(report: ImportReport) -> Table:
     table.add_row("rows written", str(report.written))
     for reason, count in report.reasons.items():
         table.add_row(f"refused: {reason}", str(count))
+    for name, count in report.lacking.items():
+        table.add_row(f"written without {name}", str(count))
     if report.reasons:
         table.add_row("refused rows in", str(report.quarantine_path))
     origin = " (from the cache)" if report.from_cache else ""

@@ -13,7 +13,7 @@ import os
 import time
 import warnings
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, replace
@@ -36,7 +36,14 @@ from common.data.label import (
     label_structure,
 )
 from common.data.sources import RawEntry, Source, file_sha256, printable
-from common.data.store import SCHEMA_VERSION, Cell, Record, reduced_formula, write_records
+from common.data.store import (
+    SCHEMA_VERSION,
+    Cell,
+    Record,
+    lacking,
+    reduced_formula,
+    write_records,
+)
 from common.errors import UserError
 from common.files import (
     atomic_path,
@@ -50,16 +57,13 @@ from common.machine import cpu_count, one_thread, start_worker
 from common.properties import TARGETS
 
 #: Part of the key of cached imports: raise it when the same rows give another result.
-IMPORT_VERSION = 2
-#: Properties that a row must have if its source offers them.
-LABELS = tuple(TARGETS)
+IMPORT_VERSION = 3
 #: Why a row can be refused.
 REASONS = (
     "malformed_row",
     "no_id",
     "duplicate_id",
     "unparsable",
-    "missing_label",
     "bad_label",
     "not_finite",
     "out_of_range",
@@ -83,12 +87,10 @@ class ImportOptions:
 
     Attributes:
         max_atoms: largest number of atoms in the cell as given; None for no limit.
-        require: properties without which a row is refused.
         label: a function from a structure to its crystal, importable by worker processes.
     """
 
     max_atoms: int | None = None
-    require: tuple[str, ...] = LABELS
     label: Labeller = label_structure
 
 
@@ -104,13 +106,24 @@ class Rejection:
 
 @dataclass(frozen=True)
 class ImportReport:
-    """What an import did. `reasons` counts the refused rows; `seconds` is wall time."""
+    """What an import did.
+
+    Attributes:
+        rows: of the source.
+        written: of these.
+        reasons: how many of the others were refused for what.
+        lacking: how many of those written have no value of a property that the source offers and
+            a crystal can be asked for; without those that all have.
+        seconds: wall time.
+        from_cache: whether an earlier import was copied.
+    """
 
     path: Path
     quarantine_path: Path
     rows: int
     written: int
     reasons: dict[str, int] = field(default_factory=dict)
+    lacking: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
     from_cache: bool = False
 
@@ -121,26 +134,24 @@ def import_dataset(
     workers: int | None = None,
     max_atoms: int | None = None,
     cache: Path | None = None,
-    require: Sequence[str] | None = None,
     label: Labeller = label_structure,
     show_progress: bool = True,
 ) -> ImportReport:
     """Label every row of a source and write `out_path` and `<out_path>.quarantine.jsonl`.
 
-    A property of LABELS that the source offers must be there in every row; `require` names others.
-    With a folder `cache`, an import with the same source and options is copied from there.
-    `workers` (default: the number of CPUs) changes the time alone. Both files appear whole or not
-    at all.
+    A row may lack properties. With a folder `cache`, an import with the same source and options is
+    copied from there. `workers` (default: the number of CPUs) changes the time alone. Both files
+    appear whole or not at all.
 
     Raises UserError when the source cannot be read or a file cannot be written.
     """
     out = Path(out_path)
     started = time.monotonic()
-    options = _options(source, max_atoms, require, label)
+    options = _options(max_atoms, label)
     if cache is None:
         return _run(source, out, options, _workers(workers), show_progress)
     with output_file(out):
-        kept = import_cached(source, cache, workers, max_atoms, require, label, show_progress)
+        kept = import_cached(source, cache, workers, max_atoms, label, show_progress)
         write_together(
             {
                 quarantine_path(out): kept.quarantine_path.read_bytes(),
@@ -160,7 +171,6 @@ def import_cached(
     cache: Path,
     workers: int | None = None,
     max_atoms: int | None = None,
-    require: Sequence[str] | None = None,
     label: Labeller = label_structure,
     show_progress: bool = True,
 ) -> ImportReport:
@@ -170,7 +180,7 @@ def import_cached(
     """
     started = time.monotonic()
     workers = _workers(workers)
-    options = _options(source, max_atoms, require, label)
+    options = _options(max_atoms, label)
     key = json.dumps(_provenance(source, options), sort_keys=True)
     out = cache / "imports" / f"{hashlib.sha256(key.encode()).hexdigest()}.parquet"
     report = _read_report(out)
@@ -216,13 +226,10 @@ class _Refused(Exception):
         self.detail = detail
 
 
-def _options(
-    source: Source, max_atoms: int | None, require: Sequence[str] | None, label: Labeller
-) -> ImportOptions:
+def _options(max_atoms: int | None, label: Labeller) -> ImportOptions:
     if max_atoms is not None and max_atoms < 1:
         raise UserError(f"max atoms {max_atoms}: give a number of at least 1")
-    required = [name for name in LABELS if name in source.offers] if require is None else require
-    return ImportOptions(max_atoms, tuple(sorted(required)), label)
+    return ImportOptions(max_atoms, label)
 
 
 def _workers(workers: int | None) -> int:
@@ -236,7 +243,6 @@ def _provenance(source: Source, options: ImportOptions) -> dict[str, Any]:
     return {
         **source.description,
         "max_atoms": options.max_atoms,
-        "require": list(options.require),
         "label": f"{options.label.__module__}.{options.label.__qualname__}",
         "label_version": LABEL_VERSION,
         "import_version": IMPORT_VERSION,
@@ -266,12 +272,14 @@ def _run(
         temporary.write_text("".join(lines), encoding="utf-8")
         write_records(records.values(), out, _provenance(source, options))
     reasons = Counter(rejection.reason for rejection in rejections)
+    absent = {name: lacking(records.values(), name) for name in TARGETS if name in source.offers}
     return ImportReport(
         out,
         quarantine_path(out),
         len(records) + len(rejections),
         len(records),
         dict(sorted(reasons.items())),
+        {name: count for name, count in absent.items() if count},
         time.monotonic() - started,
     )
 
@@ -303,6 +311,7 @@ def _write_report(report: ImportReport) -> None:
         "rows": report.rows,
         "written": report.written,
         "reasons": report.reasons,
+        "lacking": report.lacking,
     }
     write_atomic(_report_path(report.path), json.dumps(data, sort_keys=True))
 
@@ -323,7 +332,7 @@ def _record(entry: RawEntry, options: ImportOptions) -> Record:
         raise _Refused("malformed_row", entry.problem)
     if not entry.material_id:
         raise _Refused("no_id", "empty material_id")
-    properties = _properties(entry.properties, options.require)
+    properties = {name: _number(name, value) for name, value in entry.properties.items()}
     structure = _structure(entry.content)
     if options.max_atoms is not None and len(structure) > options.max_atoms:
         raise _Refused("too_many_atoms", f"{len(structure)} atoms, limit {options.max_atoms}")
@@ -353,24 +362,15 @@ def _structure(content: str | Structure | Mapping[str, Any] | None) -> Structure
         raise _Refused("unparsable", f"{type(error).__name__}: {error}") from error
 
 
-def _properties(raw: Mapping[str, Any], require: Iterable[str]) -> dict[str, float | None]:
-    required = set(require)
-    values = {name: _number(name, value, name in required) for name, value in raw.items()}
-    missing = sorted(name for name in required if values.get(name) is None)
-    if missing:
-        raise _Refused("missing_label", f"no value for {', '.join(missing)}")
-    return values
-
-
-def _number(name: str, value: Any, required: bool) -> float | None:
-    """A number in its range, or None where there is none; NaN counts as none if not required."""
+def _number(name: str, value: Any) -> float | None:
+    """A number in its range, or None where there is none; NaN counts as none but in a target."""
     if value is None or (isinstance(value, str) and not value.strip()):
         return None
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError) as error:
         raise _Refused("bad_label", f"{name} is {str(value)[:50]!r}, not a number") from error
-    if math.isnan(number) and not required:
+    if math.isnan(number) and name not in TARGETS:
         return None
     if not math.isfinite(number):
         raise _Refused("not_finite", f"{name} is {number}")

@@ -125,6 +125,30 @@ def reduced_formula(counts: Mapping[int, int]) -> str:
     return _formula(tuple(sorted((z, n // divisor) for z, n in counts.items())))
 
 
+def lacking(records: Iterable[Record], name: str) -> int:
+    """How many records have no value of a property."""
+    return sum(record.properties[name] is None for record in records)
+
+
+def lacking_lines(
+    where: str, records: Sequence[Record], names: Iterable[str], fate: str
+) -> list[str]:
+    """A line for each property that some of the records lack: how many, and what becomes of them.
+
+    Args:
+        where: names the records.
+        records: to be looked at.
+        names: of properties.
+        fate: ends the line.
+    """
+    counts = {name: lacking(records, name) for name in names}
+    return [
+        f"{where}: {count} of {len(records)} rows have no {name} and are {fate}"
+        for name, count in counts.items()
+        if count
+    ]
+
+
 def write_records(
     records: Iterable[Record],
     path: str | os.PathLike[str],

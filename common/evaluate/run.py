@@ -4,7 +4,7 @@ import multiprocessing
 import resource
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -316,10 +316,16 @@ class Told:
         return cls(tuple(values), kind, tuple(names))
 
     def describe(self, beside: str) -> str:
-        """In words, behind what else is told."""
+        """In words, behind what else is told; with a count where not all references have it."""
         prefix = "shuffled " if self.kind == "shuffled" else ""
         names = () if self.kind == "null" else self.names
-        return ", ".join([beside, *(prefix + name for name in names)])
+        return ", ".join([beside, *(prefix + told_of(self.values, name) for name in names)])
+
+
+def told_of(values: Sequence[Mapping[str, float]], name: str) -> str:
+    """A property's name, with the number of rows that are told of it if it is not all of them."""
+    count = sum(name in own for own in values)
+    return name if count == len(values) else f"{name} ({count} of {len(values)} rows)"
 
 
 def peak_memory() -> float:

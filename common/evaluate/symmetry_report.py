@@ -47,7 +47,7 @@ class SymmetryRun:
     Attributes:
         name: of the method, unique in a report.
         split: which references.
-        target: the property that was told, or ``none``.
+        target: the property that was told, and how many rows were if not all; or ``none``.
         training_set, training_size: what it learned from, and the number of rows.
         model: hash of what was learned; None where that is the rows themselves.
         seed: that it was trained with; None where there is none, for ranking has no randomness.

@@ -15,6 +15,7 @@ from common.crystal.wyckoff import SymmetryKey
 from common.data.store import Record
 from common.errors import UserError
 from common.evaluate.language import rouge
+from common.evaluate.run import told_of
 from common.evaluate.symmetry_controls import TemplateControls
 from common.evaluate.symmetry_prediction import CUTOFFS, first_place, legal_answers, outcome_of
 from common.evaluate.symmetry_report import Answers, SymmetryRow, SymmetryRun
@@ -109,7 +110,8 @@ class SymmetryEvaluation:
         self._properties = [properties_of(record, target) for record in references]
         self._symmetries = [Symmetry.of_crystal(crystal) for crystal in self._crystals]
         self._texts = [write_answer(symmetry) for symmetry in self._symmetries]
-        self._split, self._target = split, target
+        self._split = split
+        self._target = target if target == "none" else told_of(self._properties, target)
         self._training = list(training)
         self._training_name = training_name
         self._prior = prior

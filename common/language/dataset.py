@@ -113,11 +113,20 @@ class Overlap:
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Parted rows, what was left out for what reason, and what is still shared with references."""
+    """Parted rows, what was left out for what reason, and what is still shared with references.
+
+    Attributes:
+        parts: the rows.
+        dropped: rows that share their ``drop`` with a reference.
+        drop: see there.
+        lacking: rows without the property that questions tell, which are left out before those.
+        overlaps: of every part with every reference.
+    """
 
     parts: Mapping[str, list[Record]]
     dropped: int
     drop: Drop
+    lacking: int
     overlaps: Mapping[str, Mapping[str, Overlap]]
 
     def report(self) -> dict[str, Any]:
@@ -131,7 +140,11 @@ class PromptSet:
                 }
                 for name, records in self.parts.items()
             },
-            "left_out": {"rows": self.dropped, "shared": self.drop.value},
+            "left_out": {
+                "rows": self.dropped,
+                "shared": self.drop.value,
+                "without_property": self.lacking,
+            },
             "overlaps": {
                 name: {part: asdict(overlap) for part, overlap in parts.items()}
                 for name, parts in self.overlaps.items()
@@ -145,13 +158,25 @@ def make_prompt_set(
     fractions: Sequence[float] = (0.8, 0.1, 0.1),
     seed: int = 0,
     drop: Drop = Drop.id,
+    target: str | None = None,
 ) -> PromptSet:
-    """Leaves out what is in the references, and parts the other rows.
+    """Leaves out what lacks the property or is in the references, and parts the other rows.
+
+    Args:
+        records: the rows.
+        references: sets that must stay unseen.
+        fractions: of the rows in train, val and test.
+        seed: of the parting.
+        drop: what rows may not share with a reference.
+        target: the property that questions tell, if any.
 
     Raises:
         UserError: if nothing is left, or for fractions that are not positive or do not sum to 1.
     """
-    rows = list(records)
+    given = list(records)
+    rows = [r for r in given if target is None or r.properties[target] is not None]
+    if not rows:
+        raise UserError(f"no row has a {target}: give another --target, or none")
     kept = [r for r in rows if not any(ref.shares(r, drop) for ref in references)]
     if not kept:
         raise UserError(f"no row is left: each has its {drop} in a set that must stay unseen")
@@ -160,7 +185,7 @@ def make_prompt_set(
         reference.name: {part: _overlap(own, reference) for part, own in parts.items()}
         for reference in references
     }
-    return PromptSet(parts, len(rows) - len(kept), drop, overlaps)
+    return PromptSet(parts, len(rows) - len(kept), drop, len(given) - len(rows), overlaps)
 
 
 def _overlap(records: Sequence[Record], reference: Reference) -> Overlap:
@@ -185,13 +210,16 @@ def prompt_rows(
     """Question and answer of every record.
 
     Args:
-        records: rows without the target are asked without a property.
+        records: all have the target.
         target: ``band_gap``, ``formation_energy`` or None.
         analogues: what questions tell of; every second one tells of known polymorphs, too.
     """
     for index, record in enumerate(records):
-        value = None if target is None else record.properties[target]
-        properties = {} if target is None or value is None else {target: value}
+        properties = {}
+        if target is not None:
+            value = record.properties[target]
+            assert value is not None
+            properties = {target: value}
         question = Question.ask(record.crystal.formula_counts, properties)
         if analogues is not None:
             known = index % 2 == 1

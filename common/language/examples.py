@@ -88,9 +88,9 @@ class Examples:
     """A data set as tokens, in memory.
 
     Args:
-        records: the crystals.
+        records: the crystals, of which each can be asked something; see ``rows_asked``.
         tokenizer: of the model.
-        questions: target properties, ``none`` among them; a row that lacks one is asked without.
+        questions: target properties, or ``none``; a row is not asked about one that it lacks.
         token_budget: padded tokens in a batch, at most.
         analogues: what questions tell of; nothing without it.
         rehearsals: answers after the row's own, at most, as many as fit into ``positions`` tokens.
@@ -127,7 +127,10 @@ class Examples:
             )
         numbers = (int(e.analogue.max()) for forms in self._forms for e in forms)
         self._analogues = 1 + max(numbers, default=-1)
-        self._lengths = np.array([[len(e.tokens) for e in forms] for forms in self._forms])
+        self._counts = np.array([len(forms) for forms in self._forms])
+        self._lengths = np.zeros((len(self._forms), self._counts.max()), dtype=np.int64)
+        for row, forms in enumerate(self._forms):
+            self._lengths[row, : len(forms)] = [len(e.tokens) for e in forms]
 
     @property
     def longest(self) -> tuple[int, int]:
@@ -139,9 +142,9 @@ class Examples:
         """Batches of one epoch in their order, each as rows and what these are asked."""
         random = np.random.Generator(np.random.Philox(key=[seed, epoch]))
         rows, count = self._lengths.shape
-        # The same row is asked about all targets, one after the other.
+        # The same row is asked about all targets that it has, one after the other.
         first = np.random.Generator(np.random.Philox(key=[seed, 2**32])).integers(count, size=rows)
-        forms = (first + epoch) % count
+        forms = (first + epoch) % self._counts
         order = random.permutation(rows)
         plans = [
             (batch, forms[batch])
@@ -152,8 +155,8 @@ class Examples:
 
     def in_order(self) -> list[tuple[Int, Int]]:
         """Batches of all rows, asked about the targets in turn; always the same."""
-        rows, count = self._lengths.shape
-        forms = np.arange(rows) % count
+        rows = len(self._lengths)
+        forms = np.arange(rows) % self._counts
         return [(batch, forms[batch]) for batch in self._cut(np.arange(rows), forms)]
 
     def _cut(self, rows: Int, forms: Int) -> Iterator[Int]:
@@ -246,6 +249,16 @@ def fixed_shape(length: int, budget: int, limit: int, processes: int = 1) -> tup
     return -(-rows // processes), max(length, min(longer, limit))
 
 
+def rows_asked(records: Sequence[Record], questions: Sequence[str]) -> list[Record]:
+    """The records that have one of the properties at least; all where ``none`` is among them."""
+    return [record for record in records if _targets(record, questions)]
+
+
+def _targets(record: Record, questions: Sequence[str]) -> list[str]:
+    """What a row can be asked about: ``none``, and the properties that it has."""
+    return [name for name in questions if name == "none" or record.properties[name] is not None]
+
+
 def _questions(
     record: Record, targets: Sequence[str], analogues: AnalogueIndex | None
 ) -> list[Question]:
@@ -260,7 +273,7 @@ def _questions(
             for known in (False, True)
         ]
     asked = []
-    for own, target in product(told, targets):
+    for own, target in product(told, _targets(record, targets)):
         value = None if target == "none" else record.properties[target]
         properties = {} if value is None else {target: value}
         asked.append(replace(Question.ask(counts, properties), analogues=own))

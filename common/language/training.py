@@ -2,7 +2,7 @@
 
 import json
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
 from hashlib import sha256
@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from common.checkpoint import ADAPTER, load_checkpoint
-from common.data.store import Record
+from common.data.store import Record, lacking_lines
 from common.errors import UserError
 from common.language.analogues import AnalogueIndex
 from common.language.config import LanguageRunConfig
-from common.language.examples import Examples, Int, TokenBatch, Told
+from common.language.examples import Examples, Int, TokenBatch, Told, rows_asked
 from common.language.foreign import FolderWeights, is_foreign, network_config
 from common.language.hub import weights_folder
 from common.language.initial import initial_weights
@@ -49,10 +49,17 @@ class LanguageTrainer(TrainingRun[TokenBatch]):
         validation_records: list[Record],
         shard: Shard,
     ) -> None:
-        super().__init__(config, train_records, len(train_records), shard)
         settings = config.train
         if not train_records:
             raise UserError(f"{settings.data}: no crystal to train on")
+        asked = _rows_asked(settings.data, train_records, settings.questions)
+        super().__init__(config, train_records, len(asked), shard)
+        self.remarks = lacking_lines(
+            settings.data,
+            train_records,
+            [name for name in settings.questions if name != "none"],
+            "left out of questions about it",
+        )
         self.base: str | None = None
         self.start: Mapping[str, Any] | None = None
         self.tokenizer = compact_tokenizer()
@@ -61,11 +68,13 @@ class LanguageTrainer(TrainingRun[TokenBatch]):
             self._begin_with(self.start_folder)
         if not validation_records:
             raise UserError(f"{settings.validation}: no crystal to watch")
-        self.data = self._examples(train_records, settings.rehearsals)
-        self.validation = self._examples(validation_records[: settings.validation_rows], 0)
+        watched = validation_records[: settings.validation_rows]
+        watched = _rows_asked(settings.validation, watched, settings.questions)
+        self.data = self._examples(asked, settings.rehearsals)
+        self.validation = self._examples(watched, 0)
         for name, rows, data in (
-            (settings.data, train_records, self.data),
-            (settings.validation, validation_records, self.validation),
+            (settings.data, asked, self.data),
+            (settings.validation, watched, self.validation),
         ):
             row, tokens = data.longest
             if tokens > config.model.positions:
@@ -194,3 +203,16 @@ class LanguageTrainer(TrainingRun[TokenBatch]):
     def final(self) -> dict[str, Any]:
         """Arguments of ``common.checkpoint.save_checkpoint`` that every checkpoint has."""
         return super().final() | ({"layout": ADAPTER} if self.config.lora else {})
+
+
+def _rows_asked(where: str, records: list[Record], questions: Sequence[str]) -> list[Record]:
+    """Those that can be asked something.
+
+    Raises:
+        UserError: if there are none.
+    """
+    asked = rows_asked(records, questions)
+    if not asked:
+        names = " or ".join(questions)
+        raise UserError(f"{where}: no row has a {names}; change train.questions or the data")
+    return asked

@@ -93,6 +93,25 @@ def test_properties_with_true_symmetry(command: list[str], tmp_path: Path) -> No
         assert rows[0]["run"]["given"] == given
 
 
+def test_rows_without_the_property_are_counted(command: list[str], tmp_path: Path) -> None:
+    """They are evaluated without it, by networks and by what ranks symmetries."""
+    records = [
+        Record(name, label_structure(textbook(name)), properties={"band_gap": gap})
+        for name, gap in zip(CRYSTALS, (1.0, None, 2.0), strict=True)
+    ]
+    data = tmp_path / "gaps.parquet"
+    write_records(records, data)
+    own = [command[0], "--data", str(data), *command[3:]]
+    told = "band_gap (2 of 3 rows)"
+    rows = report(own, tmp_path / "a", "--no-controls")["rows"]
+    assert rows[0]["run"]["given"] == f"true symmetry, {told}"
+    assert rows[0]["num_structures"] == 3
+    options = ["--given", "composition", "--top", "2", "--symmetry-model", "prior"]
+    rows = report(own, tmp_path / "b", *options)["rows"]
+    assert {row["run"]["given"] for row in rows} == {f"composition, {told}"}
+    assert told in (tmp_path / "b" / "evaluation.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [

@@ -90,6 +90,24 @@ def test_nothing_to_learn_from_or_to_watch(records: list[Record]) -> None:
             Trainer(language_run(), rows, watched)
 
 
+def test_rows_without_the_property(records: list[Record]) -> None:
+    """They are left out of questions about it, which is said; without any there is no training."""
+    run = language_run(questions=("formation_energy",))
+    trainer = Trainer(run, records, records)
+    assert trainer.num_rows == len(records) - 1
+    wanted = f"unused: 1 of {len(records)} rows have no formation_energy and are left out"
+    assert trainer.remarks == [f"{wanted} of questions about it"]
+    assert np.isfinite(trainer.train_step(next(trainer.batches()))["loss"])
+    assert np.isfinite(trainer.validate()["loss"])
+    bare = [Record(record.material_id, record.crystal) for record in records]
+    for rows, watched in ((bare, records), (records, bare)):
+        with pytest.raises(UserError, match="no row has a formation_energy"):
+            Trainer(run, rows, watched)
+    trainer = Trainer(language_run(), bare, bare)
+    assert trainer.num_rows == len(bare)
+    assert len(trainer.remarks) == 2
+
+
 def test_rows_longer_than_the_positions(records: list[Record]) -> None:
     """MindFormers' table of angles ends there; the longest row is named."""
 

@@ -130,6 +130,27 @@ def test_dropped_property_is_not_learned_from(records: list[Record]) -> None:
 # Optimisation
 
 
+def test_rows_without_a_property_are_learned(
+    records: list[Record], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Scales come from the rows that have it, and how many lack it is said before training."""
+    bare = [
+        Record(r.material_id, r.crystal, properties={"band_gap": r.properties["band_gap"]})
+        for r in records[:5]
+    ]
+    rows = [*bare, *records[5:]]
+    path = tmp_path / "gaps.parquet"
+    write_records(rows, path)
+    train(tiny_run(path, steps=3), tmp_path / "run")
+    said = f"{path}: 5 of {len(rows)} rows have no formation_energy and are learned without it"
+    assert said in capsys.readouterr().out.splitlines()[0]
+    trainer = trainer_of(rows, tiny_run(path))
+    assert trainer.num_rows == len(rows)
+    known = [r.properties["formation_energy"] for r in records[5:]]
+    assert trainer.standardizer.property_mean[1] == pytest.approx(np.mean(known), rel=1e-5)
+    assert trainer.standardizer.property_std[1] == pytest.approx(np.std(known), rel=1e-5)
+
+
 def test_learning_rate(records: list[Record]) -> None:
     run = tiny_run(steps=110, warmup=10, learning_rate=1.0, final_rate=0.1)
     rate = trainer_of(records, run).learning_rate

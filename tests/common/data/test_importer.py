@@ -25,7 +25,6 @@ from pymatgen.io.cif import CifWriter
 from common.crystal.structure import Crystal
 from common.data import importer
 from common.data.importer import (
-    LABELS,
     REASONS,
     ImportOptions,
     ImportReport,
@@ -38,6 +37,7 @@ from common.data.label import label_structure
 from common.data.sources import CsvSource, RawEntry
 from common.data.store import Record, read_metadata, read_records
 from common.errors import UserError
+from common.properties import TARGETS
 
 HEADER = ("material_id", "formation_energy_per_atom", "band_gap", "e_above_hull", "cif")
 KILLER_ELEMENT = 36  # Kr
@@ -75,7 +75,7 @@ ROWS: list[tuple[tuple[str, ...], str | None]] = [
     (("negative", "-2.0", "-5", "0", GOOD), "out_of_range"),
     (("placeholder", "-2.0", "1e9", "0", GOOD), "out_of_range"),
     (("in kJ/mol", "-411", "5.0", "0", GOOD), "out_of_range"),
-    (("gapless", "-2.0", "", "0", GOOD), "missing_label"),
+    (("gapless", "-2.0", " ", "0", GOOD), None),
     (("word", "-2.0", "metal", "0", GOOD), "bad_label"),
     (("big", "-2.0", "5.0", "0", text_of(rock_salt() * (3, 2, 1))), "too_many_atoms"),
     (("", "-2.0", "5.0", "0", GOOD), "no_id"),
@@ -115,8 +115,10 @@ def test_every_row_is_kept_or_named_with_its_reason(source: CsvSource, tmp_path:
         f"rows.csv row {k}" for k, (_, reason) in enumerate(ROWS, start=1) if reason is not None
     ]
     records = read_records(report.path)
-    assert [record.material_id for record in records] == ["good-1", "cut", "good-2"]
-    assert (report.rows, report.written) == (len(ROWS), 3)
+    assert [record.material_id for record in records] == ["good-1", "gapless", "cut", "good-2"]
+    assert (report.rows, report.written) == (len(ROWS), 4)
+    assert report.lacking == {"band_gap": 1}
+    assert records[1].properties == {"formation_energy": -2.0, "band_gap": None, "e_above_hull": 0}
     assert sum(report.reasons.values()) == len(rows)
     assert {reason for _, reason in expected} <= set(REASONS)
 
@@ -142,7 +144,7 @@ def test_any_number_of_workers_gives_the_same_bytes(source: CsvSource, tmp_path:
         report = run(source, tmp_path / f"{workers}.parquet", workers=workers)
         contents.append((report.path.read_bytes(), report.quarantine_path.read_bytes()))
     assert contents[0] == contents[1] == contents[2]
-    assert report.written == 74  # without a limit on atoms, "big" is a good row
+    assert report.written == 75  # without a limit on atoms, "big" is a good row
 
 
 def test_cache_is_used_until_something_changes(source: CsvSource, tmp_path: Path) -> None:
@@ -153,8 +155,8 @@ def test_cache_is_used_until_something_changes(source: CsvSource, tmp_path: Path
     assert first.path.read_bytes() == again.path.read_bytes()
     assert first.quarantine_path.read_bytes() == again.quarantine_path.read_bytes()
     assert (again.rows, again.reasons) == (first.rows, first.reasons)
+    assert again.lacking == first.lacking == {"band_gap": 1}
     assert not run(source, tmp_path / "c.parquet", cache=cache, max_atoms=3).from_cache
-    assert not run(source, tmp_path / "c.parquet", cache=cache, require=()).from_cache
     (kept,) = [
         p
         for p in (cache / "imports").glob("*.parquet")
@@ -179,11 +181,10 @@ def test_processes_that_need_the_same_rows_label_them_once(
     assert not list((cache / "imports").glob(".*"))
 
 
-def test_what_a_source_does_not_offer_is_not_asked_for(tmp_path: Path) -> None:
+def test_what_a_source_does_not_offer_is_not_missed(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("material_id,cif\n" + f'x,"{GOOD}"\n')
-    assert run(CsvSource(tmp_path / "a.csv"), tmp_path / "a.parquet").written == 1
-    report = run(CsvSource(tmp_path / "a.csv"), tmp_path / "b.parquet", require=["band_gap"])
-    assert report.reasons == {"missing_label": 1}
+    report = run(CsvSource(tmp_path / "a.csv"), tmp_path / "a.parquet")
+    assert (report.written, report.lacking) == (1, {})
 
 
 @pytest.mark.parametrize("options", [{"workers": 0}, {"max_atoms": 0}])
@@ -324,8 +325,10 @@ def test_arbitrary_rows_are_kept_or_quarantined(folder: Path, made: list[tuple[s
         == len(CsvSource(folder / "any.csv"))
     )
     assert {row["reason"] for row in quarantine(report)} <= set(REASONS)
-    for record in records:
-        assert all(np.isfinite(record.properties[name]) for name in LABELS)
+    for name in TARGETS:
+        known = [record.properties[name] for record in records]
+        assert report.lacking.get(name, 0) == known.count(None)
+        assert all(np.isfinite(value) for value in known if value is not None)
 
 
 @settings(deadline=None, max_examples=80)
@@ -363,13 +366,13 @@ def test_strange_cells_are_kept_or_refused(
         except (ValueError, ZeroDivisionError):
             return
     structure = Structure(lattice, ["Si"] * len(coords), coords)
-    outcome = process_entry(RawEntry("x", structure), ImportOptions(require=()))
+    outcome = process_entry(RawEntry("x", structure), ImportOptions())
     assert isinstance(outcome, Record) or outcome.reason in REASONS
 
 
 @settings(deadline=None, max_examples=80)
 @given(st.dictionaries(st.sampled_from(["lattice", "sites", "charge", "x"]), json_value))
 def test_arbitrary_documents_are_refused(document: dict[str, Any]) -> None:
-    outcome = process_entry(RawEntry("x", document), ImportOptions(require=()))
+    outcome = process_entry(RawEntry("x", document), ImportOptions())
     assert isinstance(outcome, Rejection)
     assert outcome.reason in REASONS

@@ -12,6 +12,7 @@ from common.cli import run
 from common.crystal.structure import Crystal, Site
 from common.data.store import Record, write_records
 from common.errors import UserError
+from common.evaluate.symmetry_report import to_markdown
 from common.evaluate.symmetry_run import History, SymmetryEvaluation, properties_of
 from common.language.model import rank_questions
 from common.language.prompt import Question
@@ -34,6 +35,14 @@ def evaluation(
     references: list[Record] = RECORDS,
 ) -> SymmetryEvaluation:
     return SymmetryEvaluation(references, "textbook", target, training, "some", prior)
+
+
+def test_rows_without_the_property_are_counted(prior: TemplatePrior) -> None:
+    row, *_ = evaluation(prior, RECORDS, "formation_energy").controls()
+    assert len(row.ids) == len(RECORDS)
+    told = f"formation_energy ({len(RECORDS) - 1} of {len(RECORDS)} rows)"
+    assert row.run.target == told
+    assert told in to_markdown([row])
 
 
 def test_model_and_controls(prior: TemplatePrior, textbook_model: Path) -> None:

@@ -50,7 +50,7 @@ def salts() -> list[Record]:
 
 def test_rows_come_back() -> None:
     records = salts()
-    for target, value in (("band_gap", 1.23), ("formation_energy", None), (None, None)):
+    for target, value in (("band_gap", 1.23), (None, None)):
         rows = list(prompt_rows(records, target))
         assert [row["id"] for row in rows] == [record.material_id for record in records]
         for row, record in zip(rows, records, strict=True):
@@ -103,7 +103,8 @@ def test_what_is_shared_is_counted_and_left_out() -> None:
         assert sum(overlap.formula for overlap in shared) == formulas
         assert sum(overlap.symmetry or 0 for overlap in shared) == same
         report = made.report()
-        assert report["left_out"] == {"rows": dropped, "shared": drop.value}
+        left_out = {"rows": dropped, "shared": drop.value, "without_property": 0}
+        assert report["left_out"] == left_out
         assert report["parts"]["train"]["fingerprint"] == fingerprint(made.parts["train"])
     with pytest.raises(UserError, match="no row is left"):
         make_prompt_set(records[:1], [reference])
@@ -161,6 +162,27 @@ def test_command(tmp_path: Path) -> None:
     assert sum(part["rows"] for part in report["parts"].values()) == 36
     first = json.loads((tmp_path / "out" / "train.jsonl").read_text().splitlines()[0])
     assert first["input"].endswith("\nProperty: none")
+
+
+def test_rows_without_the_property_are_left_out(tmp_path: Path) -> None:
+    records = salts()
+    records[0] = Record(records[0].material_id, records[0].crystal)
+    data, out = tmp_path / "data.parquet", tmp_path / "out"
+    write_records(records, data)
+    (tmp_path / "ids.txt").write_text(f"{records[1].material_id}\n")
+    arguments = ["prompts", str(data), "--out", str(out), "--against", str(tmp_path / "ids.txt")]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exception is None, result.output
+    assert f"{data}: 1 of 40 rows have no band_gap and are left out\n" in result.output
+    lines = [line for part in PARTS for line in (out / f"{part}.jsonl").read_text().splitlines()]
+    assert sorted(json.loads(line)["id"] for line in lines) == sorted(
+        record.material_id for record in records[2:]
+    )
+    assert all("Band gap" in json.loads(line)["input"] for line in lines)
+    left_out = {"rows": 1, "shared": "id", "without_property": 1}
+    assert json.loads((out / "report.json").read_text())["left_out"] == left_out
+    with pytest.raises(UserError, match="no row has a formation_energy"):
+        make_prompt_set(records, [], target="formation_energy")
 
 
 # What MindFormers makes of its form

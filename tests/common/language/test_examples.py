@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from common.data.store import Record
-from common.language.examples import IGNORED, Examples, fixed_shape
+from common.language.examples import IGNORED, Examples, fixed_shape, rows_asked
 from common.language.prompt import Symmetry, parse_question, write_answer
 from common.language.tokenizer import SymmetryTokenizer
 from common.training import Shard
@@ -27,6 +27,23 @@ def examples(records: list[Record], compact: SymmetryTokenizer) -> Examples:
     return Examples(records, compact, QUESTIONS, BUDGET)
 
 
+def targets_of(record: Record) -> list[str]:
+    """What is asked about a row: nothing that it lacks."""
+    return [name for name in QUESTIONS if name == "none" or record.properties[name] is not None]
+
+
+def test_rows_that_lack_all_properties(records: list[Record], compact: SymmetryTokenizer) -> None:
+    """They are left out where every question names one, and nothing changes for the others."""
+    (lacking,) = [r for r in records if r.properties["formation_energy"] is None]
+    assert rows_asked(records, ("none", "formation_energy")) == records
+    others = rows_asked(records, ("formation_energy",))
+    assert others == [record for record in records if record is not lacking]
+    examples = Examples(others, compact, ("formation_energy",), BUDGET)
+    for plan in (examples.epoch(0, 0), examples.in_order()):
+        assert sum(len(rows) for rows, _ in plan) == len(others)
+        assert all((forms == 0).all() for _, forms in plan)
+
+
 def test_epoch_has_every_row_once(examples: Examples, records: list[Record]) -> None:
     rows = np.concatenate([rows for rows, _ in examples.epoch(7, 3)])
     assert sorted(rows.tolist()) == list(range(len(records)))
@@ -39,7 +56,9 @@ def test_three_epochs_ask_everything(examples: Examples, records: list[Record]) 
         for rows, forms in examples.epoch(7, epoch)
         for row, form in zip(rows, forms, strict=True)
     }
-    assert len(asked) == len(QUESTIONS) * len(records)
+    wanted = [len(targets_of(record)) for record in records]
+    assert len(QUESTIONS) * len(records) - sum(wanted) == 1, "one row lacks one property"
+    assert len(asked) == sum(wanted)
 
 
 def test_epochs_differ(examples: Examples) -> None:
@@ -59,7 +78,7 @@ def test_what_is_asked_and_answered(
         assert data.answers == len(rows)
         assert data.answer_tokens == (data.targets != IGNORED).sum()
         for row, form, tokens, targets in zip(rows, forms, data.tokens, data.targets, strict=True):
-            crystal, properties = records[row].crystal, records[row].properties
+            crystal = records[row].crystal
             answer = targets[targets != IGNORED]
             assert answer[-1] == compact.end_id
             assert compact.decode(answer) == write_answer(Symmetry.of_crystal(crystal))
@@ -67,9 +86,8 @@ def test_what_is_asked_and_answered(
             assert tokens[begin : begin + len(answer)].tolist() == answer.tolist()
             text = compact.decode(tokens[:begin]).rstrip("\n")
             question = parse_question(text[text.index("Composition") :])
-            wanted = QUESTIONS[form]
-            known = wanted != "none" and properties[wanted] is not None
-            assert question.target == (wanted if known else None)
+            wanted = targets_of(records[row])[form]
+            assert question.target == (None if wanted == "none" else wanted)
             seen.add(question.target)
     assert seen == {None, "band_gap", "formation_energy"}
 
