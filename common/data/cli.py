@@ -16,10 +16,10 @@ from common.data.sources import open_source
 from common.data.store import (
     PROPERTIES,
     Record,
+    deal_by_formula,
     lacking_lines,
     read_metadata,
     read_records,
-    split_by_formula,
     write_records,
 )
 from common.errors import UserError
@@ -84,12 +84,12 @@ def split(
     ] = "0.8,0.1,0.1",
     seed: Annotated[int, typer.Option(help="Another seed gives another split.")] = 0,
 ) -> None:
-    """Part a data set so that no reduced formula is in two parts."""
+    """Part a data set so that no reduced formula is in two parts, which come out even."""
     path = dataset_path(data)
     targets = [out / f"{name}.parquet" for name in ("train", "val", "test")]
     if path.resolve() in [target.resolve() for target in targets]:
         raise UserError(f"{path}: a part of it would take its place; give another --out")
-    parts = split_by_formula(read_records(path), _fractions(fractions, len(targets)), seed)
+    parts = deal_by_formula(read_records(path), _fractions(fractions, len(targets)), seed)
     metadata = read_metadata(path)
     for target, part in zip(targets, parts, strict=True):
         origin = {"split": target.stem, "fractions": fractions, "seed": seed}

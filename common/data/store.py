@@ -10,6 +10,7 @@ import math
 import os
 import struct
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -233,19 +234,53 @@ def split_by_formula(
     """Part records so that a reduced formula falls into one part only.
 
     The part depends on the hash of seed and formula alone, so adding, removing or reordering rows
-    never moves another row. Parts have the requested `fractions` (sum 1) of the formulas in
-    expectation, not exactly. Rows keep their order.
+    never moves another row: parts of a set agree whatever else is left out of it. They have the
+    requested `fractions` (sum 1) of the formulas in expectation, not exactly; `deal_by_formula`
+    makes them even. Rows keep their order.
 
-    Raises UserError for fractions that are not positive or do not sum to 1.
+    Raises UserError for fractions that are negative or do not sum to 1.
     """
-    if not fractions or min(fractions) < 0 or not math.isclose(sum(fractions), 1, abs_tol=1e-6):
-        raise UserError(f"split fractions {list(fractions)}: give numbers >= 0 that sum to 1")
+    _check_fractions(fractions)
     bounds = np.cumsum(fractions)[:-1]
     parts: list[list[Record]] = [[] for _ in fractions]
     for record in records:
         position = _uniform_hash(f"{seed}:{record.reduced_formula}")
         parts[int(np.searchsorted(bounds, position, side="right"))].append(record)
     return parts
+
+
+def deal_by_formula(
+    records: Iterable[Record], fractions: Sequence[float], seed: int = 0
+) -> list[list[Record]]:
+    """Part records so that a reduced formula falls into one part only, and parts come out even.
+
+    They have the requested `fractions` (sum 1) of the rows as nearly as whole formulas allow: those
+    with most rows are dealt first, then those with fewer in an order that the seed decides, each to
+    the part that is furthest behind. The order of the rows makes no difference, but other rows may
+    move all of them. Rows keep their order.
+
+    Raises UserError for fractions that are negative or do not sum to 1.
+    """
+    _check_fractions(fractions)
+    rows = list(records)
+    sizes = Counter(record.reduced_formula for record in rows)
+    order = sorted(sizes, key=lambda f: (-sizes[f], _uniform_hash(f"{seed}:{f}"), f))
+    shares, counts = np.array(fractions), np.zeros(len(fractions))
+    part_of: dict[str, int] = {}
+    dealt = 0
+    for formula in order:
+        dealt += sizes[formula]
+        part = part_of[formula] = int(np.argmax(shares * dealt - counts))
+        counts[part] += sizes[formula]
+    parts: list[list[Record]] = [[] for _ in fractions]
+    for record in rows:
+        parts[part_of[record.reduced_formula]].append(record)
+    return parts
+
+
+def _check_fractions(fractions: Sequence[float]) -> None:
+    if not fractions or min(fractions) < 0 or not math.isclose(sum(fractions), 1, abs_tol=1e-6):
+        raise UserError(f"split fractions {list(fractions)}: give numbers >= 0 that sum to 1")
 
 
 @lru_cache(maxsize=128)

@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from common.data.store import (
     PROPERTIES,
     Cell,
     Record,
+    deal_by_formula,
     fingerprint,
     read_metadata,
     read_records,
@@ -316,10 +317,39 @@ def test_split_keeps_formulas_together_and_ignores_the_order() -> None:
     assert split_by_formula(rows, [0.8, 0.1, 0.1], seed=8) != parts
 
 
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=60), st.integers(0, 5), st.randoms())
+def test_dealt_parts_are_even(formulas: list[int], seed: int, order: random.Random) -> None:
+    rows = [binary(i) for i in formulas]
+    parts = deal_by_formula(rows, [0.8, 0.1, 0.1], seed)
+    found = [{record.reduced_formula for record in part} for part in parts]
+    assert sum(map(len, found)) == len(set.union(*found)) == len(set(formulas))
+    assert sum(map(len, parts)) == len(rows)
+    largest = max(map(formulas.count, formulas))
+    for part, share in zip(parts, (0.8, 0.1, 0.1), strict=True):
+        assert abs(len(part) - share * len(rows)) < largest, "by less than one formula"
+    shuffled = order.sample(rows, len(rows))
+    again = deal_by_formula(shuffled, [0.8, 0.1, 0.1], seed)
+    assert [{record.reduced_formula for record in part} for part in again] == found
+
+
+def test_small_sets_are_dealt_evenly() -> None:
+    """Formulas with many rows do not keep the others from evening parts out."""
+    for counts in ([1] * 19, [5, 4, *[1] * 10]):
+        rows = [binary(i) for i, count in enumerate(counts) for _ in range(count)]
+        for seed in range(5):
+            parts = deal_by_formula(rows, [0.8, 0.1, 0.1], seed)
+            assert [len(part) for part in parts] == [15, 2, 2]
+            assert [row for row in rows if row in parts[0]] == parts[0], "in their order"
+    several = {str(deal_by_formula(rows, [0.8, 0.1, 0.1], seed)[1]) for seed in range(5)}
+    assert len(several) > 1, "the seed decides"
+    assert [len(part) for part in deal_by_formula(rows, [1.0, 0.0], 0)] == [19, 0]
+
+
+@pytest.mark.parametrize("parted", [split_by_formula, deal_by_formula])
 @pytest.mark.parametrize("fractions", [[], [0.5, 0.4], [1.5, -0.5], [float("nan"), 1.0]])
-def test_bad_fractions_are_user_errors(fractions: list[float]) -> None:
+def test_bad_fractions_are_user_errors(parted: Callable, fractions: list[float]) -> None:
     with pytest.raises(UserError, match="fractions"):
-        split_by_formula([perovskite()], fractions)
+        parted([perovskite()], fractions)
 
 
 @given(st.dictionaries(st.integers(1, 103), st.integers(1, 40), min_size=1, max_size=6))
