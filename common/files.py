@@ -132,19 +132,24 @@ def output_folder(
 
 
 @contextmanager
-def one_at_a_time(folder: Path) -> Iterator[None]:
-    """Other processes of this machine wait before the same block for the same folder.
+def one_at_a_time(path: Path) -> Iterator[None]:
+    """Other processes of this machine wait before the same block for the same file.
 
     The system ends the wait when the process inside the block is killed. File systems without
-    locks let all of them in.
+    locks, and lock files of other users, let all of them in.
+
+    Args:
+        path: what the block makes; its folder is there.
     """
-    descriptor = os.open(folder, os.O_RDONLY)
+    lock = path.with_name(f".{path.name}{LOCK}")
     try:
-        with suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        descriptor = _locked(lock, wait=True)
+    except OSError:
         yield
-    finally:
-        os.close(descriptor)
+        return
+    assert descriptor is not None
+    with _released(lock, descriptor):
+        yield
 
 
 @contextmanager
@@ -158,19 +163,29 @@ def alone_in(folder: Path) -> Iterator[bool]:
     if descriptor is None:
         yield False
         return
-    try:
+    with _released(path, descriptor):
         yield True
+
+
+@contextmanager
+def _released(lock: Path, descriptor: int) -> Iterator[None]:
+    """Removes a lock file that is held, and lets others in."""
+    try:
+        yield
     finally:
-        path.unlink(missing_ok=True)
+        lock.unlink(missing_ok=True)
         os.close(descriptor)
 
 
-def _locked(path: Path) -> int | None:
-    """A lock file that is held and opened, or None where another process holds it."""
+def _locked(path: Path, wait: bool = False) -> int | None:
+    """A lock file that is held and opened, or None where another process holds it.
+
+    With ``wait`` it waits for that one to let go.
+    """
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             os.close(descriptor)
             return None

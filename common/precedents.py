@@ -353,7 +353,7 @@ def training_items(
     rows = _read_cached(path)
     if rows is None:
         refusal = "set UNI_MDM_CACHE to another folder"
-        with output_folder(path.parent, refusal), one_at_a_time(path.parent):
+        with output_folder(path.parent, refusal), one_at_a_time(path):
             rows = _read_cached(path)  # which another process may have made meanwhile
             if rows is None:
                 rows = list(_described(records, index, count, workers))

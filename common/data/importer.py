@@ -25,7 +25,9 @@ from typing import Any
 import numpy as np
 from pymatgen.core import Structure
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from common.crystal.structure import Crystal
 from common.data.cif import CifError, parse_cif
@@ -186,7 +188,7 @@ def import_cached(
     report = _read_report(out)
     if report is None:
         refusal = "set UNI_MDM_CACHE to another folder"
-        with output_folder(out.parent, refusal), one_at_a_time(out.parent):
+        with output_folder(out.parent, refusal), one_at_a_time(out):
             report = _read_report(out)  # which another process may have made meanwhile
             if report is None:
                 report = _run(source, out, options, workers, show_progress)
@@ -258,7 +260,11 @@ def _run(
     records: dict[str, Record] = {}
     rejections: list[Rejection] = []
     with _progress(show_progress) as progress:
-        task = progress.add_task(f"labelling {source.description['name']}", total=len(source))
+        name, total = source.description["name"], len(source)
+        if not progress.console.is_terminal:  # which shows the bar only when it is full
+            text = Text(f"labelling {name}: {total} rows")
+            progress.console.print(text, soft_wrap=True)
+        task = progress.add_task(f"labelling {escape(name)}", total=total)
         for entry, outcome in _outcomes(source, options, workers):
             if isinstance(outcome, Rejection):
                 rejections.append(outcome)

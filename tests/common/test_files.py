@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from common.files import (
     alone_in,
     append_whole,
     atomic_path,
+    one_at_a_time,
     output_file,
     output_folder,
     unused,
@@ -120,6 +122,31 @@ def test_output_file_is_refused_before_the_work(tmp_path: Path, place: str) -> N
     ):
         raise AssertionError("the block is not entered")
     assert listing(tmp_path) == ["file", "folder"]
+
+
+def test_others_wait_for_the_same_file_alone(tmp_path: Path) -> None:
+    entered: list[str] = []
+
+    def enter(name: str) -> None:
+        with one_at_a_time(tmp_path / name):
+            entered.append(name)
+
+    threads = [threading.Thread(target=enter, args=(name,)) for name in ("same", "other")]
+    with one_at_a_time(tmp_path / "same"):
+        for thread in threads:
+            thread.start()
+        threads[1].join(60)
+        assert entered == ["other"]
+        threads[0].join(0.3)
+        assert entered == ["other"]
+    threads[0].join(60)
+    assert entered == ["other", "same"]
+    assert listing(tmp_path) == []
+
+
+def test_a_place_that_takes_no_lock_lets_all_in(tmp_path: Path) -> None:
+    with one_at_a_time(tmp_path / "absent" / "file"):
+        assert listing(tmp_path) == []
 
 
 def test_one_at_a_time_is_alone_in_a_folder(tmp_path: Path) -> None:

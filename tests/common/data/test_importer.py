@@ -181,6 +181,19 @@ def test_processes_that_need_the_same_rows_label_them_once(
     assert not list((cache / "imports").glob(".*"))
 
 
+def test_a_log_file_is_told_when_labelling_begins(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write_csv(tmp_path / "own[1].csv", [row for row, reason in ROWS if reason is None][:2])
+    run(source, tmp_path / "a.parquet", show_progress=True)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "labelling own[1].csv: 2 rows"
+    assert lines[-1].startswith("labelling own[1].csv ")
+    assert " 2/2 " in lines[-1]
+    run(source, tmp_path / "b.parquet", show_progress=False)
+    assert capsys.readouterr().err == ""
+
+
 def test_what_a_source_does_not_offer_is_not_missed(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("material_id,cif\n" + f'x,"{GOOD}"\n')
     report = run(CsvSource(tmp_path / "a.csv"), tmp_path / "a.parquet")
