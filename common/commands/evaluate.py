@@ -3,6 +3,7 @@
 `uni-mdm evaluate symmetry` compares rankings of symmetries with the true ones.
 """
 
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -223,6 +224,10 @@ def _references(data: str, limit: int | None, workers: int | None) -> list[Recor
     records = dataset(data, workers)[:limit]
     if not records:
         raise UserError(f"{data}: no usable rows to evaluate on")
+    counts = Counter(record.material_id for record in records)
+    if repeated := [name for name, count in counts.items() if count > 1]:
+        what = f"{len(repeated)} ids are there more than once, such as {repeated[0]}"
+        raise UserError(f"{data}: {what}; give each row its own")
     return records
 
 

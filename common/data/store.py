@@ -11,9 +11,10 @@ import os
 import struct
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from numpy.typing import NDArray
 from pymatgen.core import Composition, Element, Structure
 
 from common.crystal.structure import Crystal, Site
+from common.crystal.wyckoff import wyckoff_summary
+from common.elements import NUM_ELEMENTS
 from common.errors import UserError
 from common.files import atomic_path
 
@@ -175,7 +178,7 @@ def write_records(
 def read_records(path: str | os.PathLike[str]) -> list[Record]:
     """All records of a file in its order.
 
-    Raises UserError for a missing, truncated or foreign file.
+    Raises UserError for a missing, truncated or foreign file, and for a row that is no crystal's.
     """
     _check_metadata(path, _file_schema(path))
     try:
@@ -392,7 +395,48 @@ def _columns(records: Sequence[Record]) -> dict[str, list[Any]]:
     return columns
 
 
+def _check_rows(table: pa.Table) -> None:
+    """Raises ValueError for the first row that no crystal has, as after an edit by hand."""
+    ids = table["material_id"].to_pylist()
+    for name in ("atomic_numbers", "structure_numbers"):
+        _check_values(table, name, ids, lambda z: (z >= 1) & (z < NUM_ELEMENTS), "no element")
+    for name in ("free_params", "structure_frac_coords", "lattice", "structure_lattice"):
+        _check_values(table, name, ids, np.isfinite, "not finite")
+    for name in ("lattice", "structure_lattice"):
+        given = [
+            (i, row) for i, row in zip(ids, _arrays(table, name), strict=True) if row is not None
+        ]
+        for material_id, row in given:
+            if len(row) != 9:
+                raise ValueError(f"{material_id}: {name} has {len(row)} numbers, not 9")
+        volumes = np.linalg.det(np.array([row for _, row in given]).reshape(-1, 3, 3))
+        if (volumes == 0).any():
+            raise ValueError(f"{given[int(np.argmax(volumes == 0))][0]}: {name} has no volume")
+    groups, letters = table["space_group"].to_pylist(), table["letters"].to_pylist()
+    for material_id, group, row in zip(ids, groups, letters, strict=True):
+        if not 1 <= group <= 230:
+            raise ValueError(f"{material_id}: space group {group} is not in 1-230")
+        if not row or not wyckoff_summary(group).letters.keys() >= set(row):
+            raise ValueError(f"{material_id}: letters {row!r} are none of space group {group}")
+
+
+def _check_values(
+    table: pa.Table,
+    name: str,
+    ids: Sequence[str],
+    good: Callable[[NDArray[Any]], NDArray[np.bool_]],
+    problem: str,
+) -> None:
+    values, offsets = _flat(table, name)
+    bad = ~good(values)
+    if bad.any():
+        first = int(np.argmax(bad))
+        row = int(np.searchsorted(offsets, first, side="right")) - 1
+        raise ValueError(f"{ids[row]}: {name} has {values[first]}, {problem}")
+
+
 def _records(table: pa.Table) -> Iterator[Record]:
+    _check_rows(table)
     plain = {name: table[name].to_pylist() for name in ("material_id", "reduced_formula")}
     plain |= {name: table[name].to_pylist() for name in ("space_group", "letters", *PROPERTIES)}
     numbers, free, lattices = (
@@ -441,14 +485,18 @@ def _cell(
 
 def _arrays(table: pa.Table, name: str) -> list[NDArray[Any] | None]:
     """One array per row of a list column; None where the row has none."""
-    column = table[name].combine_chunks()
-    values = column.values.to_numpy(zero_copy_only=False)
-    offsets = column.offsets.to_pylist()
-    valid = column.is_valid().to_pylist()
+    values, offsets = _flat(table, name)
+    valid = table[name].is_valid().to_pylist()
+    bounds = pairwise(offsets.tolist())
     return [
-        values[start:stop] if ok else None
-        for start, stop, ok in zip(offsets[:-1], offsets[1:], valid, strict=True)
+        values[start:stop] if ok else None for (start, stop), ok in zip(bounds, valid, strict=True)
     ]
+
+
+def _flat(table: pa.Table, name: str) -> tuple[NDArray[Any], NDArray[np.int32]]:
+    """The numbers of a list column, and where each row begins, and the last one ends, in them."""
+    column = table[name].combine_chunks()
+    return column.values.to_numpy(zero_copy_only=False), column.offsets.to_numpy()
 
 
 def _file_schema(path: str | os.PathLike[str]) -> pa.Schema:
@@ -480,6 +528,6 @@ def _check_metadata(path: str | os.PathLike[str], schema: pa.Schema) -> dict[str
 def _unreadable(path: str | os.PathLike[str], error: Exception) -> UserError:
     reason = " ".join(str(error).split())[:200]
     return UserError(
-        f"cannot read {path}: truncated or not a Parquet file of ours ({reason}); "
+        f"cannot read {path}: truncated, edited or not a Parquet file of ours ({reason}); "
         "make it again with 'uni-mdm data import'"
     )

@@ -93,6 +93,17 @@ def test_properties_with_true_symmetry(command: list[str], tmp_path: Path) -> No
         assert rows[0]["run"]["given"] == given
 
 
+def test_ids_that_are_there_twice(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before anything is sampled: what is counted per id would be wrong."""
+    record = Record("twice", label_structure(textbook(CRYSTALS[0])))
+    data = tmp_path / "twice.parquet"
+    write_records([record, record], data)
+    assert run([command[0], "--data", str(data), *command[3:]]) == 2
+    assert "such as twice" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_rows_without_the_property_are_counted(command: list[str], tmp_path: Path) -> None:
     """They are evaluated without it, by networks and by what ranks symmetries."""
     records = [

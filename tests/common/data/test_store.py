@@ -1,6 +1,7 @@
 """Labelled crystals survive the disk bit by bit; damaged files are refused in one line."""
 
 import json
+import math
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -10,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from pymatgen.core import Composition, Lattice, Structure
 
@@ -40,6 +41,7 @@ def records(draw: st.DrawFn) -> Record:
     numbers = draw(st.lists(st.integers(1, 118), min_size=1, max_size=5))
     coords = [tuple(draw(unit) for _ in range(3)) for _ in numbers]
     lattice = np.array(draw(st.lists(finite, min_size=9, max_size=9))).reshape(3, 3)
+    assume(np.linalg.det(lattice) != 0)
     sites = tuple(Site(z, "a", c) for z, c in zip(numbers, coords, strict=True))
     cell = Cell(lattice, np.array(numbers, dtype=np.int16), np.array(coords))
     properties = {name: draw(st.none() | finite) for name in PROPERTIES}
@@ -186,6 +188,50 @@ def test_other_parquet_files_are_user_errors(tmp_path: Path) -> None:
     pq.write_table(pa.table({"x": [1]}).replace_schema_metadata({b"uni_mdm": metadata}), path)
     with pytest.raises(UserError, match="unexpected columns"):
         read_records(path)
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "problem"),
+    [
+        ("space_group", 231, "space group 231 is not in 1-230"),
+        ("space_group", -1, "space group -1 is not in 1-230"),
+        ("letters", "abz", "letters 'abz' are none of space group 221"),
+        ("letters", "ab\u00e9", "are none of space group 221"),
+        ("letters", "ab", "do not agree"),
+        ("atomic_numbers", [38, 0, 8], "atomic_numbers has 0, no element"),
+        ("atomic_numbers", [38, None, 8], "atomic_numbers has nan, no element"),
+        ("structure_numbers", [38, 22, 8, 8, 119], "structure_numbers has 119, no element"),
+        ("free_params", [0.0, math.nan, *[0.0] * 7], "free_params has nan, not finite"),
+        ("structure_frac_coords", [math.inf] * 15, "has inf, not finite"),
+        ("structure_frac_coords", [0.5] * 14, "cannot reshape"),
+        ("lattice", [0.0] * 9, "lattice has no volume"),
+        ("structure_lattice", [4.0] * 9, "structure_lattice has no volume"),
+        ("lattice", [4.0] * 8, "lattice has 8 numbers, not 9"),
+        ("band_gap", math.nan, "band_gap is nan"),
+    ],
+)
+def test_rows_edited_by_hand_are_user_errors(
+    tmp_path: Path, column: str, value: object, problem: str
+) -> None:
+    """The row is named; nothing is left to fail later."""
+    path = tmp_path / "a.parquet"
+    write_records([perovskite(), perovskite("mp-2"), binary(3)], path)
+    table = pq.read_table(path)
+    index = table.schema.get_field_index(column)
+    values = table[column].to_pylist()
+    values[1] = value
+    field = table.schema.field(index)
+    pq.write_table(table.set_column(index, field, pa.array(values, field.type)), path)
+    message = refusal(path)
+    assert message is not None
+    assert problem in message
+    assert "mp-2" in message or problem == "cannot reshape"
+    assert "\n" not in message
+
+
+def test_sites_that_are_gone_are_a_user_error(tmp_path: Path) -> None:
+    write_records([Record("mp-3", Crystal(221, (), np.eye(3)))], tmp_path / "a.parquet")
+    assert "mp-3: letters '' are none of space group 221" in str(refusal(tmp_path / "a.parquet"))
 
 
 def turned(record: Record, sign: float = 1.0) -> Cell:
