@@ -31,6 +31,7 @@ from common.evaluate.tables import (
     p_value,
     percent,
     png,
+    seen_note,
     table,
     text,
     write_trio,
@@ -79,6 +80,8 @@ class RunInfo:
         flops: floating-point operations per candidate; None if not known.
         full_seconds: what ``wall_time`` would be if no call of the network had rows that only fill
             it, as in a long run; None if not known.
+        seen_ids, seen_symmetry: references that have the id, or formula, space group and sites, of
+            a training row; None if not known.
     """
 
     name: str
@@ -99,6 +102,8 @@ class RunInfo:
     training: TrainingCost | None = None
     flops: float | None = None
     full_seconds: float | None = None
+    seen_ids: int | None = None
+    seen_symmetry: int | None = None
 
 
 @dataclass(frozen=True)
@@ -304,6 +309,10 @@ def named_tests(tests: Iterable[NamedTest]) -> list[dict[str, Any]]:
 def to_markdown(rows: Sequence[EvaluationRow], plot: str | None = None) -> str:
     """Results, strata, paired tests and how each row was made, as Markdown tables."""
     parts = ["# Evaluation", _LEGEND, _results_table(rows)]
+    first = rows[0].run
+    parts += seen_note(
+        first.seen_ids, first.seen_symmetry, rows[0].num_structures, first.training_set
+    )
     if any(row.run.k > 1 for row in rows):
         parts += ["## Among the first candidates", _FIRST, _first_table(rows)]
     parts.append("## By kind of structure")

@@ -23,6 +23,7 @@ from common.evaluate.match import CandidateMatch, MatchItem, match_many, pool_by
 from common.evaluate.report import EvaluationRow, Outcome, RunInfo
 from common.evaluate.strata import TrainingIndex
 from common.evaluate.symmetry import SymmetryLabel, composition_is_exact, symmetry_kept
+from common.language.dataset import Reference, overlap
 from common.machine import cpu_count, one_thread, start_worker
 from common.precedents import PrecedentIndex
 from common.selection import choose_sample
@@ -100,6 +101,7 @@ class Evaluation:
         self.training_name = training_name
         self.workers = workers
         self._index = TrainingIndex.of(self.training)
+        self._seen = overlap(self.references, Reference.of_records(training_name, training))
 
     def model(
         self,
@@ -218,6 +220,8 @@ class Evaluation:
             device=device,
             peak_memory=peak_memory,
             symmetry_model=symmetry_model,
+            seen_ids=self._seen.ids,
+            seen_symmetry=self._seen.symmetry,
         )
 
     def _row(self, run: RunInfo, candidates: Sequence[Sequence[Crystal]]) -> EvaluationRow:

@@ -28,6 +28,7 @@ from common.evaluate.tables import (
     p_value,
     percent,
     png,
+    seen_note,
     table,
     text,
     write_trio,
@@ -52,6 +53,9 @@ class SymmetryRun:
         model: hash of what was learned; None where that is the rows themselves.
         seed: that it was trained with; None where there is none, for ranking has no randomness.
         seconds: to rank all rows.
+        seen_ids, seen_symmetry: rows that have the id, or formula, space group and sites, of a
+            training row; None if not known.
+        seen_in: the training rows that were looked at: the last set of a model that had several.
     """
 
     name: str
@@ -62,6 +66,9 @@ class SymmetryRun:
     model: str | None
     seed: int | None
     seconds: float
+    seen_ids: int | None = None
+    seen_symmetry: int | None = None
+    seen_in: str = ""
 
 
 @dataclass(frozen=True)
@@ -308,6 +315,8 @@ def to_markdown(rows: Sequence[SymmetryRow], plot: str | None = None) -> str:
     first = rows[0]
     counts = Rate(sum(first.new), len(first.new))
     parts = ["# Symmetry prediction", _LEGEND, _results_table(rows)]
+    run = first.run
+    parts += seen_note(run.seen_ids, run.seen_symmetry, len(first.new), run.seen_in)
     parts += [f"## Formulas that training has not ({counts.hits} of {counts.total} rows)"]
     parts += [_kind_table(rows, True)]
     parts += ["## Other polymorphs of known formulas", _kind_table(rows, False)]

@@ -25,6 +25,7 @@ from common.language.calibration import (
     fit_temperature,
     true_choices,
 )
+from common.language.dataset import Reference, overlap
 from common.language.model import LanguageModel, rank_questions, write_answers
 from common.language.prompt import Question, Symmetry, write_answer
 from common.prior import SymmetryCandidate, TemplatePrior
@@ -114,6 +115,7 @@ class SymmetryEvaluation:
         self._target = target if target == "none" else told_of(self._properties, target)
         self._training = list(training)
         self._training_name = training_name
+        self._seen = overlap(references, Reference.of_records(training_name, training))
         self._prior = prior
         formulas = {record.reduced_formula for record in training}
         self._new = tuple(record.reduced_formula not in formulas for record in references)
@@ -284,7 +286,18 @@ class SymmetryEvaluation:
         figures: Mapping[str, float] | None = None,
         plain: Sequence[_Ranking] | None = None,
     ) -> SymmetryRow:
-        run = SymmetryRun(name, self._split, self._target, *training, model, seed, seconds)
+        run = SymmetryRun(
+            name,
+            self._split,
+            self._target,
+            *training,
+            model,
+            seed,
+            seconds,
+            seen_ids=self._seen.ids,
+            seen_symmetry=self._seen.symmetry,
+            seen_in=self._training_name,
+        )
         outcomes = map(outcome_of, self._crystals, rankings)
         ids = tuple(record.material_id for record in self._references)
         places = None

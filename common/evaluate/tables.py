@@ -71,6 +71,24 @@ def text(value: object) -> str:
     return "-" if value is None else str(value)
 
 
+def seen_note(ids: int | None, symmetry: int | None, rows: int, training_set: str) -> list[str]:
+    """A paragraph for a report some of whose references were trained on; none for others.
+
+    Args:
+        ids: of them, so many as have the id of a training row; None if not known.
+        symmetry: so many as have its formula, space group and sites.
+        rows: all of them.
+        training_set: its name.
+    """
+    if not ids and not symmetry:
+        return []
+    return [
+        f"**Known from training:** {ids} of {rows} references have the id of a row of "
+        f"{training_set}, {symmetry} the formula, space group and sites of one. What is measured "
+        "on these says little of crystals that are new."
+    ]
+
+
 def write_trio(
     folder: Path, name: str, data: str, plot: bytes, markdown: Callable[[str], str]
 ) -> dict[str, Path]:

@@ -146,7 +146,7 @@ class PromptSet:
                 "without_property": self.lacking,
             },
             "overlaps": {
-                name: {part: asdict(overlap) for part, overlap in parts.items()}
+                name: {part: asdict(found) for part, found in parts.items()}
                 for name, parts in self.overlaps.items()
             },
         }
@@ -182,13 +182,14 @@ def make_prompt_set(
         raise UserError(f"no row is left: each has its {drop} in a set that must stay unseen")
     parts = dict(zip(PARTS, split_by_formula(kept, fractions, seed), strict=True))
     overlaps = {
-        reference.name: {part: _overlap(own, reference) for part, own in parts.items()}
+        reference.name: {part: overlap(own, reference) for part, own in parts.items()}
         for reference in references
     }
     return PromptSet(parts, len(rows) - len(kept), drop, len(given) - len(rows), overlaps)
 
 
-def _overlap(records: Sequence[Record], reference: Reference) -> Overlap:
+def overlap(records: Sequence[Record], reference: Reference) -> Overlap:
+    """How many of the records have their id, formula or symmetry in common with a reference."""
     same = None
     if reference.symmetries is not None:
         same = sum(_key(record) in reference.symmetries for record in records)

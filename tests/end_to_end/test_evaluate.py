@@ -93,6 +93,25 @@ def test_properties_with_true_symmetry(command: list[str], tmp_path: Path) -> No
         assert rows[0]["run"]["given"] == given
 
 
+def test_rows_that_were_trained_on_are_counted(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One by its id, one by what it is; a report of rows that are new says nothing."""
+    crystals = [
+        label_structure(textbook(name)) for name in ("perovskite SrTiO3", "CsCl", "zinc blende ZnS")
+    ]
+    names = ("another id", "rock salt NaCl", "new")
+    records = [Record(*row) for row in zip(names, crystals, strict=True)]
+    own = [command[0], "--data", str(tmp_path / "rows.parquet"), *command[3:], "--no-controls"]
+    for chosen, ids, same in ((records, 1, 2), (records[2:], 0, 0)):
+        write_records(chosen, tmp_path / "rows.parquet")
+        (row,) = report(own, tmp_path / "out")["rows"]
+        assert (row["run"]["seen_ids"], row["run"]["seen_symmetry"]) == (ids, same)
+        note = f"{ids} of {len(chosen)} references have the id of a row of"
+        for text in ((tmp_path / "out" / "evaluation.md").read_text(), capsys.readouterr().out):
+            assert (note in " ".join(text.split())) == (ids > 0)
+
+
 def test_ids_that_are_there_twice(
     command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -45,6 +45,16 @@ def test_rows_without_the_property_are_counted(prior: TemplatePrior) -> None:
     assert told in to_markdown([row])
 
 
+def test_rows_that_were_trained_on_are_counted(prior: TemplatePrior) -> None:
+    row, *_ = evaluation(prior, RECORDS[:3], "none", RECORDS[2:]).controls()
+    assert (row.run.seen_ids, row.run.seen_symmetry, row.run.seen_in) == (1, 1, "some")
+    note = f"1 of {len(RECORDS) - 2} references have the id of a row of some, 1 the formula"
+    assert note in to_markdown([row])
+    row, *_ = evaluation(prior, RECORDS[:3], "none", RECORDS[3:]).controls()
+    assert (row.run.seen_ids, row.run.seen_symmetry) == (0, 0)
+    assert "the id of a row" not in to_markdown([row])
+
+
 def test_model_and_controls(prior: TemplatePrior, textbook_model: Path) -> None:
     ranker = load_ranker([], textbook_model)
     assert ranker.model is not None
