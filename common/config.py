@@ -1,7 +1,8 @@
 """Every setting of a run, as frozen models of the YAML files in ``configs/``."""
 
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -214,11 +215,66 @@ def parse_as(kind: type[AnyRun], data: dict[str, Any], where: str) -> AnyRun:
     try:
         return kind.model_validate(data)
     except ValidationError as error:
-        problems = "; ".join(
-            f"{'.'.join(str(part) for part in item['loc']) or 'settings'}: {item['msg']}"
-            for item in error.errors()
-        )
+        # A list of wrong entries alone is not too short.
+        found = [e for e in error.errors() if e["type"] != "too_short" or not e["input"]]
+        problems = "; ".join(_in_words(kind, item) for item in found)
         raise UserError(f"{where}: {problems}") from error
+
+
+def _in_words(kind: type[AnyRunConfig], item: Any) -> str:
+    """One of pydantic's errors as ``section.key: what is wrong``."""
+    path = [str(part) for part in item["loc"]]
+    name = ".".join(path) or "settings"
+    match item["type"]:
+        case "extra_forbidden":
+            return f"{name}: unknown setting{_meant(kind, path)}"
+        case "missing":
+            return f"{name}: is missing"
+        case "invalid_key":
+            return f"{name}: keys must be text"
+        case "value_error":
+            return f"{name}: {item['ctx']['error']}"
+    limits = item.get("ctx", {})
+    expected = next(
+        (text.format(**limits) for start, text in _EXPECTED if item["type"].startswith(start)),
+        str(item["msg"]),
+    )
+    value = "null" if item["input"] is None else repr(item["input"])
+    shown = value if len(value) <= 40 else f"{value[:37]}..."
+    return f"{name}: {shown} must be {expected}"
+
+
+#: How pydantic's types of errors begin, and what is expected there.
+_EXPECTED = (
+    ("literal_error", "{expected}"),
+    ("greater_than_equal", "at least {ge}"),
+    ("greater_than", "above {gt}"),
+    ("less_than_equal", "at most {le}"),
+    ("less_than", "below {lt}"),
+    ("finite_number", "finite"),
+    ("int_", "a whole number"),
+    ("float_", "a number"),
+    ("bool_", "true or false"),
+    ("string_", "text"),
+    ("tuple_", "a list"),
+    ("too_short", "a list with at least one entry"),
+    ("model_", "a section of settings"),
+    ("dict_", "a section of settings"),
+)
+
+
+def _meant(kind: type[AnyRunConfig], path: list[str]) -> str:
+    """The known setting with nearly the same name, or with the same name in another section."""
+    *section, wrong = path
+    known = [[name] for name in kind.model_fields]
+    for name, field in kind.model_fields.items():
+        for model in (field.annotation, *get_args(field.annotation)):
+            if isinstance(model, type) and issubclass(model, Settings):
+                known += [[name, inner] for inner in model.model_fields]
+    here = [setting[-1] for setting in known if setting[:-1] == section]
+    found = get_close_matches(wrong, here, n=1)
+    found = found or sorted(".".join(other) for other in known if other[-1] == wrong)
+    return f"; did you mean {' or '.join(found)}?" if found else ""
 
 
 def _apply_override(data: dict[str, Any], override: str) -> None:

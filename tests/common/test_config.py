@@ -6,9 +6,10 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from common.config import ModelConfig, RunConfig, load_config, parse_config
+from common.config import ModelConfig, RunConfig, load_config, parse_as, parse_config
 from common.data.batch import PROPERTY_NAMES
 from common.errors import UserError
+from common.language.config import LanguageRunConfig
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").rglob("crystal_dit_*.yaml"))
 CONFIGS += sorted((Path(__file__).resolve().parents[2] / "configs").glob("diffcsp_pp*.yaml"))
@@ -96,18 +97,18 @@ def test_wrong_network(tmp_path: Path, model: dict[str, object], says: str) -> N
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("model: {}", "name: Field required"),
+        ("model: {}", "name: is missing"),
         ("name: x\nnetwork: {}", "network: "),
         ("name: x\ntrain: {learning_rate: 0}", "train.learning_rate"),
         ("name: x\ntrain: {learning_rate: .nan}", "train.learning_rate"),
         ("name: x\ntrain: {learning_rate: .inf}", "train.learning_rate"),
         ("name: x\ntrain: {ema: 1.0}", "train.ema"),
         ("name: x\ntrain: {seed: -1}", "train.seed"),
-        ("name: x\ntrain: {seed: 2147483648}", "train.seed: Input should be less than 2147483648"),
+        ("name: x\ntrain: {seed: 2147483648}", "train.seed: 2147483648 must be below 2147483648"),
         ("name: x\ntrain: {precision: float8}", "train.precision"),
         ("name: x\ndiffusion: {kind: ddpm}", "diffusion.kind"),
         ("name: x\nmodel:\n", "model: "),
-        ("name: x\n1: 2", "keys should be strings"),
+        ("name: x\n1: 2", "1: keys must be text"),
         ("[1, 2]", "a mapping"),
         ("", "a mapping"),
         ("name: [x", "not YAML"),
@@ -116,6 +117,51 @@ def test_wrong_network(tmp_path: Path, model: dict[str, object], says: str) -> N
 )
 def test_wrong_file(tmp_path: Path, text: str, says: str) -> None:
     assert says.lower() in refused(write(tmp_path, text)).lower()
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("model: {widht: 64}", "model.widht: unknown setting; did you mean width?"),
+        ("modle: {}", "modle: unknown setting; did you mean model?"),
+        ("ema: 0.5", "ema: unknown setting; did you mean train.ema?"),
+        (
+            "model: {steps: 5}",
+            "model.steps: unknown setting; did you mean diffusion.steps or train.steps?",
+        ),
+        ("train: {zzzz: 1}", "train.zzzz: unknown setting"),
+        ("model: {layers: four}", "model.layers: 'four' must be a whole number"),
+        ("model: {layers: null}", "model.layers: null must be a whole number"),
+        ("model: {layers: 0}", "model.layers: 0 must be at least 1"),
+        ("model: {frames: perhaps}", "model.frames: 'perhaps' must be true or false"),
+        ("model: {cell: cubic}", "model.cell: 'cubic' must be 'asymmetric' or 'conventional'"),
+        ("model: {properties: band_gap}", "model.properties: 'band_gap' must be a list"),
+        ("model: 3", "model: 3 must be a section of settings"),
+        ("train: {data: 3}", "train.data: 3 must be text"),
+        ("train: {ema: .nan}", "train.ema: nan must be finite"),
+        ("train: {ema: little}", "train.ema: 'little' must be a number"),
+        ("train: {final_rate: 2}", "train.final_rate: 2 must be at most 1.0"),
+        ("train: {clip_norm: -1}", "train.clip_norm: -1 must be above 0.0"),
+        (
+            "model: {cell: conventional}",
+            "model: frames are all alike in the conventional cell: set frames to false",
+        ),
+    ],
+)
+def test_what_is_wrong_in_our_words(tmp_path: Path, text: str, says: str) -> None:
+    path = write(tmp_path, f"name: x\n{text}")
+    assert refused(path) == f"{path}: {says}"
+
+
+def test_settings_of_a_language_model(tmp_path: Path) -> None:
+    settings = {"train": {"questions": []}, "lora": {"targets": ["up_proj"], "alhpa": 1}}
+    with pytest.raises(UserError) as caught:
+        parse_as(LanguageRunConfig, settings | {"name": "x", "kind": "language"}, "run.yaml")
+    assert str(caught.value).removeprefix("run.yaml: ").split("; lora.") == [
+        "train.questions: [] must be a list with at least one entry",
+        "targets.0: 'up_proj' must be 'q_proj', 'k_proj', 'v_proj' or 'o_proj'",
+        "alhpa: unknown setting; did you mean alpha?",
+    ]
 
 
 def test_every_wrong_setting_is_named(tmp_path: Path) -> None:
