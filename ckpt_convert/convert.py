@@ -20,7 +20,14 @@ from typing import Any
 import numpy as np
 
 from ckpt_convert import crystal_dit, glm4
-from ckpt_convert.formats import FLOAT32, SUFFIXES, Tensor, read_tensors, write_tensors
+from ckpt_convert.formats import (
+    FLOAT32,
+    SUFFIXES,
+    Tensor,
+    names_file,
+    read_tensors,
+    write_tensors,
+)
 from ckpt_convert.mapping import Framework, Match, MisfitError, Report, match
 from common.checkpoint import (
     CARD,
@@ -228,7 +235,7 @@ def _read(source: Source, config: ModelConfig, single: bool) -> tuple[dict[str, 
 def _check_destination(path: Path, to: Framework, source: Path, overwrite: bool) -> None:
     """Raises UserError if nothing can or may be written there."""
     suffixes = FILE_SUFFIXES[to]
-    if path.suffix in SUFFIXES and path.suffix not in suffixes:
+    if names_file(path) and path.suffix not in suffixes:
         known = ", ".join(suffixes)
         raise UserError(f"{path}: not a file for {to}; give a folder, or one of {known}")
     real, given = path.resolve(), source.resolve()

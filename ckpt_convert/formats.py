@@ -409,3 +409,8 @@ _WRITERS = {
 }
 #: Suffixes of the files that can be read and written.
 SUFFIXES = tuple(_READERS)
+
+
+def names_file(path: Path) -> bool:
+    """Whether a path that may not exist yet is a file's by its ending: .xyz, but not .5 or none."""
+    return path.suffix[1:2].isalpha() and not path.is_dir()

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ckpt_convert import lora
+from ckpt_convert.formats import names_file
 from ckpt_convert.mapping import Count, Framework, MisfitError, Report, check_counts
 from ckpt_convert.stream import (
     INDEX_SUFFIX,
@@ -260,8 +261,8 @@ def _check_destination(path: Path, sources: list[Path], overwrite: bool, kind: s
 
     ``kind`` is a file that must be in what is replaced.
     """
-    if path.suffix in (".ckpt", ".safetensors", ".pt", ".pth"):
-        raise UserError(f"{path}: a language model is a folder; give one")
+    if names_file(path):
+        raise UserError(f"{path}: a language model is a folder; give a name without {path.suffix}")
     real = path.resolve()
     for source in sources:
         given = source.resolve()

@@ -15,7 +15,13 @@ from safetensors.numpy import load_file, save_file
 from ckpt_convert.convert import MINDSPORE, MisfitError, convert
 from ckpt_convert.crystal_dit import OPTIMIZER_PARTS, parameters
 from ckpt_convert.formats import read_tensors
-from common.checkpoint import load_checkpoint, save_checkpoint, shipped, verify
+from common.checkpoint import (
+    load_checkpoint,
+    save_checkpoint,
+    shipped,
+    shipped_language,
+    verify,
+)
 from common.cli import run
 from common.config import load_config, parse_config
 from common.errors import UserError
@@ -398,6 +404,19 @@ def test_destinations_that_are_there(
         assert "itself" in error(target, "mindspore", "--overwrite")
     assert "not a file for torch" in error(tmp_path / "w.ckpt", "torch", "--overwrite")
     assert "not a file for mindspore" in error(tmp_path / "w.pt", "mindspore")
+
+
+def test_endings_that_no_file_has(
+    step_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = error_of(capsys, step_folder, tmp_path / "weights.xyz", "--to", "torch")
+    assert "weights.xyz: not a file for torch; give a folder, or one of .pt, .pth, .safet" in line
+    tiny = shipped_language()["glm4_tiny"]
+    line = error_of(capsys, tiny, tmp_path / "weights.bin", "--to", "torch")
+    assert "weights.bin: a language model is a folder; give a name without .bin" in line
+    assert not list(tmp_path.glob("weights*"))
+    convert(step_folder, tmp_path / "version-1.5", "torch")
+    assert content(tmp_path / "version-1.5") == content(step_folder)
 
 
 @pytest.mark.parametrize("name", ["pytorch", "MindSpore", "tensorflow"])
