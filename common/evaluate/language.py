@@ -15,7 +15,10 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
+import jieba
 import numpy as np
+from rouge_chinese import Rouge
+from rouge_score.rouge_scorer import RougeScorer
 
 NAMES = ("rouge-1", "rouge-2", "rouge-l")
 
@@ -58,8 +61,6 @@ _Measure = Callable[[str, str], tuple[float, ...]]
 
 
 def _by_rouge_score() -> _Measure:
-    from rouge_score.rouge_scorer import RougeScorer
-
     kinds = ["rouge1", "rouge2", "rougeL"]
     scorer = RougeScorer(kinds, use_stemmer=False)
 
@@ -71,8 +72,6 @@ def _by_rouge_score() -> _Measure:
 
 
 def _by_rouge_chinese() -> _Measure:
-    from rouge_chinese import Rouge
-
     words = jieba_words()
     scorer = Rouge()
 
@@ -89,8 +88,6 @@ def _by_rouge_chinese() -> _Measure:
 @lru_cache(maxsize=1)
 def jieba_words() -> Callable[[str], str]:
     """What cuts text into words, joined by blanks; loads a dictionary, which takes a second."""
-    import jieba
-
     cutter: Any = jieba.Tokenizer()
     # Its initialize() keeps the dictionary in a file for the next time, and is no faster then.
     cutter.FREQ, cutter.total = cutter.gen_pfdict(cutter.get_dict_file())

@@ -2,6 +2,7 @@
 
 import functools
 import re
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common.cli import run
 from common.evaluate.language import jieba_words, rouge
 from common.language.prompt import Symmetry, write_answer
 from tests.symmetries import symmetries
@@ -123,3 +125,16 @@ def test_nothing_is_written_nor_said(
 def test_unequal_numbers_are_refused(answers: list[str], references: list[str]) -> None:
     with pytest.raises(ValueError, match="answers for"):
         rouge(answers, references)
+
+
+@pytest.mark.parametrize("package", ["jieba", "rouge_chinese", "rouge_score"])
+def test_missing_package_is_told_before_anything_is_evaluated(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], package: str
+) -> None:
+    for module in ("language", "symmetry_run"):
+        monkeypatch.delitem(sys.modules, f"common.evaluate.{module}", raising=False)
+    for name in [name for name in sys.modules if name.split(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    assert run(["evaluate", "symmetry", "--data", "absent.csv"]) == 2
+    assert f"package '{package}' is not installed" in capsys.readouterr().err
