@@ -7,22 +7,16 @@ prints the run's folder, or, with exit status 2, one line on stderr for everythi
 
 import sys
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from common.backend import REQUIRED_PACKAGE, load_backend, wrong_version
-from common.commands.train import parse_run
-from common.config import AnyRunConfig, read_settings
+from common.commands.train import absent, absent_packages, parse_run, prepare
+from common.config import read_settings
+from common.data.locations import check_dataset
 from common.errors import UserError
-
-#: What a language model's run imports beside the framework.
-LANGUAGE_PACKAGES = {
-    "torch": ("transformers", "peft"),
-    "mindspore": ("mindformers",),
-}
 
 
 def main(
@@ -39,10 +33,13 @@ def main(
         run = parse_run(read_settings(config, tuple(settings or ())), str(config))
         folder = out or Path("runs") / run.name
         problems += absent_packages(run, backend)
+        for name in (run.train.data, run.train.validation):
+            check_dataset(name)
+        prepare(folder, run, None, scripted=True)
     except UserError as error:
         problems.append(str(error))
     except ModuleNotFoundError as error:  # what the settings of a language model need
-        problems.append(_absent(str(error.name)))
+        problems.append(absent(str(error.name)))
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
     if problems:
@@ -66,22 +63,6 @@ def missing(backend: str, device: str, processes: int) -> Iterator[str]:
         yield from load_backend(backend).problems(device, processes)
     except (UserError, ImportError, OSError, RuntimeError) as error:
         yield f"backend '{backend}': {' '.join(str(error).split())}"
-
-
-def absent_packages(run: AnyRunConfig, backend: str) -> list[str]:
-    """One line for every package that a run needs beside its framework, and that is not installed.
-
-    Args:
-        run: the run.
-        backend: ``torch`` or ``mindspore``.
-    """
-    if getattr(run, "kind", None) != "language":
-        return []
-    return [_absent(name) for name in LANGUAGE_PACKAGES[backend] if find_spec(name) is None]
-
-
-def _absent(name: str) -> str:
-    return f"package '{name}' is not installed, and this run needs it: see scripts/install.sh"
 
 
 if __name__ == "__main__":

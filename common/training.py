@@ -297,15 +297,20 @@ class TrainingRun(ABC, Generic[Data]):
         """Goes on from a checkpoint.
 
         Raises:
+    @property
+    def advice(self) -> str:
+        """To who wants to start anew; several processes cannot put a run aside."""
+        return "give --fresh to start anew" if self.shard.count == 1 else "give another --out"
+
             UserError: if it was trained on other rows or cannot be read.
         """
         saved = load_checkpoint(folder, optimizer=True)
         if saved.fingerprint != self.fingerprint:
             if is_fingerprint(saved.fingerprint):
-                raise UserError(f"{folder}: trained on other rows; give --fresh to start anew")
+                raise UserError(f"{folder}: trained on other rows; {self.advice}")
             raise UserError(
                 f"{folder}: made by an earlier version, whose names of training rows cannot be "
-                "compared; go on with that version, or give --fresh to start anew"
+                f"compared; go on with that version, or {self.advice}"
             )
         assert saved.state is not None
         self.step, self.seconds = int(saved.state["step"]), float(saved.state["seconds"])

@@ -1,20 +1,26 @@
 """`uni-mdm train CONFIG`: start a run, or go on with one."""
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from common.backend import load_backend
+from common.backend import backend_name, load_backend
 from common.checkpoint import FINAL, MANIFEST, latest, load_checkpoint
 from common.config import AnyRunConfig, RunConfig, parse_as, parse_config, read_settings
 from common.errors import UserError
-from common.files import alone_in, output_folder, refused
+from common.files import alone_in, output_folder, refused, unused
 from common.machine import cpu_share, launched_by
 
 #: Settings of `train` that may change when a run goes on, for they do not change its result.
 FREE_SETTINGS = {"validation_every", "checkpoint_every", "log_every"}
+#: What a language model's run imports beside the framework.
+LANGUAGE_PACKAGES = {
+    "torch": ("transformers", "peft"),
+    "mindspore": ("mindformers",),
+}
 
 
 def command(
@@ -37,13 +43,17 @@ def command(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or ascend.")] = "auto",
 ) -> None:
     """Train a network as a YAML file says; a run that was interrupted goes on."""
-    if resume is False and (launched_by("WORLD_SIZE") or launched_by("MS_WORKER_NUM")):
+    many = launched_by("WORLD_SIZE") or launched_by("MS_WORKER_NUM")
+    if resume is False and many:
         raise UserError("--fresh: several processes cannot put a run aside; give another --out")
     run = parse_run(read_settings(config, tuple(settings or ())), str(config))
     folder = out or Path("runs") / run.name
+    backend = backend_name(backend, device)
+    for line in absent_packages(run, backend):
+        raise UserError(line)
     train = _trainer(load_backend(backend, device), run)
     try:
-        resume = prepare(folder, run, resume)
+        resume = prepare(folder, run, resume, scripted=many)
     except OSError as error:
         raise refused(folder, error, "give another --out") from error
     with output_folder(folder, "give another --out"):
@@ -79,14 +89,41 @@ def _trainer(backend: Any, run: AnyRunConfig) -> Callable[..., None]:
     return found
 
 
-def prepare(folder: Path, config: AnyRunConfig, resume: bool | None) -> bool:
+def absent_packages(run: AnyRunConfig, backend: str) -> list[str]:
+    """One line for every package that a run needs beside its framework, and that is not installed.
+
+    Args:
+        run: the run.
+        backend: ``torch`` or ``mindspore``.
+    """
+    names = ["tensorboard"]
+    if not isinstance(run, RunConfig):
+        names += LANGUAGE_PACKAGES[backend]
+    return [absent(name) for name in names if find_spec(name) is None]
+
+
+def absent(package: str) -> str:
+    """The line for a package that is not installed."""
+    return f"package '{package}' is not installed, and this run needs it: see scripts/install.sh"
+
+
+def prepare(
+    folder: Path, config: AnyRunConfig, resume: bool | None, scripted: bool = False
+) -> bool:
     """Whether to go on with the run in `folder`; with ``resume=False`` it is put aside.
+
+    Args:
+        folder: of the run.
+        config: what is to be trained.
+        resume: as the option; None goes on if there is something to go on with.
+        scripted: whether it is asked by a launch script, which has no --fresh to advise.
 
     Raises:
         UserError: if there is nothing to go on with although asked to, if the run was started
             with other settings, which are named, if it would be lost, or if one that is to be put
             aside still trains.
     """
+    anew = "give another --out" if scripted else "give --fresh or another --out"
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is not a folder: give another --out")
     finished = (folder / FINAL / MANIFEST).is_file()
@@ -94,30 +131,20 @@ def prepare(folder: Path, config: AnyRunConfig, resume: bool | None) -> bool:
         with alone_in(folder) as alone:
             if not alone:
                 raise UserError(f"{folder}: another process trains there; give another --out")
-        folder.rename(_unused(folder))
+        folder.rename(unused(folder))
         return False
     if latest(folder) is None:
         if resume:
             raise UserError(f"no checkpoint in {folder} to resume; leave out --resume")
         if finished:
-            raise UserError(
-                f"{folder} holds a finished run without its steps: give --fresh or another --out"
-            )
+            raise UserError(f"{folder} holds a finished run without its steps: {anew}")
         return False
     started = parse_run(load_checkpoint(folder, optimizer=True).config, str(folder))
     changed = _differences(started, config)
     if changed:
         names = ", ".join(changed)
-        raise UserError(f"the run in {folder} has other {names}: give --fresh or another --out")
+        raise UserError(f"the run in {folder} has other {names}: {anew}")
     return True
-
-
-def _unused(folder: Path) -> Path:
-    """The first of NAME.1, NAME.2, ... that is not there."""
-    number = 1
-    while (path := folder.with_name(f"{folder.name}.{number}")).exists():
-        number += 1
-    return path
 
 
 def _differences(a: AnyRunConfig, b: AnyRunConfig) -> list[str]:

@@ -37,10 +37,7 @@ def dataset_path(name: str | os.PathLike[str], workers: int | None = None) -> Pa
     Raises UserError when there is no such data set.
     """
     text = os.fspath(name)
-    location = data_dir() / DATASETS[text] if text in DATASETS else Path(text)
-    if not is_url(text) and not location.exists():
-        hint = "set UNI_MDM_DATA" if text in DATASETS else f"or one of {', '.join(DATASETS)}"
-        raise UserError(f"no data set at {location}: give a CSV or Parquet file, {hint}")
+    location = _location(text)
     if location.suffix == ".parquet":
         return location
     source = open_source(text if is_url(text) else location, cache_dir())
@@ -54,7 +51,25 @@ def dataset_path(name: str | os.PathLike[str], workers: int | None = None) -> Pa
 
 def dataset(name: str | os.PathLike[str], workers: int | None = None) -> list[Record]:
     """The records of a data set, see `dataset_path`; of several, as in ``train+extra``."""
-    parts = os.fspath(name).split("+")
-    if len(parts) > 1 and all(part in DATASETS for part in parts):
-        return [record for part in parts for record in dataset(part, workers)]
-    return read_records(dataset_path(name, workers))
+    parts = _parts(os.fspath(name))
+    return [record for part in parts for record in read_records(dataset_path(part, workers))]
+
+
+def check_dataset(name: str) -> None:
+    """Raises UserError when there is no such data set, as `dataset` would, which also reads it."""
+    for part in _parts(name):
+        _location(part)
+
+
+def _parts(name: str) -> list[str]:
+    parts = name.split("+")
+    return parts if all(part in DATASETS for part in parts) else [name]
+
+
+def _location(name: str) -> Path:
+    """Where a data set's file is; UserError if it is not there."""
+    location = data_dir() / DATASETS[name] if name in DATASETS else Path(name)
+    if not is_url(name) and not location.exists():
+        hint = "set UNI_MDM_DATA" if name in DATASETS else f"or one of {', '.join(DATASETS)}"
+        raise UserError(f"no data set at {location}: give a CSV or Parquet file, {hint}")
+    return location

@@ -126,7 +126,7 @@ class LanguageTrainer(TrainingRun[TokenBatch]):
             if base != self.base:
                 raise UserError(
                     f"{folder} belongs to weights {base}, but {self.config.train.init_from} holds "
-                    f"{self.base}: give --fresh to start anew"
+                    f"{self.base}: {self.advice}"
                 )
         super().resume(folder)
 

@@ -3,12 +3,16 @@
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 import typer
 
 from common import launch
+from common.checkpoint import save_step
+from common.commands import train
 from common.config import AnyRunConfig, RunConfig
 from common.language.config import LanguageRunConfig
+from tests.training import tiny_run
 
 LANGUAGE = LanguageRunConfig(name="example", kind="language")
 
@@ -19,23 +23,24 @@ LANGUAGE = LanguageRunConfig(name="example", kind="language")
         (LANGUAGE, "mindspore", ["mindformers"]),
         (LANGUAGE, "torch", ["peft"]),
         (RunConfig(name="example"), "mindspore", []),
-        (RunConfig(name="example"), "torch", []),
+        (RunConfig(name="example"), "torch", ["tensorboard"]),
     ],
 )
 def test_packages_of_language_models(
     monkeypatch: pytest.MonkeyPatch, run: AnyRunConfig, backend: str, told: list[str]
 ) -> None:
-    monkeypatch.setattr(launch, "find_spec", lambda name: None if name in told else find_spec(name))
-    lines = launch.absent_packages(run, backend)
+    monkeypatch.setattr(train, "find_spec", lambda name: None if name in told else find_spec(name))
+    lines = train.absent_packages(run, backend)
     assert [line.split("'")[1] for line in lines] == told
 
 
 def test_absent_packages_are_told(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(launch, "find_spec", lambda name: None if name == "peft" else object())
+    monkeypatch.setattr(train, "find_spec", lambda name: None if name == "peft" else object())
     config = tmp_path / "run.yaml"
-    config.write_text("name: example\nkind: language\n")
+    data = f"{{data: {config}, validation: {config}}}"  # which is only looked for
+    config.write_text(f"name: example\nkind: language\ntrain: {data}\n")
     with pytest.raises(typer.Exit):
         launch.main(config)
     (line,) = capsys.readouterr().err.splitlines()
@@ -55,3 +60,32 @@ def test_settings_that_cannot_be_read_without_a_package(
         launch.main(config)
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: package 'tokenizers' is not installed")
+
+
+def refused(capsys: pytest.CaptureFixture[str], config: Path, out: Path) -> str:
+    with pytest.raises(typer.Exit):
+        launch.main(config, out=out)
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+def test_what_processes_would_refuse_is_told_before(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """With what the scripts have: no --fresh."""
+    config, out = tmp_path / "run.yaml", tmp_path / "out"
+    absent = tmp_path / "absent.parquet"
+    run = tiny_run(config)
+    config.write_text(run.model_dump_json())
+    launch.main(config, out=out)
+    assert capsys.readouterr().out == f"{out}\n"
+    settings = run.model_dump(mode="json")
+    tensors = {"w": np.ones(1, np.float32)}
+    save_step(out, 1, config=settings, model=tensors, optimizer=tensors, state={"step": 1})
+    launch.main(config, out=out)
+    capsys.readouterr()
+    config.write_text(tiny_run(config, seed=7).model_dump_json())
+    line = refused(capsys, config, out)
+    assert line == f"error: the run in {out} has other train.seed: give another --out"
+    config.write_text(tiny_run(absent).model_dump_json())
+    assert refused(capsys, config, out).startswith(f"error: no data set at {absent}: give a CSV")

@@ -212,10 +212,12 @@ def test_killed_gpu_process_stops_the_others(tiny: Run, tmp_path: Path) -> None:
 def test_mistake_of_the_user_ends_the_run(tiny: Run, tmp_path: Path) -> None:
     """Found by the processes themselves; the script repeats what they say."""
     out = tmp_path / "run"
-    setting = f"train.data={tmp_path / 'absent.parquet'}"
+    damaged = tmp_path / "damaged.parquet"
+    damaged.write_text("no table")
+    setting = f"train.data={damaged}"
     code, _, errors = result(GPU, *CPU, "--nproc", 2, "--out", out, tiny.config, setting)
     assert code == 2
-    assert re.match(r"error: rank [01] ended with status 2: error: no data set at .*absent", errors)
+    assert re.match(r"error: rank [01] ended with status 2: error: .*damaged\.parquet", errors)
 
 
 def test_what_is_missing_for_gpus(tmp_path: Path) -> None:
@@ -380,10 +382,12 @@ def test_killed_mindspore_process_stops_the_others(
 
 def test_mistake_of_the_user_ends_the_mindspore_run(alike: Rehearsal, tmp_path: Path) -> None:
     """Found by the processes themselves; the script repeats what they say."""
-    setting = f"train.data={tmp_path / 'absent.parquet'}"
+    damaged = tmp_path / "damaged.parquet"
+    damaged.write_text("no table")
+    setting = f"train.data={damaged}"
     code, _, errors = msrun(tmp_path / "run", alike.run.config, setting).finish()
     assert code == 2
-    assert re.match(r"error: rank [01] ended with status 2: error: no data set at .*absent", errors)
+    assert re.match(r"error: rank [01] ended with status 2: error: .*damaged\.parquet", errors)
 
 
 def fake_version(folder: Path, package: str, version: str) -> dict[str, str]:

@@ -64,11 +64,11 @@ def test_other_additions(tmp_path: Path, lora: dict[str, int] | None, told: str)
 
 
 def test_fresh_run_puts_the_old_one_aside(tmp_path: Path) -> None:
-    for number in (1, 2):
+    for number in (2, 3):
         start_run(tmp_path / "run")
         assert not prepare(tmp_path / "run", CONFIG, False)
         assert not (tmp_path / "run").exists()
-        assert latest(tmp_path / f"run.{number}") is not None
+        assert latest(tmp_path / f"run-{number}") is not None
 
 
 def test_fresh_leaves_a_run_where_it_is_that_still_trains(tmp_path: Path) -> None:
@@ -80,7 +80,7 @@ def test_fresh_leaves_a_run_where_it_is_that_still_trains(tmp_path: Path) -> Non
         prepare(tmp_path / "run", CONFIG, False)
     assert latest(tmp_path / "run") is not None
     assert not prepare(tmp_path / "run", CONFIG, False)
-    assert [path.name for path in tmp_path.iterdir()] == ["run.1"]
+    assert [path.name for path in tmp_path.iterdir()] == ["run-2"]
 
 
 def test_fresh_leaves_folders_alone_that_are_no_runs(tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_a_finished_run_without_steps_is_not_lost(tmp_path: Path, resume: bool |
     with pytest.raises(UserError, match="another --out" if resume is None else "no checkpoint"):
         prepare(tmp_path / "run", CONFIG, resume)
     assert not prepare(tmp_path / "run", CONFIG, False)
-    assert [path.name for path in tmp_path.iterdir()] == ["run.1"]
+    assert [path.name for path in tmp_path.iterdir()] == ["run-2"]
 
 
 def test_other_settings_are_refused(tmp_path: Path) -> None:
