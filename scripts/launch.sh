@@ -36,11 +36,21 @@ need_count() {
     [[ $2 =~ ^[1-9][0-9]*$ ]] || fail "$1 $2: give a positive number"
 }
 
-# Sets PYTHON: the project's own unless the user says otherwise.
+# need_port NAME VALUE: a number that a port can have.
+need_port() {
+    need_count "$1" "$2"
+    (($2 < 65536)) || fail "$1 $2: give one below 65536"
+}
+
+# find_python EXTRAS: sets PYTHON, the project's own unless the user says otherwise.
 find_python() {
+    local program
+    for program in pgrep pkill ps; do
+        command -v "$program" >/dev/null || fail "$program is not found: install procps"
+    done
     PYTHON="${PYTHON:-$VENV/bin/python}"
-    is_python_311 "$PYTHON" ||
-        fail "no Python 3.11 at $PYTHON: run scripts/quickstart.sh once, or set PYTHON"
+    is_python_311 "$PYTHON" || fail "no Python 3.11 at $PYTHON: set PYTHON, or install it with" \
+        "bash -c 'source $ROOT/scripts/install.sh && install_project $1'"
     PYTHON="$(command -v "$PYTHON")"
 }
 
@@ -78,7 +88,8 @@ start() {
     LAUNCHER=$!
     trap 'stop 143' TERM
     trap 'stop 130' INT
-    trap 'stop 129' HUP
+    # Whoever only starts has it ignored.
+    [[ -n $(trap -p HUP) ]] || trap 'stop 129' HUP
 }
 
 # stop STATUS: ends everything; what a shell starts in the background would not heed INT.

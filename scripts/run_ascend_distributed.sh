@@ -56,8 +56,7 @@ NODE_RANK="${NODE_RANK:-0}" JOIN="${JOIN:-True}"
 [[ $JOIN == True || $JOIN == False ]] || fail "--join $JOIN: give True or False"
 need_count --worker_num "$WORKER_NUM"
 need_count --local_worker_num "$LOCAL_WORKER"
-need_count --master_port "$MASTER_PORT"
-((MASTER_PORT < 65536)) || fail "--master_port $MASTER_PORT: give one below 65536"
+need_port --master_port "$MASTER_PORT"
 ((WORKER_NUM % LOCAL_WORKER == 0)) ||
     fail "--worker_num $WORKER_NUM: give a multiple of --local_worker_num $LOCAL_WORKER"
 MACHINES=$((WORKER_NUM / LOCAL_WORKER))
@@ -69,7 +68,7 @@ fi
 CLUSTER_TIME_OUT="${CLUSTER_TIME_OUT:-$((MACHINES == 1 ? 120 : 600))}"
 need_count --cluster_time_out "$CLUSTER_TIME_OUT"
 
-find_python
+find_python mindspore,language,language-mindspore
 check_run mindspore "$DEVICE" "$LOCAL_WORKER"
 open_logs
 

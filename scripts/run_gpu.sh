@@ -48,7 +48,8 @@ if ((NNODES > 1)); then
     fi
 fi
 
-find_python
+find_python torch,language,language-torch
+    need_port MASTER_PORT "${MASTER_PORT:-29500}"
 check_run torch "$DEVICE" "${NPROC:-1}"
 open_logs
 

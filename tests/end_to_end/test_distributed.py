@@ -261,6 +261,11 @@ def test_wrong_call_of_the_gpu_script(
 
 
 class Rehearsal:
+        (
+            ("x.yaml",),
+            {"NNODES": "2", "MASTER_ADDR": "a", "MASTER_PORT": "70000"},
+            "MASTER_PORT 70000: give one below 65536",
+        ),
     """A run in this process by MindSpore, and others from the same start, with the same graph.
 
     Args:
