@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from common.errors import UserError
+from common.errors import Interrupted, UserError
 from common.files import refused
 
 #: Name -> one line of help. The module is common.commands.NAME, or another package brings it as an
@@ -110,8 +110,8 @@ def _root(
 def main() -> None:
     """Run the command line and leave the process.
 
-    The exit code is 0, or 2 after a user's mistake, which is one line on stderr, or 130 after an
-    interruption.
+    The exit code is 0, or 2 after a user's mistake, which is one line on stderr, or 130 after
+    Ctrl-C, or 143 where SIGTERM was heeded.
     """
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         # What an ASCII terminal cannot show must not cost the rest of the output.
@@ -135,6 +135,9 @@ def run(arguments: list[str]) -> int:
         return code if isinstance(code, int) else 0
     except (KeyboardInterrupt, typer.Abort):
         return INTERRUPTED
+    except Interrupted as stopped:
+        typer.echo(_printable(str(stopped)), err=True)
+        return 128 + stopped.signal
     except UserError as error:
         return _report(str(error))
     except typer.TyperException as error:
@@ -156,10 +159,13 @@ def run(arguments: list[str]) -> int:
 
 def _report(message: str) -> int:
     """Print one line on stderr, whatever characters the user's input has brought in."""
-    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
     typer.secho("error: ", fg=typer.colors.RED, bold=True, err=True, nl=False)
-    typer.echo(line, err=True)
+    typer.echo(_printable(message), err=True)
     return USER_ERROR
+
+
+def _printable(message: str) -> str:
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
 
 
 def _load(name: str) -> Any:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise, starmap
 from pathlib import Path
+from signal import SIGTERM
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
@@ -45,9 +46,10 @@ from common.diffusion.flow import error_units, make_path, starting_points
 from common.diffusion.noisy import LossWeights, NoisyCrystals
 from common.diffusion.scaler import Standardizer
 from common.diffusion.score import score_process
-from common.errors import UserError
+from common.errors import Interrupted, UserError
 from common.files import alone_in
 from common.precedents import PrecedentIndex, precedents_file, training_items
+from common.stopping import StopRequest, stop_requests
 from common.weights import MODEL_PREFIX, STANDARDIZER_PREFIX, Arrays
 
 if TYPE_CHECKING:
@@ -59,6 +61,8 @@ ADAM_EPS = 1e-8
 #: Atoms in the primitive cell, at most; larger crystals are left out of training.
 MAX_ATOMS = 52
 NOISE_BINS = 5
+#: Seconds in which a signal may reach one of several processes more than once.
+ECHO = 10.0
 
 #: Of the loss in float16: where it starts, and finite steps until it is doubled.
 LOSS_SCALE, LOSS_SCALE_STEPS = 2.0**15, 2000
@@ -293,15 +297,15 @@ class TrainingRun(ABC, Generic[Data]):
             "extra": self.account,
         }
 
-    def resume(self, folder: Path) -> None:
-        """Goes on from a checkpoint.
-
-        Raises:
     @property
     def advice(self) -> str:
         """To who wants to start anew; several processes cannot put a run aside."""
         return "give --fresh to start anew" if self.shard.count == 1 else "give another --out"
 
+    def resume(self, folder: Path) -> None:
+        """Goes on from a checkpoint.
+
+        Raises:
             UserError: if it was trained on other rows or cannot be read.
         """
         saved = load_checkpoint(folder, optimizer=True)
@@ -547,6 +551,8 @@ def run_training(trainer: TrainingRun[Any], out: Path, resume: bool) -> None:
 
     Raises:
         UserError: for a checkpoint that does not fit, or if another run trains in the folder.
+        Interrupted: after the step in which Ctrl-C or SIGTERM came, in any of the processes; the
+            first of them has then written a checkpoint.
     """
     with ExitStack() as stack:
         if not trainer.shard.rank:
@@ -562,34 +568,44 @@ def _run_training(trainer: TrainingRun[Any], out: Path, resume: bool) -> None:
         assert folder is not None
         trainer.resume(folder)
     check_agreement(trainer)
-    if trainer.shard.rank:
-        _follow(trainer)
-        return
-    for line in trainer.remarks:
-        print(line, flush=True)
-    from common.training_log import TrainingLog  # slow to import, and only needed here
+    with stop_requests(ECHO if trainer.shard.count > 1 else 0.0) as request:
+        if trainer.shard.rank:
+            _follow(trainer, request)
+            return
+        for line in trainer.remarks:
+            print(line, flush=True)
+        from common.training_log import TrainingLog  # slow to import, and only needed here
 
-    log = TrainingLog(out, trainer.step)
-    with _progress() as progress:
-        _lead(trainer, out, log, progress)
-    save_checkpoint(
-        out / FINAL,
-        **trainer.final(),
-        extra=trainer.account | {"training_seconds": round(trainer.seconds)},
-        card=f"# {trainer.config.name}\n",
-    )
+        log = TrainingLog(out, trainer.step)
+        with _progress() as progress:
+            _lead(trainer, out, log, progress, request)
+        save_checkpoint(
+            out / FINAL,
+            **trainer.final(),
+            extra=trainer.account | {"training_seconds": round(trainer.seconds)},
+            card=f"# {trainer.config.name}\n",
+        )
     print(f"{out / FINAL}: trained for {trainer.step} steps", flush=True)
 
 
-def _follow(trainer: TrainingRun[Any]) -> None:
+def _follow(trainer: TrainingRun[Any], request: StopRequest) -> None:
     def follow(_: dict[str, float]) -> None:
         if _due(trainer, trainer.config.train.validation_every):
             trainer.validate()
+        if number := _stops(trainer, request):
+            trainer.summed([0.0])  # until the first process has written
+            raise Interrupted(f"stopped at step {trainer.step}", number)
 
     trainer.run(follow)
 
 
-def _lead(trainer: TrainingRun[Any], out: Path, log: "TrainingLog", progress: Progress) -> None:
+def _lead(
+    trainer: TrainingRun[Any],
+    out: Path,
+    log: "TrainingLog",
+    progress: Progress,
+    request: StopRequest,
+) -> None:
     settings = trainer.config.train
     task = progress.add_task("training", total=settings.steps, completed=trainer.step, loss="")
     window: list[dict[str, float]] = []
@@ -608,8 +624,27 @@ def _lead(trainer: TrainingRun[Any], out: Path, log: "TrainingLog", progress: Pr
             log.write("validation", trainer.step, trainer.seconds, trainer.validate())
         if _due(trainer, settings.checkpoint_every):
             save_step(out, trainer.step, **trainer.checkpoint())
+        if number := _stops(trainer, request):
+            if window:
+                log.write("train", trainer.step, trainer.seconds, _mean(window))
+            kept = save_step(out, trainer.step, **trainer.checkpoint())
+            trainer.summed([0.0])
+            where = f"stopped at step {trainer.step} of {settings.steps}, which {kept} keeps"
+            raise Interrupted(where, number)
 
     trainer.run(follow)
+
+
+def _stops(trainer: TrainingRun[Any], request: StopRequest) -> int:
+    """The signal that ends the run after this step, the same step in all processes, or 0.
+
+    One of them that was asked is enough. After the last step there is nothing to stop.
+    """
+    if trainer.step == trainer.config.train.steps:
+        return 0
+    own = request.signal or 0
+    (asked,) = trainer.summed([float(own)])
+    return own or (SIGTERM if asked else 0)
 
 
 def _due(trainer: TrainingRun[Any], every: int) -> bool:

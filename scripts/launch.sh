@@ -75,7 +75,8 @@ open_logs() {
     export LOG_DIR
 }
 
-# start LOG COMMAND...: runs the launcher as LAUNCHER, which ends when this script is told to.
+# start LOG COMMAND...: runs the launcher as LAUNCHER, which ends when this script is told to. It has a
+# process group of its own: a terminal's Ctrl-C reaches this script alone, which passes it on once.
 start() {
     LAUNCHER_LOG="$1"
     shift
@@ -84,7 +85,9 @@ start() {
     STAMP="$LAUNCHER_LOG.started"
     : >"$STAMP"
     trap 'rm -f "$STAMP"' EXIT
+    set -m
     "$@" >"$LAUNCHER_LOG" 2>&1 &
+    set +m
     LAUNCHER=$!
     trap 'stop 143' TERM
     trap 'stop 130' INT
@@ -92,10 +95,27 @@ start() {
     [[ -n $(trap -p HUP) ]] || trap 'stop 129' HUP
 }
 
-# stop STATUS: ends everything; what a shell starts in the background would not heed INT.
+# What torchrun gives its processes, too.
+SECONDS_TO_STOP=30
+
+# stop STATUS: asks the processes to write a checkpoint and end, and at the second time ends them.
 stop() {
-    STOPPED="$1"
+    if [[ -z ${STOPPED:-} ]]; then
+        STOPPED="$1" DEADLINE=$((SECONDS + SECONDS_TO_STOP))
+        ask_to_stop
+    else
+        kill_workers
+        end_launcher
+    fi
+}
+
+# torchrun passes it on.
+ask_to_stop() {
     end_launcher
+}
+
+kill_workers() {
+    pkill -KILL -P "$LAUNCHER" || true
 }
 
 end_launcher() {
@@ -113,6 +133,9 @@ follow() {
         if [[ -z $ended ]] && failed_somewhere; then
             ended=yes
             end_launcher
+        fi
+        if [[ -n ${STOPPED:-} ]] && ((SECONDS > DEADLINE)); then
+            stop "$STOPPED"
         fi
         sleep 1
     done

@@ -24,6 +24,9 @@
 # PYTHON is the interpreter, .venv/bin/python if not given. Every process has a log worker_RANK.log.
 # When one fails, the others are stopped, and the exit status is that of the one that failed, whose
 # rank is named.
+#
+# Ctrl-C or SIGTERM lets the processes finish a step and write a checkpoint, for 30 s at most, with
+# status 130 or 143; the same command goes on. A second one ends them at once.
 set -euo pipefail
 SELF="${BASH_SOURCE[0]}"
 source "$(dirname "$SELF")/launch.sh"
@@ -103,7 +106,7 @@ watch_cluster() {
         ORPHANED=$((ORPHANED + 1))
         if ((ORPHANED == 10)) || grep -q Traceback "$LOG_DIR/scheduler.log"; then
             ORPHANS_ENDED=1
-            pkill -KILL -P "$LAUNCHER" || true
+            kill_workers
         fi
     fi
 }
@@ -126,8 +129,16 @@ failure_of_worker() {
 }
 
 # Workers have sessions of their own, which a signal to msrun does not reach.
+ask_to_stop() {
+    if ((${#RANK_OF[@]})); then
+        kill -TERM "${!RANK_OF[@]}" 2>/dev/null || true
+    else
+        end_launcher
+    fi
+}
+
 end_launcher() {
-    pkill -KILL -P "$LAUNCHER" || true
+    kill_workers
     kill -TERM "$LAUNCHER" 2>/dev/null || true
 }
 

@@ -18,6 +18,9 @@
 # PYTHON is the interpreter, .venv/bin/python if not given. Every process has a log
 # FOLDER/logs/START/worker_RANK.log. When one fails, the others are stopped, and the exit status is
 # that of the one that failed, whose rank is named.
+#
+# Ctrl-C or SIGTERM lets the processes finish a step and write a checkpoint, for 30 s at most, with
+# status 130 or 143; the same command goes on. A second one ends them at once.
 set -euo pipefail
 SELF="${BASH_SOURCE[0]}"
 source "$(dirname "$SELF")/launch.sh"
@@ -46,10 +49,10 @@ if ((NNODES > 1)); then
     if [[ ! $NODE_RANK =~ ^[0-9]+$ ]] || ((NODE_RANK >= NNODES)); then
         fail "NODE_RANK=$NODE_RANK: give this machine's number, 0 to $((NNODES - 1))"
     fi
+    need_port MASTER_PORT "${MASTER_PORT:-29500}"
 fi
 
 find_python torch,language,language-torch
-    need_port MASTER_PORT "${MASTER_PORT:-29500}"
 check_run torch "$DEVICE" "${NPROC:-1}"
 open_logs
 

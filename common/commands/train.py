@@ -10,7 +10,7 @@ import typer
 from common.backend import backend_name, load_backend
 from common.checkpoint import FINAL, MANIFEST, latest, load_checkpoint
 from common.config import AnyRunConfig, RunConfig, parse_as, parse_config, read_settings
-from common.errors import UserError
+from common.errors import Interrupted, UserError
 from common.files import alone_in, output_folder, refused, unused
 from common.machine import cpu_share, launched_by
 
@@ -48,6 +48,7 @@ def command(
         raise UserError("--fresh: several processes cannot put a run aside; give another --out")
     run = parse_run(read_settings(config, tuple(settings or ())), str(config))
     folder = out or Path("runs") / run.name
+    without = " without --fresh" if resume is False else ""
     backend = backend_name(backend, device)
     for line in absent_packages(run, backend):
         raise UserError(line)
@@ -57,7 +58,11 @@ def command(
     except OSError as error:
         raise refused(folder, error, "give another --out") from error
     with output_folder(folder, "give another --out"):
-        train(run, folder, resume=resume, threads=threads or cpu_share(), device=device)
+        try:
+            train(run, folder, resume=resume, threads=threads or cpu_share(), device=device)
+        except Interrupted as stopped:
+            line = f"{stopped}; the same command{without} goes on"
+            raise Interrupted(line, stopped.signal) from None
 
 
 def parse_run(data: dict[str, Any], where: str) -> AnyRunConfig:

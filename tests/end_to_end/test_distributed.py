@@ -209,6 +209,23 @@ def test_killed_gpu_process_stops_the_others(tiny: Run, tmp_path: Path) -> None:
     assert re.fullmatch(r"error: rank 1 was killed by signal 9 \(KILL\).*worker_1\.log\)\n", errors)
 
 
+def test_end_that_is_asked_for(tiny: Run, tmp_path: Path) -> None:
+    """What a cluster's scheduler, or Ctrl-C, asks the script for; the same command goes on."""
+    out = tmp_path / "run"
+    arguments = (*CPU, "--nproc", 2, "--out", out, tiny.config)
+    script = Script(GPU, *arguments, "train.steps=1000000", "train.checkpoint_every=1000000")
+    script.wait_for(out / "log.jsonl", 2)
+    script.members(str(GPU))[0].terminate()
+    code, output, errors = script.finish()
+    assert (code, errors) == (128 + signal.SIGTERM, "")
+    saved = load_checkpoint(out, optimizer=True)
+    assert saved.state is not None
+    step = saved.state["step"]
+    line = f"stopped at step {step} of 1000000, which {saved.path} keeps; the same command goes on"
+    assert line in output
+    assert f"stopped at step {step}; the same command goes on" in logs(out)["worker_1.log"]
+
+
 def test_mistake_of_the_user_ends_the_run(tiny: Run, tmp_path: Path) -> None:
     """Found by the processes themselves; the script repeats what they say."""
     out = tmp_path / "run"
@@ -244,6 +261,11 @@ def test_what_is_missing_for_gpus(tmp_path: Path) -> None:
         (("x.yaml",), {"NNODES": "2"}, "MASTER_ADDR"),
         (("x.yaml",), {"NNODES": "2", "MASTER_ADDR": "a", "NODE_RANK": "2"}, "NODE_RANK=2"),
         (("x.yaml",), {"NNODES": "all"}, "NNODES all"),
+        (
+            ("x.yaml",),
+            {"NNODES": "2", "MASTER_ADDR": "a", "MASTER_PORT": "70000"},
+            "MASTER_PORT 70000: give one below 65536",
+        ),
     ],
 )
 def test_wrong_call_of_the_gpu_script(
@@ -261,11 +283,6 @@ def test_wrong_call_of_the_gpu_script(
 
 
 class Rehearsal:
-        (
-            ("x.yaml",),
-            {"NNODES": "2", "MASTER_ADDR": "a", "MASTER_PORT": "70000"},
-            "MASTER_PORT 70000: give one below 65536",
-        ),
     """A run in this process by MindSpore, and others from the same start, with the same graph.
 
     Args:
@@ -491,4 +508,4 @@ def test_help() -> None:
         code, output, errors = result(script, "--help")
         assert (code, errors) == (0, "")
         assert "CONFIG [KEY=VALUE ...]" in output
-        assert output.endswith("named.\n")
+        assert output.endswith("at once.\n")
