@@ -42,9 +42,10 @@ need_port() {
     (($2 < 65536)) || fail "$1 $2: give one below 65536"
 }
 
-# find_python EXTRAS: sets PYTHON, the project's own unless the user says otherwise.
+# find_python EXTRAS: sets PYTHON, the project's own unless the user says otherwise, once there is a CONFIG.
 find_python() {
     local program
+    [[ -n ${CONFIG:-} ]] || fail "CONFIG is missing (see --help)"
     for program in pgrep pkill ps; do
         command -v "$program" >/dev/null || fail "$program is not found: install procps"
     done
@@ -57,7 +58,6 @@ find_python() {
 # check_run BACKEND DEVICE PROCESSES: sets OUT and TRAIN, the arguments of Python, or ends with a line
 # for everything that is missing.
 check_run() {
-    [[ -n ${CONFIG:-} ]] || fail "CONFIG is missing (see --help)"
     OUT="$("$PYTHON" -m common.launch --backend "$1" --device "$2" --processes "$3" \
         ${OUT:+--out "$OUT"} -- "$CONFIG" "${SETTINGS[@]}")" || exit $?
     TRAIN=(-m common train --backend "$1" --device "$2" --out "$OUT")
