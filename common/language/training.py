@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from common.checkpoint import ADAPTER, load_checkpoint
-from common.data.store import Record, lacking, lacking_lines
+from common.data.store import Record, lacking_lines
 from common.errors import UserError
 from common.language.analogues import AnalogueIndex
 from common.language.config import LanguageRunConfig
@@ -52,19 +52,12 @@ class LanguageTrainer(TrainingRun[TokenBatch]):
         settings = config.train
         if not train_records:
             raise UserError(f"{settings.data}: no crystal to train on")
-        named = [name for name in settings.questions if name != "none"]
-        for name in named:
-            if lacking(train_records, name) == len(train_records):
-                raise UserError(
-                    f"{settings.data}: no row has a {name}, so that nothing is learned of it; "
-                    "leave it out of train.questions"
-                )
         asked = _rows_asked(settings.data, train_records, settings.questions)
         super().__init__(config, train_records, len(asked), shard)
         self.remarks = lacking_lines(
             settings.data,
             train_records,
-            named,
+            [name for name in settings.questions if name != "none"],
             "left out of questions about it",
         )
         self.base: str | None = None
@@ -126,7 +119,7 @@ class LanguageTrainer(TrainingRun[TokenBatch]):
             if base != self.base:
                 raise UserError(
                     f"{folder} belongs to weights {base}, but {self.config.train.init_from} holds "
-                    f"{self.base}: {self.advice}"
+                    f"{self.base}: give --fresh to start anew"
                 )
         super().resume(folder)
 
