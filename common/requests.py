@@ -7,7 +7,7 @@ Columns or keys: ``formula`` and, each optional, ``id``, ``band_gap`` (eV), ``fo
 import csv
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,89 +16,143 @@ from common.pipeline import Query, make_query
 
 COLUMNS = ("id", "formula", "band_gap", "formation_energy", "space_group", "sites", "z")
 MAX_REQUESTS = 100_000
+#: Lines that an error names.
+_NAMED = 10
+_LONGEST_ID = 100
+
+#: A row of a file, or what is wrong with its line.
+_Row = dict[str, Any] | UserError
 
 
 def read_requests(path: Path) -> list[Query]:
     """All requests of a file, checked.
 
     Raises:
-        UserError: if the file cannot be read or holds nothing; names the first line that is wrong.
+        UserError: if the file cannot be read, holds nothing, or has lines that are wrong or an id
+            twice; names the lines.
     """
     rows = _json_rows if path.suffix.lower() in (".jsonl", ".ndjson", ".json") else _csv_rows
-    queries = []
+    queries: list[Query] = []
+    lines: dict[str, int] = {}  # of an id
+    wrong: list[tuple[int, UserError]] = []
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             for line, row in rows(file):
-                queries.append(_query(row, f"{path} line {line}"))
-                if len(queries) > MAX_REQUESTS:
+                if len(queries) + len(wrong) == MAX_REQUESTS:
                     raise UserError(f"{path}: more than {MAX_REQUESTS} requests; split the file")
+                try:
+                    queries.append(_query(row, line, lines))
+                except UserError as error:
+                    wrong.append((line, error))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not a text file in UTF-8") from error
-    except _BadLine as error:
+    except _BadFile as error:
         raise UserError(f"{path} {error}") from error
+    if wrong:
+        raise _all_of(path, wrong)
     if not queries:
         raise UserError(f"{path} holds no request: give a header and a row per request")
     return queries
 
 
-class _BadLine(Exception):
-    """A line that is not of the file's format."""
+class _BadFile(Exception):
+    """What is wrong with the whole file, or what ends its reading."""
 
 
-def _csv_rows(file: Any) -> Iterator[tuple[int, dict[str, Any]]]:
+def _all_of(path: Path, wrong: list[tuple[int, UserError]]) -> UserError:
+    """One error for all wrong lines."""
+    if len(wrong) == 1:
+        line, error = wrong[0]
+        return UserError(f"{path} line {line}: {error}")
+    named = "; ".join(f"line {line}: {error}" for line, error in wrong[:_NAMED])
+    rest = f"; and {len(wrong) - _NAMED} more" if len(wrong) > _NAMED else ""
+    return UserError(f"{path}: {len(wrong)} lines are wrong: {named}{rest}")
+
+
+def _csv_rows(file: Any) -> Iterator[tuple[int, _Row]]:
     reader = csv.DictReader(file, skipinitialspace=True, strict=True)
     try:
         header = [name.strip() for name in reader.fieldnames or [] if name is not None]
         if "formula" not in header:
-            raise _BadLine(f"has no column 'formula'; columns known: {', '.join(COLUMNS)}")
+            named = ", ".join(header)[:80] or "nothing"
+            raise _BadFile(
+                f"has no column 'formula', its first line names {named!r}; columns known, "
+                f"with commas between: {', '.join(COLUMNS)}"
+            )
         if len(set(header)) != len(header):
-            raise _BadLine("has a column twice")
+            raise _BadFile("has a column twice")
+        if unknown := _unknown(header):
+            raise _BadFile(f"line 1: {unknown}")
         reader.fieldnames = header
         for row in reader:
             if None in row:
-                raise _BadLine(f"line {reader.line_num}: more cells than columns")
-            if any((value or "").strip() for value in row.values()):
+                number = len(header)
+                wrong = f'more cells than the {number} columns: put "..." around what has commas'
+                yield reader.line_num, UserError(wrong)
+            elif any((value or "").strip() for value in row.values()):
                 yield reader.line_num, row
     except csv.Error as error:
-        raise _BadLine(f"line {reader.line_num}: not CSV: {error}") from error
+        raise _BadFile(f"line {reader.line_num}: not CSV: {error}") from error
 
 
-def _json_rows(file: Any) -> Iterator[tuple[int, dict[str, Any]]]:
+def _json_rows(file: Any) -> Iterator[tuple[int, _Row]]:
     for number, line in enumerate(file, start=1):
         if not line.strip():
             continue
+        if number == 1 and line.strip().startswith("["):
+            raise _BadFile("holds a list: write one object per line, no brackets around them")
         try:
             row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise _BadLine(f"line {number}: not JSON, one object per line is expected") from error
+        except (ValueError, RecursionError):
+            yield number, UserError("not JSON, one object per line is expected")
+            continue
         if not isinstance(row, dict):
-            raise _BadLine(f"line {number}: an object with 'formula' is expected")
+            row = UserError("an object with 'formula' is expected")
         yield number, row
 
 
-def _query(row: dict[str, Any], where: str) -> Query:
-    """One request of a row; errors name the line."""
-    unknown = [name for name in row if name not in COLUMNS]
-    if unknown:
-        known = ", ".join(COLUMNS)
-        raise UserError(f"{where}: unknown column {str(unknown[0])[:40]!r}; known: {known}")
+def _unknown(names: Iterable[str]) -> str | None:
+    """What to say of the first name that is no column."""
+    for name in names:
+        if name not in COLUMNS:
+            return f"unknown column {name[:40]!r}; known: {', '.join(COLUMNS)}"
+    return None
+
+
+def _query(row: _Row, line: int, lines: dict[str, int]) -> Query:
+    """One request of a row; its id is put down in `lines`."""
+    if isinstance(row, UserError):
+        raise row
+    if unknown := _unknown(row):
+        raise UserError(unknown)
     values = {name: value for name, value in row.items() if not _is_empty(value)}
+    name = _id(values.get("id"))
+    first = lines.setdefault(name, line) if name else line
+    if first != line:
+        raise UserError(f"id {name!r} is that of line {first} too: give each its own, or none")
     if "formula" not in values:
-        raise UserError(f"{where}: no formula")
-    try:
-        return make_query(
-            str(values["formula"]),
-            band_gap=_number("band_gap", values.get("band_gap")),
-            formation_energy=_number("formation_energy", values.get("formation_energy")),
-            space_group=_integer("space_group", values.get("space_group")),
-            z=_integer("z", values.get("z")),
-            sites=None if "sites" not in values else str(values["sites"]),
-            name=str(values.get("id", ""))[:100],
-        )
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from error
+        raise UserError("no formula: give one such as SrTiO3")
+    return make_query(
+        str(values["formula"]),
+        band_gap=_number("band_gap", values.get("band_gap")),
+        formation_energy=_number("formation_energy", values.get("formation_energy")),
+        space_group=_integer("space_group", values.get("space_group")),
+        z=_integer("z", values.get("z")),
+        sites=None if "sites" not in values else str(values["sites"]),
+        name=name,
+    )
+
+
+def _id(value: Any) -> str:
+    """What the user calls a request; empty if nothing."""
+    name = "" if value is None else str(value).strip()
+    if len(name) > _LONGEST_ID:
+        raise UserError(f"the id has {len(name)} characters: at most {_LONGEST_ID} are kept")
+    if not name.isprintable():
+        raise UserError(f"id {name!r}: give letters and signs on one line")
+    return name
 
 
 def _is_empty(value: Any) -> bool:

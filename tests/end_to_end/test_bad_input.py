@@ -153,6 +153,7 @@ def test_backend_that_is_not_there(refused) -> None:
         (b"formula,band_gap\nSrTiO3,nan\n", "line 2"),
         (b"formula,band_gap\nSrTiO3,1,2\n", "line 2"),
         (b"formula,colour\nSrTiO3,red\n", "colour"),
+        (b"formula;band_gap\nSrTiO3;1\n", "with commas between"),
         (b"formula,formula\nSrTiO3,SrTiO3\n", "twice"),
         (b"formula,z\nSrTiO3,1.5\n", "line 2"),
         (b"formula\n\xff\xfe\n", "UTF-8"),
@@ -186,6 +187,58 @@ def test_csv_file(refused, tmp_path: Path, content: bytes, expected: str) -> Non
 def test_jsonl_file(refused, tmp_path: Path, line: str) -> None:
     (tmp_path / "requests.jsonl").write_text(f'{{"formula": "GaAs"}}\n{line}\n')
     assert "line 2" in refused("--input", str(tmp_path / "requests.jsonl"))
+
+
+def test_all_wrong_lines_are_named_at_once(refused, tmp_path: Path) -> None:
+    path = tmp_path / "requests.csv"
+    path.write_text("formula,band_gap\nSrTiO3,1\nXx,1\nNaCl,nan\n\nKBr,1,2\n")
+    message = refused("--input", str(path))
+    assert "3 lines are wrong: line 3: formula 'Xx': " in message
+    assert "; line 4: band gap is nan: give a number from 0 to 25 eV" in message
+    assert "; line 6: more cells than the 2 columns" in message
+    path = tmp_path / "requests.jsonl"
+    path.write_text('{"formula": "NaCl"}\n' + "{\n[]\n" * 6)
+    message = refused("--input", str(path))
+    assert "12 lines are wrong: line 2: not JSON" in message
+    assert "line 11: an object with 'formula' is expected; and 2 more\n" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("requests.csv", "id,formula\na,NaCl\nb,NaCl\n a ,KBr\n"),
+        (
+            "requests.jsonl",
+            '{"id": "1", "formula": "NaCl"}\n\n{"id": 1, "formula": "KBr"}\n',
+        ),
+    ],
+)
+def test_an_id_is_that_of_one_line(refused, tmp_path: Path, name: str, content: str) -> None:
+    path = tmp_path / name
+    path.write_text(content)
+    message = refused("--input", str(path))
+    first, last = (2, 4) if name.endswith("csv") else (1, 3)
+    assert f"line {last}: id " in message
+    assert f"is that of line {first} too" in message
+
+
+def test_requests_need_no_id(tmp_path: Path) -> None:
+    path = tmp_path / "requests.csv"
+    path.write_text("id,formula\n,NaCl\na,NaCl\n,NaCl\n")
+    assert [query.name for query in read_requests(path)] == ["", "a", ""]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("x" * 101, "101 characters"), ("a\nb", "one line")]
+)
+def test_ids_that_cannot_be_kept(refused, tmp_path: Path, name: str, expected: str) -> None:
+    (tmp_path / "requests.jsonl").write_text(json.dumps({"id": name, "formula": "NaCl"}))
+    assert expected in refused("--input", str(tmp_path / "requests.jsonl"))
+
+
+def test_a_json_list_is_told_from_lines(refused, tmp_path: Path) -> None:
+    (tmp_path / "requests.json").write_text('[\n {"formula": "NaCl"}\n]\n')
+    assert "holds a list" in refused("--input", str(tmp_path / "requests.json"))
 
 
 # Checkpoints
