@@ -4,7 +4,7 @@
     journal.jsonl    one line per answered request, as they were answered
     *.cif            one symmetrised CIF per candidate; in a folder per request if there are several
     results.json     everything, in the order of the requests
-    results.extxyz   the same structures, for ASE and others
+    results.extxyz   the same structures, for ASE and others; rank, request (a number) and its id
     report.html      to look at; opens without a network
 
 The last three are made from the journal at the end, so an interrupted run and an uninterrupted one
@@ -436,31 +436,29 @@ def _finish(folder: Path, description: dict[str, Any], entries: list[dict[str, A
     from common.report import render_report
 
     results = {**description, "format": "uni-mdm results", "results": entries}
+    frames = (_extxyz(entry, row) for entry in entries for row in entry["crystals"])
     write_together(
         {
             folder / "results.json": _dump(results),
-            folder / "results.extxyz": "".join(_extxyz(row) for row in _rows(entries)),
+            folder / "results.extxyz": "".join(frames),
             folder / "report.html": render_report(results),
         }
     )
     write_atomic(folder / _RUN, _dump(description | {"status": "finished"}))
 
 
-def _rows(entries: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    for entry in entries:
-        yield from entry["crystals"]
-
-
 def _dump(value: Any) -> str:
     return json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def _extxyz(row: dict[str, Any]) -> str:
-    """One structure (conventional cell, A) as extended XYZ."""
+def _extxyz(entry: dict[str, Any], row: dict[str, Any]) -> str:
+    """One structure (conventional cell, A) as extended XYZ, with its request's number and id."""
     structure = Crystal.from_dict(row["crystal"]).to_structure()
     lattice = " ".join(f"{x:.8f}" for x in np.asarray(structure.lattice.matrix).ravel())
+    name = entry["query"]["name"].replace("\\", "\\\\").replace('"', '\\"')
+    request = f"request={entry['index'] + 1} " + (f'id="{name}" ' if name else "")
     comment = (
-        f'Lattice="{lattice}" Properties=species:S:1:pos:R:3 pbc="T T T" '
+        f'Lattice="{lattice}" Properties=species:S:1:pos:R:3 pbc="T T T" {request}'
         f'formula="{row["formula"]}" rank={row["rank"]} space_group={row["space_group"]} '
         f'sites="{row["sites"]}" probability={row["probability"]:.6g} file="{row["file"]}"'
     )

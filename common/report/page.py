@@ -39,7 +39,7 @@ def render_report(results: Mapping[str, Any]) -> str:
         for row in entry["crystals"][: max(0, MAX_DRAWN - len(scenes))]:
             crystal = Crystal.from_dict(row["crystal"])
             scenes.append(scene(crystal.to_structure()))
-            cards.append(_card(len(scenes) - 1, row, crystal, entry))
+            cards.append(_card(len(scenes) - 1, row, crystal, entry if len(entries) > 1 else None))
     page = Template((_HERE / "page.html").read_text(encoding="utf-8"))
     return page.substitute(
         title=escape(_title(entries)),
@@ -108,7 +108,7 @@ def _wanted(query: Mapping[str, Any]) -> str:
 
 
 def _fixed(query: Mapping[str, Any]) -> str:
-    """What was fixed of the symmetry, as text."""
+    """What was fixed of the symmetry, as text; empty if nothing was."""
     parts = []
     if query["space_group"]:
         parts.append(f"space group {query['space_group']}")
@@ -118,7 +118,13 @@ def _fixed(query: Mapping[str, Any]) -> str:
         parts.append(f"Z = {query['z']}")
     if query["formula_units"]:
         parts.append(f"{query['formula_units']} formula units per cell")
-    return ", ".join(parts) or "left to the model"
+    return ", ".join(parts)
+
+
+def _request_name(entry: Mapping[str, Any]) -> str:
+    """Number of a request, and what the user calls it."""
+    name = entry["query"]["name"]
+    return f"{entry['index'] + 1}, {name}" if name else str(entry["index"] + 1)
 
 
 def _request(entries: list[dict[str, Any]], results: Mapping[str, Any]) -> str:
@@ -126,7 +132,7 @@ def _request(entries: list[dict[str, Any]], results: Mapping[str, Any]) -> str:
     pairs = []
     if len(entries) == 1:
         query = entries[0]["query"]
-        pairs = [("Target", _wanted(query)), ("Symmetry", _fixed(query))]
+        pairs = [("Target", _wanted(query)), ("Symmetry", _fixed(query) or "left to the model")]
     pairs += [
         ("Samples per symmetry", str(settings["num_samples"])),
         ("Seed", str(settings["seed"])),
@@ -139,7 +145,7 @@ def _nearest_html(row: Mapping[str, Any]) -> str:
     nearest = row["nearest"]
     if nearest is None:
         return '<span class="muted">none within tolerance</span>'
-    kind = "" if nearest["kind"] == "same composition" else f" ({escape(nearest['formula'])})"
+    kind = "" if nearest["kind"] == "same composition" else f" ({formula_html(nearest['formula'])})"
     return (
         f"{escape(nearest['material_id'])}{kind} "
         f'<span class="muted num">rms {nearest["distance"]:.3f}</span>'
@@ -195,13 +201,13 @@ def _table_cells(row: Mapping[str, Any], number: int | None) -> str:
 
 
 def _request_cell(entry: Mapping[str, Any]) -> str:
-    """Formula, name and target of a request, beside all its candidates."""
+    """Formula, name, target and constraints of a request, beside all its candidates."""
     query = entry["query"]
-    name = f"<br>{escape(query['name'])}" if query["name"] else ""
+    told = [f"no. {_request_name(entry)}", _wanted(query), _fixed(query)]
+    listed = "".join(f"<br>{escape(text)}" for text in told if text)
     return (
         f'<th scope="rowgroup" rowspan="{len(entry["crystals"])}">'
-        f'{formula_html(query["formula"])}<small class="muted">{name}<br>{escape(_wanted(query))}'
-        "</small></th>"
+        f'{formula_html(query["formula"])}<small class="muted">{listed}</small></th>'
     )
 
 
@@ -211,14 +217,17 @@ def _failures(entries: list[dict[str, Any]]) -> str:
         return ""
     items = "".join(
         f"<li>{formula_html(entry['query']['formula'])} "
-        f'<span class="muted">{escape(entry["query"]["name"])}</span>: '
+        f'<span class="muted">no. {escape(_request_name(entry))}</span>: '
         f"{escape(entry['error'])}</li>"
         for entry in failed
     )
     return f'<section class="notes"><h2>Not answered</h2><ul>{items}</ul></section>'
 
 
-def _card(number: int, row: Mapping[str, Any], crystal: Crystal, entry: Mapping[str, Any]) -> str:
+def _card(
+    number: int, row: Mapping[str, Any], crystal: Crystal, entry: Mapping[str, Any] | None
+) -> str:
+    """A crystal in full, with its request's entry if there are several."""
     name = Path(row["file"]).stem
     cif = base64.b64encode(crystal.to_cif(name).encode()).decode()
     a, b, c = row["lattice_abc"]
@@ -226,6 +235,7 @@ def _card(number: int, row: Mapping[str, Any], crystal: Crystal, entry: Mapping[
     groups = ", ".join(f"{k} {v}" for k, v in row["found_space_groups"].items())
     nearest = row["nearest"]
     facts = [
+        *([("Request", _request_name(entry))] if entry else ()),
         ("Probability", f"{_percent(row['probability'])} ({row['symmetry_source']})"),
         ("Lattice", f"a {a:.3f}, b {b:.3f}, c {c:.3f} Å"),
         (

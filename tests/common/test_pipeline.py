@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -234,6 +235,18 @@ def test_single_run_has_all_files(checkpoint: Path, tmp_path: Path) -> None:
     assert "Sr:" in console.export_text()
 
 
+def test_ids_are_quoted_in_extxyz(checkpoint: Path, tmp_path: Path) -> None:
+    settings = Settings(1, 1)
+    queries = [make_query("NaCl", name=name) for name in ('a "b"', "c\\", "")]
+    outcome = generate_many(
+        queries, tmp_path, settings, checkpoint=checkpoint, symmetry_model="prior"
+    )
+    first, second, third = (outcome.folder / "results.extxyz").read_text().split("Lattice=")[1:]
+    assert r' request=1 id="a \"b\"" formula="NaCl" ' in first
+    assert r' request=2 id="c\\" formula="NaCl" ' in second
+    assert ' request=3 formula="NaCl" ' in third
+
+
 def read_extxyz(path: Path) -> list[tuple[list[str], np.ndarray, np.ndarray]]:
     frames, lines = [], path.read_text().splitlines()
     while lines:
@@ -279,6 +292,10 @@ def test_many_requests(
     whole = generate_many(queries, tmp_path / "whole", settings, checkpoint=checkpoint)
     assert [entry["status"] for entry in whole.entries] == ["done", "done", "failed", "done"]
     assert "227" in whole.failed[0]["error"]
+    frames = (whole.folder / "results.extxyz").read_text().split("Lattice=")[1:]
+    named = [re.search(r'request=(\d) id="(.)" .* rank=(\d) ', frame).groups() for frame in frames]
+    expected = [(number, name, rank) for number, name in ("1a", "2b", "4d") for rank in "12"]
+    assert named == expected
 
     def parts() -> Outcome:
         out = tmp_path / "parts"

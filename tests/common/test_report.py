@@ -106,6 +106,22 @@ def test_page_is_well_formed_and_needs_no_network() -> None:
     assert "CC BY 4.0" in text
 
 
+def test_requests_are_told_apart_and_what_they_fixed_is_said() -> None:
+    run = results("a&b")
+    fixed = {"space_group": 221, "sites": "Sr:1a Ti:1b O:3c", "z": 1}
+    run["results"][0]["query"] = run["results"][0]["query"] | fixed
+    text = render_report(run)
+    (cell,) = re.findall(r'<th scope="rowgroup".*?</th>', text)
+    assert "<br>no. 1, a&amp;b<br>band gap 1.8 eV<br>" in cell
+    assert "<br>space group 221, sites Sr:1a Ti:1b O:3c, Z = 1<" in cell
+    assert "<dt>Request</dt><dd>1, a&amp;b</dd>" in text
+    assert "no. 2, a&amp;b</span>: no &lt;i&gt;" in text
+    del run["results"][1]
+    alone = render_report(run)
+    assert "<dd>space group 221, sites Sr:1a Ti:1b O:3c, Z = 1</dd>" in alone
+    assert "<dt>Request</dt><dd>1, a" not in alone
+
+
 def test_every_link_inside_the_page_has_its_target() -> None:
     page = Page(render_report(results()))
     ids = {attributes.get("id") for _, attributes in page.tags}
