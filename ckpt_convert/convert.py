@@ -190,6 +190,8 @@ def _only_model(folder: Path) -> Path:
 
 def _loose(path: Path, config: Path | None) -> Source:
     """A file of weights and what lies beside it."""
+    if config is not None and not config.is_file():
+        raise UserError(f"{config} does not exist; give --config the network's {CONFIG}")
     config = config or path.with_name(CONFIG)
     if not config.is_file():
         what = f"{path}: its network's {CONFIG} is neither given nor beside it"

@@ -122,7 +122,11 @@ def backend_name(name: str = "auto", device: str = "auto") -> str:
         name = _BACKEND_OF_DEVICE.get(device, available[0])
     if name not in available:
         names = ", ".join(available) or "none"
-        raise UserError(f"backend '{name}' is not available here; available: {names}")
+        missing = REQUIRED_PACKAGE.get(name)
+        how = f"package '{missing}' is not installed: pip install 'uni-mdm[{name}]'; "
+        raise UserError(
+            f"backend '{name}' is not available here; {how if missing else ''}available: {names}"
+        )
     return name
 
 

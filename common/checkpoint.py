@@ -73,6 +73,8 @@ SHIPPED = Path(__file__).resolve().parent / "assets" / "checkpoints"
 SHIPPED_LANGUAGE = SHIPPED.parent / "language"
 
 _STEP = re.compile(r"step_(\d{8,})")
+#: What is no path to somewhere else, nor a repository with its revision.
+_NAME = re.compile(r"[^/@]+")
 #: What temporary folders have in their names, of `secrets.token_hex(6)`.
 _TOKEN = "[0-9a-f]" * 12
 #: Packages whose versions decide what a checkpoint does.
@@ -319,11 +321,22 @@ def checkpoint_folder(name: str | Path, known: Mapping[str, Path] | None = None)
     Args:
         name: a path, or a name.
         known: folders by their names; those of the shipped Crystal DiTs without it.
+
+    Raises:
+        UserError: if a mere name is neither; a path that is absent is left to who reads it.
     """
     folder = Path(name)
     if folder.exists():
         return folder
-    return (shipped() if known is None else known).get(str(name), folder)
+    known = shipped() if known is None else known
+    if str(name) in known:
+        return known[str(name)]
+    if _NAME.fullmatch(str(name)):
+        raise UserError(
+            f"'{name}' does not exist, nor is one shipped by that name; shipped: "
+            f"{', '.join(known) or 'none'}"
+        )
+    return folder
 
 
 def _checkpoints_in(folder: Path) -> dict[str, Path]:

@@ -28,6 +28,10 @@ _MAX_TEXT = 400
 _SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
 _SIGNS = "+-^\N{MINUS SIGN}\N{SUPERSCRIPT PLUS SIGN}\N{SUPERSCRIPT MINUS}"
 _BRACKETS = {")": "(", "]": "["}
+_WHOLE = (
+    "counts must be whole numbers, for a site has one element: FeNi, not Fe0.5Ni0.5; "
+    "write hydrates in one piece, CuSO4(H2O)5"
+)
 _TOKEN = re.compile(r"(?P<element>[A-Z][a-z]*)|(?P<bracket>[()\[\]])|(?P<space>[ \t]+)")
 _COUNT = re.compile(r"[0-9]+")
 _SITE = re.compile(r"(?P<element>[A-Za-z]+):(?P<multiplicity>[0-9]{0,4})(?P<letter>[a-zA])")
@@ -134,7 +138,7 @@ def _read_count(formula: str, position: int, text: str) -> tuple[int, int]:
     digits = _COUNT.match(formula, position)
     following = formula[digits.end() if digits else position :][:1]
     if following and following in ".,/":
-        raise UserError(f"formula {_shown(text)}: counts must be whole numbers")
+        raise UserError(f"formula {_shown(text)}: {_WHOLE}")
     if digits is None:
         return 1, position
     if len(digits[0].lstrip("0")) > 5:
@@ -152,9 +156,11 @@ def _why_not(rest: str, text: str) -> str:
     if rest[0] in "0123456789":
         return f"{shown}: a count must follow an element or a bracket"
     if rest[0] in ".,/":
-        return f"{shown}: counts must be whole numbers"
+        return f"{shown}: {_WHOLE}"
     if rest[0] in "·*•":
         return f"{shown}: write hydrates in one piece, CuSO4(H2O)5"
+    if rest[0].islower():
+        return f"{shown}: elements begin with a capital letter, as in SrTiO3"
     return f"{shown}: cannot read {_shown(rest[:12])}; write elements and counts, SrTiO3"
 
 

@@ -300,9 +300,11 @@ def find_checkpoint(properties: Sequence[str], path: Path | None = None) -> Path
     if path is not None:
         known = _known_properties(path)
         if wanted and wanted not in known:
+            others = [name for name, one in shipped().items() if wanted in _known_properties(one)]
             raise UserError(
                 f"checkpoint {path} was trained with {', '.join(known) or 'no property'}, "
                 f"not with {wanted}; give another --checkpoint"
+                + (f": {' or '.join(others)}" if others else "")
             )
         return path
     for folder in sorted(shipped().values(), key=_size):

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.backend import load_language_model
+from common.backend import backend_name, load_language_model
 from common.checkpoint import (
     ADAPTER,
     FINAL,
@@ -52,6 +52,8 @@ MODEL_SHARE = 0.5
 #: Exponent of the average. On the first 1,000 validation rows, whose formation energy was told, the
 #: likeliest one, which ``evaluate symmetry`` prints as best sharpness, was 1.08.
 SHARPNESS = 1.1
+#: What a language model needs with torch; with MindSpore the first is enough.
+_TORCH_EXTRAS = "language,language-torch"
 #: This project's packages: a module of theirs that is absent is no package to be installed.
 _OWN = ("common", "torch_impl", "ms_impl", "ckpt_convert")
 
@@ -230,9 +232,8 @@ def load_ranker(
         package = (error.name or "").split(".")[0]
         if not package or package in _OWN:
             raise
-        reason = (
-            f"package '{package}' is not installed; pip install 'uni-mdm[language,language-torch]'"
-        )
+        extras = "language" if backend_name(backend, device) == "mindspore" else _TORCH_EXTRAS
+        reason = f"package '{package}' is not installed; pip install 'uni-mdm[{extras}]'"
     note = f"language model {folder} is not used, the template prior ranks: {reason}"
     return Ranker(prior, note=note)
 

@@ -101,15 +101,14 @@ def _json_rows(file: Any) -> Iterator[tuple[int, _Row]]:
     for number, line in enumerate(file, start=1):
         if not line.strip():
             continue
-        if number == 1 and line.strip().startswith("["):
-            raise _BadFile("holds a list: write one object per line, no brackets around them")
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):
-            yield number, UserError("not JSON, one object per line is expected")
-            continue
+            row = None
         if not isinstance(row, dict):
-            row = UserError("an object with 'formula' is expected")
+            row = UserError('not an object such as {"formula": "SrTiO3"}, one per line')
+            if number == 1:  # a list of them, or something else altogether
+                raise _BadFile(f"line 1: {row}")
         yield number, row
 
 

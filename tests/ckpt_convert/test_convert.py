@@ -370,6 +370,8 @@ def test_sources_that_are_none(
     loose.with_suffix(".pt").unlink()
     elsewhere = config.rename(tmp_path / "elsewhere.yaml")
     assert "give --config" in error(loose)
+    absent = tmp_path / "absent.yaml"
+    assert f"{absent} does not exist" in error(loose, "--config", absent)
     assert "not a file of tensors" in error(elsewhere, "--config", elsewhere)
     assert "not YAML" in error(loose, "--config", loose)
 

@@ -86,6 +86,13 @@ def test_language_model_is_put_where_it_is_wanted(monkeypatch: pytest.MonkeyPatc
     ]
 
 
+def test_how_a_backend_is_installed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "available_backends", lambda: ["torch"])
+    how = r"pip install 'uni-mdm\[mindspore\]'; available: torch$"
+    with pytest.raises(UserError, match=f"'mindspore' is not installed: {how}"):
+        load_backend("mindspore")
+
+
 def test_unknown_backend() -> None:
     with pytest.raises(UserError, match="'jax' is not available here; available: "):
         load_backend("jax")

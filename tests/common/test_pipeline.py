@@ -415,13 +415,13 @@ def test_missing_language_packages_are_one_line(
 
     monkeypatch.setattr(ranking, "load_language_model", load)
     command = ["generate", "--formula", "NaCl", "--top", "1", "--num-samples", "1"]
-    command += ["--checkpoint", str(checkpoint), "--symmetry-model", "some-model"]
+    command += ["--checkpoint", str(checkpoint), "--symmetry-model", "glm4_tiny"]
     assert run([*command, "--out", str(tmp_path / "out")]) == 0
     output = capsys.readouterr().out
-    assert output.count("'peft' is not installed") == 1
+    assert output.count("'peft' is not installed; pip install 'uni-mdm[language,") == 1
     assert "symmetries ranked by template prior" in output
     with pytest.warns(UserWarning, match="'peft' is not installed"):
-        make(checkpoint, top=1, num_samples=1, symmetry_model="some-model")
+        make(checkpoint, top=1, num_samples=1, symmetry_model="glm4_tiny")
 
 
 def test_foreign_folder_is_left_alone(checkpoint: Path, tmp_path: Path) -> None:
@@ -488,7 +488,8 @@ def test_a_shipped_checkpoint_goes_by_its_name(
     (tmp_path / "a_large").mkdir()
     assert checkpoint_folder("a_large") == Path("a_large")
     assert checkpoint_folder("elsewhere/c") == Path("elsewhere/c")
-    assert checkpoint_folder("glm4_tiny") == Path("glm4_tiny"), "a language model is no Crystal DiT"
+    with pytest.raises(UserError, match="'glm4_tiny'"):  # a language model is no Crystal DiT
+        checkpoint_folder("glm4_tiny")
     with pytest.raises(UserError, match="elsewhere"):
         generate("SrTiO3", checkpoint="elsewhere")
     assert len(generate("SrTiO3", checkpoint="b_small", top=1, num_samples=1)) == 1

@@ -318,7 +318,9 @@ def test_shipped_model_for_the_property(monkeypatch: pytest.MonkeyPatch) -> None
     names = ["glm4_tiny_bg", "glm4_tiny", "glm4_tiny", "glm4_tiny_bg"]
     assert [path.name for path in asked] == names
     assert model_folder("band_gap", "other") == folders["other"]
-    assert model_folder("band_gap", "elsewhere") == Path("elsewhere")
+    assert model_folder("band_gap", "runs/mine") == Path("runs/mine")
+    with pytest.raises(UserError, match=r"'elsewhere' .* shipped: glm4_tiny, glm4_tiny_bg, other$"):
+        model_folder("band_gap", "elsewhere")
     own = TemplatePrior.load()
     assert load_ranker(["band_gap"], prior=own) == Ranker(own), "one's own prior ranks alone"
     monkeypatch.setattr(ranking, "shipped_language", lambda: {"other": Path("x")})
