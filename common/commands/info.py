@@ -7,7 +7,6 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from common.backend import available_backends, load_backend
 from common.checkpoint import load_checkpoint, shipped, shipped_language
@@ -18,13 +17,13 @@ from common.machine import cpu_count
 
 def command() -> None:
     """Show versions, devices, folders and checkpoints found here."""
-    table = Table(show_header=False, box=None)
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
     parts = (_machine, _backends, _folders, _checkpoints, _packages)
-    for name, value in (pair for part in parts for pair in part()):
-        table.add_row(name, value)
-    Console().print(table)
+    pairs = [pair for part in parts for pair in part()]
+    width = max(len(name) for name, _ in pairs)
+    console = Console()
+    for name, value in pairs:
+        # The terminal breaks what is too long, so that a path is copied whole.
+        console.print(f"[bold]{name:<{width}}[/bold]  {value}", soft_wrap=True, highlight=False)
 
 
 def _machine() -> list[tuple[str, str]]:
@@ -53,7 +52,8 @@ def _devices(backend: str) -> str:
 def _folders() -> list[tuple[str, str]]:
     folders = {"data (UNI_MDM_DATA)": data_dir(), "cache (UNI_MDM_CACHE)": cache_dir()}
     return [
-        (name, f"{path}{'' if path.is_dir() else ' (absent)'}") for name, path in folders.items()
+        (name, escape(str(path)) + ("" if path.is_dir() else " (absent)"))
+        for name, path in folders.items()
     ]
 
 
@@ -68,7 +68,7 @@ def _described(checkpoint: Path) -> str:
     except UserError as error:
         return f"[red]{escape(str(error))}[/red]"
     parameters = sum(tensor.size for tensor in loaded.model.values())
-    return f"{loaded.hash}, {parameters:,} parameters, {checkpoint}"
+    return f"{loaded.hash}, {parameters:,} parameters, {escape(str(checkpoint))}"
 
 
 def _packages() -> list[tuple[str, str]]:

@@ -76,6 +76,9 @@ def test_info_describes_this_machine() -> None:
     assert version("pymatgen") in finished.stdout
     assert "cpu" in finished.stdout.lower()
     assert "crystal_dit_small_fm" in finished.stdout
+    # Paths can be copied: they stand on one line each, however narrow the terminal is.
+    shown = {line.split(", ")[-1] for line in finished.stdout.splitlines()}
+    assert {str(path) for path in (shipped() | shipped_language()).values()} <= shown
     counts = re.findall(r"([\d,]+) parameters", finished.stdout)
     assert len(counts) == len(shipped()) + len(shipped_language())
     assert min(int(count.replace(",", "")) for count in counts) > 1000, "also of small adapters"
