@@ -325,7 +325,9 @@ class TemplatePrior:
         Returns:
             at most `top` candidates, the likeliest first, each with exactly this composition; empty
             if nothing legal fits what was fixed. Probabilities are of all candidates, so those
-            returned may sum to less than one.
+            returned may sum to less than one. Where `top` is above 20 the first 20 may be others
+            than without: more symmetries without precedent share the novelty, and they are looked
+            for where templates alone would have filled the 20.
         """
         most = max(top, _FEWEST)
         formula, _ = reduce_counts(counts)
