@@ -50,7 +50,7 @@ _SEARCHED = 20
 #: 400 validation rows.
 MODEL_SHARE = 0.5
 #: Exponent of the average. On the first 1,000 validation rows, whose formation energy was told, the
-#: likeliest one, which ``evaluate symmetry`` prints as best sharpness, was 1.08.
+#: likeliest one, which ``evaluate symmetry`` reports as best sharpness, was 1.08.
 SHARPNESS = 1.1
 #: What a language model needs with torch; with MindSpore the first is enough.
 _TORCH_EXTRAS = "language,language-torch"

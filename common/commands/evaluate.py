@@ -5,7 +5,7 @@
 
 from collections import Counter
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -18,6 +18,9 @@ from common.data.store import Record
 from common.diffusion.score import own_calls
 from common.errors import UserError
 from common.files import output_folder, unused
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 #: Symmetries ranked where nothing else is said.
 DEFAULT_TOP = 20
@@ -84,7 +87,7 @@ def crystals(
     from rich.console import Console
 
     from common.evaluate.composition import CompositionEvaluation, Network
-    from common.evaluate.report import to_markdown, write_report
+    from common.evaluate.report import to_summary, write_report
     from common.evaluate.run import Evaluation, Told
     from common.evaluate.tables import Shown
     from common.ranking import load_ranker
@@ -131,9 +134,9 @@ def crystals(
                 rows += evaluation.controls(seed)
         console = Console()
         # Seen even where it cannot be saved.
-        console.print(Shown(to_markdown(rows)))
+        console.print(Shown(to_summary(rows)))
         paths = write_report(rows, target)
-        console.print(f"Report: {paths['md']}", highlight=False)
+        _tell_report(console, paths)
 
 
 def _check_options(
@@ -179,7 +182,7 @@ def symmetry(
     """Rank the symmetries of known crystals' compositions, and write JSON, Markdown and a plot."""
     from rich.console import Console
 
-    from common.evaluate.symmetry_report import to_markdown, write_symmetry_report
+    from common.evaluate.symmetry_report import to_summary, write_symmetry_report
     from common.evaluate.symmetry_run import History, SymmetryEvaluation
     from common.evaluate.tables import Shown
     from common.ranking import load_ranker
@@ -208,9 +211,18 @@ def symmetry(
         if controls:
             rows += evaluation.controls()
         console = Console()
-        console.print(Shown(to_markdown(rows)))
+        console.print(Shown(to_summary(rows)))
         paths = write_symmetry_report(rows, target_folder)
-        console.print(f"Report: {paths['md']}", highlight=False)
+        _tell_report(console, paths)
+
+
+def _tell_report(console: "Console", paths: dict[str, Path]) -> None:
+    console.print(
+        f"Report: {paths['md']}: all figures, by kind of structure, paired tests, how it was made",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
 
 
 def _default_checkpoint() -> Path:

@@ -330,6 +330,25 @@ def to_markdown(rows: Sequence[EvaluationRow], plot: str | None = None) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def to_summary(rows: Sequence[EvaluationRow]) -> str:
+    """What matters most, as Markdown that a terminal of 80 columns shows well: a line per row."""
+    ranked = {n for row in rows for n in row.metrics.match_at}
+    ranks = sorted(ranked & {5, max(ranked)} - {1})
+    lines = [
+        [
+            row.run.name,
+            percent(row.metrics.match_rate, interval=True),
+            *(percent(row.metrics.match_at.get(n)) for n in ranks),
+            number(row.metrics.rmse),
+            percent(row.metrics.match_valid),
+            percent(row.metrics.match_tight),
+        ]
+        for row in rows
+    ]
+    header = ["", "match", *(f"@{n}" for n in ranks), "RMSE", "valid", "tight"]
+    return f"{_SUMMARY}\n\n{table(header, lines)}\n"
+
+
 def to_png(rows: Sequence[EvaluationRow]) -> bytes:
     """Match rate by free coordinates (95 % intervals), and the distribution of the distances."""
     figure = Figure(figsize=(11, 4.8), dpi=120, layout="constrained")
@@ -342,6 +361,11 @@ def to_png(rows: Sequence[EvaluationRow]) -> bytes:
     figure.legend(*handles, loc="outside lower center", ncols=3, frameon=False)
     return png(figure)
 
+
+_SUMMARY = (
+    "Match rates in % of all references, with 95 % intervals: of the candidate ranked first, of "
+    "any of the first n (@n). RMSE: mean over the matches of the first, in units of (V/N)^(1/3)."
+)
 
 _LEGEND = (
     "Match rates in % of all references, for the candidate ranked first, with Wilson 95 % "

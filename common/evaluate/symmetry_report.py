@@ -332,6 +332,25 @@ def to_markdown(rows: Sequence[SymmetryRow], plot: str | None = None) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def to_summary(rows: Sequence[SymmetryRow]) -> str:
+    """What matters most, as Markdown that a terminal of 80 columns shows well: a line per row."""
+    lines = [
+        [
+            row.run.name,
+            *(percent(row.rate("assignment", k), interval=k == 1) for k in CUTOFFS),
+            percent(row.rate("group", 1)),
+        ]
+        for row in rows
+    ]
+    header = ["", *(f"sites @{k}" for k in CUTOFFS), "group @1"]
+    return f"{_SUMMARY}\n\n{table(header, lines)}\n"
+
+
+_SUMMARY = (
+    "Share of rows (%) whose space group with all Wyckoff sites, and whose group, is among the "
+    "first n, with 95 % intervals."
+)
+
 _ANSWERS = (
     "Legal and exact: share of answers (%) that are legal, and that are the true text. ROUGE: F1 "
     "in %, by rouge-score and by rouge-chinese as MindFormers computes it. It rewards text, not "

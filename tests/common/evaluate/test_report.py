@@ -19,6 +19,7 @@ from common.evaluate.report import (
     read_rows,
     to_markdown,
     to_png,
+    to_summary,
     write_report,
 )
 from common.evaluate.statistics import Rate
@@ -312,6 +313,20 @@ def test_figures_are_whole_in_a_terminal() -> None:
     results = text.split("Among the first")[0]
     for figure in ("60.00", "0.1400", "0.0600", "(k=2)", "0.1740"):
         assert figure in results
+
+
+def test_the_summary_is_a_line_per_row_in_a_terminal() -> None:
+    """However long the names are, no figure is broken."""
+    names = ("model", "template prior, known polymorphs excluded", "nearest composition")
+    rows = [EvaluationRow(run(name), five()) for name in names]
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(Shown(to_summary(rows)))
+    text = console.export_text()
+    figures = [line for line in text.splitlines() if "60.00 (23.1 to 88.2)" in line]
+    assert len(figures) == 3
+    assert " ".join(figures[0].split()) == "model 60.00 (23.1 to 88.2) 80.00 0.1400 40.00 40.00"
+    assert "@2" in text
+    assert "@" not in to_summary([EvaluationRow(run(k=1), ())]).split("\n\n")[1]
 
 
 def test_everything_a_row_must_carry_is_in_the_tables() -> None:

@@ -1,11 +1,13 @@
 """Figures of symmetry rankings worked out by hand, and the files of a report."""
 
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.image
 import pytest
+from rich.console import Console
 
 from common.errors import UserError
 from common.evaluate.statistics import Rate
@@ -18,8 +20,10 @@ from common.evaluate.symmetry_report import (
     polymorph_test,
     to_markdown,
     to_png,
+    to_summary,
     write_symmetry_report,
 )
+from common.evaluate.tables import Shown
 
 ROUGE = {"rouge_score": {"rouge-1": 61.25, "rouge-l": 50.0}}
 IDS = ("m-1", "m-2", "m-3", "m-4")
@@ -82,6 +86,15 @@ def test_polymorphs_by_hand() -> None:
     assert cells(paired, "model against beside") == ["0 : 0, 1", "0 : 0, 1", "-", "-", "-"]
     assert cells(paired, "model against other")[2:] == ["0 : 2, 0.5", "0 : 1, 1", "0 : 1, 1"]
     assert "## Paired tests" not in to_markdown([row()])
+
+
+def test_the_summary_is_a_line_per_row_in_a_terminal() -> None:
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(Shown(to_summary([row(), row("template prior, known polymorphs excluded")])))
+    shown = console.export_text().splitlines()
+    assert sum("25.00 (4.6 to 69.9)" in line for line in shown) == 2
+    (own,) = (line for line in shown if line.startswith(" model"))
+    assert " ".join(own.split()) == "model 25.00 (4.6 to 69.9) 50.00 75.00 50.00"
 
 
 def cells(text: str, start: str) -> list[str]:

@@ -212,8 +212,9 @@ def test_command(
     command = ["evaluate", "symmetry", "--data", str(data), "--out", str(tmp_path / "out")]
     assert run([*command, "--model", str(textbook_model), "--limit", "3"]) == 0
     output = capsys.readouterr().out
-    for word in ("template prior", "majority template", "nearest composition", "calibration"):
+    for word in ("template prior", "majority template", "nearest composition", "sites @20"):
         assert word in output
+    assert "calibration" in (tmp_path / "out" / "symmetry.md").read_text()
     assert "symmetry.md" in output
     report = json.loads((tmp_path / "out" / "symmetry.json").read_text())
     assert [row["rows"] for row in report["rows"]] == [3] * 6
