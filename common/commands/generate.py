@@ -197,10 +197,14 @@ def _show_table(console: Console, entry: dict[str, Any]) -> None:
 
 
 def _title(query: dict[str, Any]) -> str:
+    """What was asked: formula, formula units if they were counted, property."""
+    parts = [str(query["formula"])]
+    if query["formula_units"]:
+        parts.append(f"{query['formula_units']} formula units per cell")
     for name, unit in (("band_gap", "eV"), ("formation_energy", "eV/atom")):
         if query[name] is not None:
-            return f"{query['formula']}, {name.replace('_', ' ')} {query[name]:g} {unit}"
-    return str(query["formula"])
+            parts.append(f"{name.replace('_', ' ')} {query[name]:g} {unit}")
+    return ", ".join(parts)
 
 
 def _short_sites(sites: str) -> str:

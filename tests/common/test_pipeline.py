@@ -21,7 +21,7 @@ from common import ranking, runs
 from common.backend import SampleRequest
 from common.checkpoint import checkpoint_folder, load_checkpoint, save_checkpoint
 from common.cli import run
-from common.commands.generate import _show_table
+from common.commands.generate import _show_table, _title
 from common.config import RunConfig
 from common.crystal.structure import Crystal, Site
 from common.data.store import Record
@@ -233,6 +233,12 @@ def test_single_run_has_all_files(checkpoint: Path, tmp_path: Path) -> None:
     console = Console(record=True, width=140)
     _show_table(console, outcome.entries[0])
     assert "Sr:" in console.export_text()
+
+
+def test_counted_formula_units_are_in_the_title() -> None:
+    asked = make_query("Sr2Ti2O6", 1.8).to_dict()
+    assert _title(asked) == "SrTiO3, 2 formula units per cell, band gap 1.8 eV"
+    assert _title(make_query("SrTiO3").to_dict()) == "SrTiO3"
 
 
 def test_ids_are_quoted_in_extxyz(checkpoint: Path, tmp_path: Path) -> None:
