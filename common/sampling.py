@@ -4,7 +4,7 @@ A backend's generator adds the network and the sampler.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -50,12 +50,12 @@ class Call:
     """Crystals that are sampled together.
 
     Attributes:
-        rows: of the requests, without the padding.
-        requests: [B], the last ones repeated to fill the call.
+        rows: of the requests, without the padding; several where these get the same crystal.
+        requests: [B], the first of each, the last ones repeated to fill the call.
         batch: their symmetry and properties.
     """
 
-    rows: list[int]
+    rows: list[list[int]]
     requests: list[SampleRequest]
     batch: Batch
 
@@ -76,6 +76,7 @@ def calls(
     sizes: Sizes,
     rows_per_call: Callable[[tuple[int, int]], int],
     precedents: Callable[[Crystal], list[Precedent]],
+    noiseless: bool = False,
 ) -> Iterator[Call]:
     """The calls that sample all requests, bucket by bucket.
 
@@ -85,25 +86,33 @@ def calls(
         sizes: to which crystals are padded.
         rows_per_call: number of crystals in a call by its bucket (T, A).
         precedents: what the samples of a symmetry start from in turn, if anything.
+        noiseless: whether those that start from a precedent start right there. What is asked
+            twice of one precedent is then sampled once.
     """
     known: dict[tuple[int, Sites], list[Precedent]] = {}
-    items = []
-    for request in requests:
+    items: list[BatchItem] = []
+    rows_of: dict[Hashable, list[int]] = {}
+    for row, request in enumerate(requests):
         crystal = symmetry_only(request.space_group, request.sites)
         symmetry = request.space_group, request.sites
         if symmetry not in known:
             known[symmetry] = precedents(crystal)
         found = known[symmetry]
-        precedent = found[request.sample % len(found)] if found else None
-        items.append(BatchItem(crystal, dict(request.properties), precedent))
-    groups: dict[tuple[int, int], list[int]] = {}
-    for index, item in enumerate(items):
-        groups.setdefault(bucket(item.crystal, view, sizes), []).append(index)
-    for shape, rows in sorted(groups.items()):
+        turn = request.sample % len(found) if found else None
+        items.append(
+            BatchItem(crystal, dict(request.properties), None if turn is None else found[turn])
+        )
+        told = tuple(sorted(request.properties.items()))
+        start = (symmetry, told, turn) if noiseless and found else row
+        rows_of.setdefault(start, []).append(row)
+    groups: dict[tuple[int, int], list[list[int]]] = {}
+    for rows in rows_of.values():
+        groups.setdefault(bucket(items[rows[0]].crystal, view, sizes), []).append(rows)
+    for shape, group in sorted(groups.items()):
         size = rows_per_call(shape)
-        for start in range(0, len(rows), size):
-            chunk = rows[start : start + size]
-            padded = [chunk[i % len(chunk)] for i in range(size)]
+        for begin in range(0, len(group), size):
+            chunk = group[begin : begin + size]
+            padded = [chunk[i % len(chunk)][0] for i in range(size)]
             batch = collate([items[i] for i in padded], view, shape)
             yield Call(chunk, [requests[i] for i in padded], batch)
 
@@ -171,12 +180,20 @@ class BaseGenerator(ABC):
         process = score_process(settings, steps)
         crystals: dict[int, Crystal] = {}
         solve = partial(self.solve, seed=seed, steps=steps or settings.steps, process=process)
-        view = self.config.model.cell
-        waiting = calls(requests, view, self.sizes, self.rows_per_call, self.precedents_of)
+        waiting = calls(
+            requests,
+            self.config.model.cell,
+            self.sizes,
+            self.rows_per_call,
+            self.precedents_of,
+            noiseless=process is None and settings.precedent_temperature == 0,
+        )
         for call, (free, lattice) in self._solved(waiting, solve):
-            crystals.update(zip(call.rows, self._crystals(call, free, lattice), strict=False))
+            found = zip(call.rows, self._crystals(call, free, lattice), strict=False)
+            for rows, crystal in found:
+                crystals.update(dict.fromkeys(rows, crystal))
             if progress is not None:
-                progress(len(call.rows))
+                progress(sum(map(len, call.rows)))
         return [crystals[index] for index in range(len(requests))]
 
     def precedents_of(self, crystal: Crystal) -> list[Precedent]:

@@ -1,8 +1,9 @@
 """Samplers with networks that know the answer, and the backend that users call."""
 
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -13,13 +14,15 @@ from common.backend import SampleRequest
 from common.checkpoint import save_checkpoint, shipped
 from common.config import DiffusionConfig, RunConfig
 from common.crystal.lattice import k_constraints, lattice_to_k
-from common.crystal.structure import Crystal
+from common.crystal.structure import Crystal, Site
 from common.crystal.symmetry import nearest_zero, space_group
 from common.data.batch import COARSE, FINE, Sizes
 from common.diffusion.flow import VELOCITY_SCALE
 from common.diffusion.score import ScoreProcess, score_process
 from common.diffusion.wrapped_normal import score
 from common.errors import UserError
+from common.precedents import PrecedentIndex
+from common.sampling import Call, Solution
 from common.weights import MODEL_PREFIX, STANDARDIZER_PREFIX
 from tests.common.crystal.test_structure import holds
 from tests.networks import SYSTEMS, fill_value, fitted, random_items, small
@@ -190,18 +193,28 @@ def test_fewer_levels_are_those_of_training(calls: int) -> None:
 # The backend
 
 
-def generator(kind: str = "flow", cell: str = "asymmetric") -> Generator:
+def generator(
+    kind: str = "flow",
+    cell: str = "asymmetric",
+    precedents: PrecedentIndex | None = None,
+    temperature: float = 0.4,
+) -> Generator:
     """An untrained network with no zero in it."""
     config = RunConfig(
         name="x",
-        model=small(cell=cell),
-        diffusion=DiffusionConfig(kind=kind, steps=4, timesteps=4),  # type: ignore[arg-type]
+        model=small(cell=cell, precedents=precedents is not None),
+        diffusion=DiffusionConfig(
+            kind=kind,  # type: ignore[arg-type]
+            steps=4,
+            timesteps=4,
+            precedent_temperature=temperature,
+        ),
     )
     model = CrystalDiT(config.model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(torch.from_numpy(fill_value(name, parameter.shape)))
-    return Generator(config, model, fitted(random_items()), "cpu")
+    return Generator(config, model, fitted(random_items()), "cpu", precedents)
 
 
 @pytest.fixture(scope="module", params=["flow", "score", "conventional"])
@@ -283,6 +296,38 @@ def test_progress_counts_every_crystal(sampler: Generator) -> None:
     sampler.sample(requests(), seed=0, progress=counted.append)
     assert sum(counted) == 20
     assert min(counted) >= 1
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.4])
+def test_samples_that_start_right_at_a_precedent_are_alike_and_made_once(
+    temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rutile = Crystal(136, (Site(22, "a"), Site(8, "f", (0.3, 0.0, 0.0))), np.diag([4.6, 4.6, 3.0]))
+    index = PrecedentIndex.of_crystals([rutile], ["TiO2"], np.full(119, 20.0))
+    sampler = generator(precedents=index, temperature=temperature)
+    solve, made = sampler.solve, []
+
+    def counting(call: Call, *args: Any, **kwargs: Any) -> Solution:
+        made.extend(call.rows)
+        return solve(call, *args, **kwargs)
+
+    monkeypatch.setattr(sampler, "solve", counting)
+    told = SampleRequest(136, ((50, "a"), (8, "f")), {"formation_energy": -1.0}, "SnO2")
+    groups = [
+        [replace(told, sample=sample) for sample in range(4)],
+        [replace(told, sample=sample, properties={}) for sample in range(3)],
+        [SampleRequest(136, ((50, "b"), (8, "j")), {}, "new", sample) for sample in range(3)],
+    ]
+    counted: list[int] = []
+    crystals = iter(sampler.sample(list(chain(*groups)), 0, None, counted.append))
+    found = [{as_bytes(next(crystals)) for _ in group} for group in groups]
+    different = [1, 1, 3] if temperature == 0 else [4, 3, 3]
+    assert [len(each) for each in found] == different
+    assert len(made) == sum(different)
+    assert sorted(chain(*made)) == list(range(10))
+    assert sum(counted) == 10
+    (alone,) = sampler.sample([groups[0][2]], 0)
+    assert as_bytes(alone) in found[0]
 
 
 def test_no_request(sampler: Generator) -> None:
