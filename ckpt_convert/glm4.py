@@ -44,6 +44,7 @@ from common.checkpoint import (
 from common.errors import UserError
 from common.files import flush, flush_folder, refused
 from common.language.adapters import check_adapter
+from common.language.foreign import FolderWeights, check_base
 from common.language.parameters import Parameter, check_network, parameters
 
 CONFIG = "config.json"
@@ -114,7 +115,8 @@ def convert(
 
     Raises:
         MisfitError: if tensors do not fit; nothing is written then.
-        UserError: if the source cannot be read, or the destination cannot be written or is there.
+        UserError: if the source cannot be read, if it is an adapter of another base, or if the
+            destination cannot be written or is there.
     """
     found = open_folder(source)
     kind = lora.CONFIG if found.adapter and base is None else CONFIG
@@ -132,9 +134,10 @@ def convert(
         if found.adapter:
             raise UserError(f"{base}: is an adapter itself; give the model that it belongs to")
         own, more = rename(found, "torch")
+        notes = [f"{adapter.path} worked into {found.path}", *_check_base(adapter, found)]
         merged = lora.merge(adapter.path, adapter.config, additions, own)
         shards = rename_shards(merged, list(parameters(found.config)), to)
-        report = Report((*counts, *more), (f"{adapter.path} worked into {found.path}",))
+        report = Report((*counts, *more), (*notes,))
     files: dict[str, Content] = {}
     for name, path in found.others.items():
         files[name] = partial(_copy, path)
@@ -143,6 +146,31 @@ def convert(
         weights[f"{NATIVE.model}{INDEX_SUFFIX}"] = index_text(found.index, shards)
     _write(destination, found, base is not None, to, files, weights)
     return replace(report, files=(*weights, *files))
+
+
+def _check_base(adapter: Folder, base: Folder) -> list[str]:
+    """Compares the weights that an adapter names with the base's, where both have a name.
+
+    An adapter of peft's names none (its revision is the hub's, if any), and weights under
+    MindFormers' names have another name than under those that the adapter was trained with.
+
+    Returns:
+        What to tell the user if they cannot be compared.
+
+    Raises:
+        UserError: if the adapter was trained on other weights.
+    """
+    if adapter.manifest is None:
+        return []
+    names = {name for shard in base.shards for name in shard.tensors}
+    if not any(parameter.torch in names for parameter in parameters(base.config)):
+        return [f"nobody knows whether {base.path}, under MindFormers' names, is its own base"]
+    if base.manifest is None:
+        name = FolderWeights(base.path).name
+    else:
+        name = str(base.manifest["files"][NATIVE.model]["sha256"])[:12]
+    check_base(adapter.path, adapter.config, base.path, name)
+    return []
 
 
 def open_folder(source: Path) -> Folder:

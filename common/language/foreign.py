@@ -83,12 +83,27 @@ def base_of(adapter: Checkpoint, base: Path | None = None) -> tuple[Path, Checkp
     folder = weights_folder(base or str(config.get("base_model_name_or_path")))
     saved = None if is_foreign(folder) else load_checkpoint(folder)
     name = FolderWeights(folder).name if saved is None else saved.hash
+    check_base(adapter.path, config, folder, name)
+    return folder, saved
+
+
+def check_base(adapter: Path, config: Mapping[str, Any], folder: Path, name: str) -> None:
+    """Makes sure that an adapter of this project was trained on these weights.
+
+    Args:
+        adapter: its folder, for the error.
+        config: content of its adapter_config.json.
+        folder: of the base, for the error.
+        name: 12 hex digits that name the base's weights.
+
+    Raises:
+        UserError: if it was trained on others.
+    """
     if name != config.get("revision"):
         raise UserError(
-            f"adapter {adapter.path} belongs to weights {config.get('revision')}, but "
+            f"adapter {adapter} belongs to weights {config.get('revision')}, but "
             f"{folder} holds {name}: give its own base"
         )
-    return folder, saved
 
 
 def network_config(folder: Path, model: GlmConfig) -> dict[str, Any]:

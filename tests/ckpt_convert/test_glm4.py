@@ -19,7 +19,13 @@ from typer.testing import CliRunner
 
 from ckpt_convert.convert import convert
 from ckpt_convert.stream import CHUNK, Stored, find_shards
-from common.checkpoint import NATIVE, save_checkpoint, shipped, shipped_language
+from common.checkpoint import (
+    NATIVE,
+    load_checkpoint,
+    save_checkpoint,
+    shipped,
+    shipped_language,
+)
 from common.cli import app
 from common.errors import UserError
 from common.language.config import GlmConfig, LoraConfig
@@ -266,6 +272,25 @@ def test_adapter_of_another_base(pair: tuple[Path, Path], tmp_path: Path) -> Non
     with pytest.raises(UserError, match="is no adapter"):
         convert(pair[0], tmp_path / "merged", "torch", base=tmp_path / "wide")
     assert not (tmp_path / "merged").exists()
+
+
+def test_adapter_of_other_weights(tmp_path: Path) -> None:
+    """Of the same shapes, in this project's folder and in transformers'."""
+    known = shipped_language()
+    saved = load_checkpoint(known["glm4_tiny"])
+    companions = {n: (saved.path / n).read_bytes() for n in ("config.json", "tokenizer.json")}
+    weights = {name: array + np.float32(0.01) for name, array in saved.model.items()}
+    own, foreign, renamed = (tmp_path / name for name in ("own", "foreign", "renamed"))
+    save_checkpoint(own, config=saved.config, model=weights, companions=companions)
+    shutil.copytree(own, foreign)
+    (foreign / "manifest.json").unlink()
+    for other in (own, foreign):
+        with pytest.raises(UserError, match="give its own base"):
+            convert(known["glm4_tiny_fm"], tmp_path / "merged", "torch", base=other)
+    assert not (tmp_path / "merged").exists()
+    convert(known["glm4_tiny"], renamed, "mindspore")
+    report = convert(known["glm4_tiny_fm"], tmp_path / "merged", "torch", base=renamed)
+    assert "nobody knows whether" in report.notes[-1]
 
 
 @pytest.mark.parametrize(
