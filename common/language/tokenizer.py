@@ -158,7 +158,8 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> SymmetryTokenizer:
     The head's size is that of config.json, or else of tokenizer_config.json.
 
     Raises:
-        UserError: if there is none, it is damaged, or it is not GLM-4's.
+        UserError: if there is none, it is damaged, it is not GLM-4's or another model's, or it is
+            a compact one with other tokens than this version's.
     """
     path = Path(folder)
     if (path / "tokenizer.json").is_file():
@@ -170,7 +171,32 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> SymmetryTokenizer:
         raise UserError(
             f"no tokenizer in {path}: a folder with tokenizer.json or tokenizer.model is needed"
         )
-    return SymmetryTokenizer(tokenizer, _head_size(path) or tokenizer.get_vocab_size())
+    found = SymmetryTokenizer(tokenizer, _head_size(path) or tokenizer.get_vocab_size())
+    _check_compact(tokenizer, path)
+    _check_end(found, path)
+    return found
+
+
+def _check_compact(tokenizer: Tokenizer, folder: Path) -> None:
+    """Raises UserError for a list of words, as the compact tokenizer is, that is another one."""
+    own = compact_tokenizer().tokenizer
+    if isinstance(tokenizer.model, models.WordLevel) and tokenizer.to_str() != own.to_str():
+        raise UserError(
+            f"{folder}/tokenizer.json: its tokens are not those of this version's compact "
+            "tokenizer; copy the model's folder again, or train it anew"
+        )
+
+
+def _check_end(tokenizer: SymmetryTokenizer, folder: Path) -> None:
+    """Raises UserError if config.json names other tokens that end an answer."""
+    path = folder / "config.json"
+    ends = _read_config(path).get("eos_token_id") if path.is_file() else None
+    known = ends if isinstance(ends, list) else [ends]
+    if ends is not None and tokenizer.end_id not in known:
+        raise UserError(
+            f"{path}: answers end with token {' or '.join(map(str, known))}, but {USER} of the "
+            f"tokenizer beside it is {tokenizer.end_id}; give the model's own tokenizer"
+        )
 
 
 def _read_json(path: Path) -> Tokenizer:

@@ -176,3 +176,25 @@ def test_other_tokenizers_are_user_errors(compact: SymmetryTokenizer, tmp_path: 
     (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 64}))
     with pytest.raises(UserError, match="do not belong together"):
         load_tokenizer(tmp_path)
+
+
+def test_tokenizers_of_other_models_are_user_errors(
+    compact: SymmetryTokenizer, tmp_path: Path
+) -> None:
+    """Though all of their tokens have logits."""
+    compact.save(tmp_path)
+    config = tmp_path / "config.json"
+    for ends in (4, [4, 151_336], None):
+        config.write_text(json.dumps({"vocab_size": 151_552, "eos_token_id": ends}))
+        assert load_tokenizer(tmp_path).end_id == 4
+    config.write_text(json.dumps({"vocab_size": 151_552, "eos_token_id": [151_329, 151_336]}))
+    with pytest.raises(UserError, match=r"config\.json: .* token 151329 or 151336, but .* is 4"):
+        load_tokenizer(tmp_path)
+    config.unlink()
+    path = tmp_path / "tokenizer.json"
+    content = json.loads(path.read_text())
+    words = content["model"]["vocab"]
+    words[" Na"], words[" Cl"] = words[" Cl"], words[" Na"]
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"tokenizer\.json: its tokens are not those"):
+        load_tokenizer(tmp_path)
