@@ -20,15 +20,7 @@ from typing import Any
 from ckpt_convert import lora
 from ckpt_convert.formats import names_file
 from ckpt_convert.mapping import Count, Framework, MisfitError, Report, check_counts
-from ckpt_convert.stream import (
-    INDEX_SUFFIX,
-    Shard,
-    Stored,
-    find_shards,
-    index_text,
-    join,
-    write_shard,
-)
+from ckpt_convert.stream import Shard, Stored, find_shards, index_text, join, write_shard
 from common.checkpoint import (
     ADAPTER,
     MANIFEST,
@@ -44,7 +36,7 @@ from common.checkpoint import (
 from common.errors import UserError
 from common.files import flush, flush_folder, refused
 from common.language.adapters import check_adapter
-from common.language.foreign import FolderWeights, check_base
+from common.language.foreign import INDEX_SUFFIX, FolderWeights, check_base
 from common.language.parameters import Parameter, check_network, parameters
 
 CONFIG = "config.json"

@@ -15,8 +15,8 @@ from safetensors import SafetensorError, safe_open
 
 from ckpt_convert.formats import DTYPES
 from common.errors import UserError
+from common.language.foreign import INDEX_SUFFIX, check_index, read_index
 
-INDEX_SUFFIX = ".index.json"
 #: Bytes that are held at once.
 CHUNK = 4 * 1024 * 1024
 _SIZES = {dtype.safetensors: dtype.size for dtype in DTYPES}
@@ -174,20 +174,9 @@ def find_shards(folder: Path, stem: str = "model") -> tuple[list[Shard], dict[st
         if not single.is_file():
             raise UserError(f"{folder}: holds neither {single.name} nor {index.name}")
         return [read_shard(single)], None
-    try:
-        content = json.loads(index.read_text(encoding="utf-8"))
-        places: dict[str, str] = dict(content["weight_map"])
-        names = sorted(set(places.values()))
-        inside = all(Path(name).name == name for name in names)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{index}: no index of weights; download it again") from error
-    if not inside:
-        raise UserError(f"{index}: names files outside of its folder; download it again")
-    shards = [read_shard(folder / name) for name in names]
-    found = {(tensor, shard.name) for shard in shards for tensor in shard.tensors}
-    wrong = sorted(tensor for tensor, _ in found ^ set(places.items()))
-    if wrong:
-        raise UserError(f"{index}: its files differ from it, as in {wrong[0]}; download them again")
+    content = read_index(index)
+    shards = [read_shard(folder / name) for name in sorted(set(content["weight_map"].values()))]
+    check_index(index, content, {name: shard.name for shard in shards for name in shard.tensors})
     return shards, content
 
 

@@ -6,8 +6,8 @@ and safetensors). No code that comes with weights is run, and no pickle is read.
 
 import math
 import os
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,11 @@ from transformers import AttentionInterface, AttentionMaskInterface, GlmForCausa
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.utils import logging
 
 from common.checkpoint import ADAPTER, Checkpoint, is_checkpoint, load_checkpoint
 from common.errors import UserError
-from common.language.foreign import base_of, read_config, read_json
+from common.language.foreign import FolderWeights, base_of, read_config, read_json
 from common.language.hub import weights_folder
 from common.language.pasts import Call, Past, alike
 from common.language.tokenizer import SymmetryTokenizer, load_tokenizer
@@ -298,14 +299,16 @@ def _from_huggingface(folder: Path) -> GlmForCausalLM:
     if not folder.is_dir():
         raise UserError(f"no language model at {folder}: give a folder with config.json")
     read_config(folder)
+    FolderWeights(folder)  # names a file that is damaged or absent, as transformers does not
     try:
-        model, report = GlmForCausalLM.from_pretrained(
-            folder,
-            use_safetensors=True,
-            local_files_only=True,
-            dtype="auto",
-            output_loading_info=True,
-        )
+        with _no_bars():
+            model, report = GlmForCausalLM.from_pretrained(
+                folder,
+                use_safetensors=True,
+                local_files_only=True,
+                dtype="auto",
+                output_loading_info=True,
+            )
     except Exception as error:  # the library raises anything, from OSError to its own
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"cannot read the language model in {folder}: {reason}") from error
@@ -313,3 +316,15 @@ def _from_huggingface(folder: Path) -> GlmForCausalLM:
     if wrong:
         raise UserError(f"{folder}: weights do not belong to this network: {wrong[:5]}")
     return model
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Without transformers' bars, which would stand between our lines."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

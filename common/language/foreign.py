@@ -21,6 +21,9 @@ from common.language.hub import weights_folder
 from common.language.parameters import check_network
 
 CONFIG = "config.json"
+#: What follows the name that weights in one file would have, where they are in several.
+INDEX_SUFFIX = ".index.json"
+_WHOLE = "model.safetensors"
 _HEADER = 8
 _SAMPLE = 2**20
 _TYPES: dict[str, type[np.generic]] = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
@@ -122,6 +125,39 @@ def network_config(folder: Path, model: GlmConfig) -> dict[str, Any]:
     return content
 
 
+def read_index(path: Path) -> dict[str, Any]:
+    """Content of an index, whose ``weight_map`` names the file of every tensor.
+
+    Raises:
+        UserError: if it cannot be read, or names files outside of its folder.
+    """
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        names = set(dict(content["weight_map"]).values())
+        inside = all(Path(name).name == name for name in names)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: no index of weights; download it again") from error
+    if not inside:
+        raise UserError(f"{path}: names files outside of its folder; download it again")
+    return content
+
+
+def check_index(path: Path, index: Mapping[str, Any], found: Mapping[str, str]) -> None:
+    """Makes sure that files hold what their index says.
+
+    Args:
+        path: of the index, for the error.
+        index: its content.
+        found: names of the files that hold the tensors.
+
+    Raises:
+        UserError: if a tensor is missing, is more, or is elsewhere.
+    """
+    wrong = sorted(name for name, _ in found.items() ^ index["weight_map"].items())
+    if wrong:
+        raise UserError(f"{path}: its files differ from it, as in {wrong[0]}; download them again")
+
+
 @dataclass(frozen=True)
 class _Entry:
     """Where a tensor lies."""
@@ -141,13 +177,24 @@ class FolderWeights(Mapping[str, NDArray[np.float32]]):
             and last MiB, for all of it takes minutes.
 
     Raises:
-        UserError: if there is none, or a file is damaged.
+        UserError: if there is none, a file is damaged, or one that an index names is absent.
     """
 
     def __init__(self, folder: Path) -> None:
-        files = sorted(folder.glob("model*.safetensors"))
+        path = folder / f"{_WHOLE}{INDEX_SUFFIX}"
+        index = None
+        if (folder / _WHOLE).is_file():  # as transformers takes it
+            files = [folder / _WHOLE]
+        elif path.is_file():
+            index = read_index(path)
+            files = [folder / name for name in sorted(set(index["weight_map"].values()))]
+        else:
+            files = sorted(folder.glob("model*.safetensors"))
         if not files:
-            raise UserError(f"no weights in {folder}: model.safetensors or its parts are needed")
+            raise UserError(f"no weights in {folder}: {_WHOLE} or its parts are needed")
+        absent = [file for file in files if not file.is_file()]
+        if absent:
+            raise UserError(f"{absent[0]} is absent, but {path.name} names it; copy it again")
         self._entries: dict[str, _Entry] = {}
         digest = hashlib.sha256()
         for file in files:
@@ -159,6 +206,9 @@ class FolderWeights(Mapping[str, NDArray[np.float32]]):
                 stream.seek(max(0, size - _SAMPLE))
                 digest.update(stream.read())
             self._entries |= header
+        if index is not None:
+            found = {name: entry.file.name for name, entry in self._entries.items()}
+            check_index(path, index, found)
         self.name = digest.hexdigest()[:12]
 
     def __len__(self) -> int:

@@ -642,6 +642,21 @@ def test_bad_folders(trained: Path, model: LanguageModel, tmp_path: Path) -> Non
     assert "other" in refused(other)
 
 
+def test_bad_folders_of_several_files(
+    foreign: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The file is named, and nothing else is written."""
+    folder = tmp_path / "several"
+    shutil.copytree(foreign, folder)
+    load_language_model(folder)
+    last = sorted(folder.glob("*.safetensors"))[-1]
+    last.write_bytes(last.read_bytes()[:-100])
+    assert refused(folder).startswith(f"{last} is damaged")
+    last.unlink()
+    assert refused(folder).startswith(f"{last} is absent")
+    assert capfd.readouterr() == ("", "")
+
+
 def test_logits_do_not_hang_on_the_number_of_threads() -> None:
     """The shipped model's, whose probabilities `generate` writes down."""
     model = load_language_model(shipped_language()["glm4_tiny_fm"])

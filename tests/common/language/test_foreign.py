@@ -74,6 +74,32 @@ def test_bad_weights(folder: Path, tmp_path: Path) -> None:
     assert "b is I8" in refused(folder)
 
 
+def test_index(folder: Path) -> None:
+    """Its files are the folder's weights, unless there is one file for all."""
+    files = sorted(path.name for path in folder.glob("*.safetensors"))
+    places = {"a": files[0], "b": files[1], "c": files[1]}
+    index = folder / "model.safetensors.index.json"
+    name = FolderWeights(folder).name
+
+    def write(places: dict[str, str]) -> None:
+        index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
+
+    write(places)
+    assert FolderWeights(folder).name == name
+    write({"b": files[1], "c": files[1]})
+    assert set(FolderWeights(folder)) == {"b", "c"}
+    write(places | {"c": files[0]})
+    assert "its files differ from it, as in c" in refused(folder)
+    write(places | {"d": "model-00003-of-00003.safetensors"})
+    assert "model-00003-of-00003.safetensors is absent" in refused(folder)
+    write(places | {"d": "../elsewhere.safetensors"})
+    assert "outside of its folder" in refused(folder)
+    index.write_text("{")
+    assert "no index of weights" in refused(folder)
+    save_file({"e": torch.zeros(1)}, folder / "model.safetensors")
+    assert set(FolderWeights(folder)) == {"e"}
+
+
 def test_network(folder: Path) -> None:
     assert is_foreign(folder)
     assert network_config(folder, MODEL)["num_key_value_heads"] == 2
