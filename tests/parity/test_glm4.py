@@ -1,7 +1,7 @@
 """GLM-4 in both frameworks from the same weights: logits, loss, LoRA's gradients, AdamW's steps."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -247,6 +247,20 @@ def test_spoilt_adapter_is_noticed(network: MindFormers, reference: Torch, name:
     assert largest(network.loss_and_gradients()[1], reference.gradients) > 10 * LIMIT
 
 
+def read_converted(model: ms.nn.Cell, folders: Sequence[Path]) -> None:
+    """Fills a network with what MindSpore itself reads of converted folders, all of it."""
+    for parameter in model.get_parameters():
+        parameter.set_data(ms.Tensor(np.ones(parameter.shape, np.float32)))
+    unfilled = {parameter.name for parameter in model.get_parameters()}
+    for folder in folders:
+        (path,) = folder.glob("*.safetensors")
+        loaded = ms.load_checkpoint(str(path), format="safetensors")
+        unfilled -= loaded.keys()
+        _, unused = ms.load_param_into_net(model, loaded, strict_load=True)
+        assert not unused
+    assert all("paged_attention_mgr" in name for name in unfilled)  # what caches when generating
+
+
 def test_mindspore_reads_converted_files(
     network: MindFormers, reference: Torch, tmp_path: Path
 ) -> None:
@@ -254,21 +268,14 @@ def test_mindspore_reads_converted_files(
     sources = {"config.json": CONFIG, "adapter_config.json": LORA}
     files = {"config.json": "model", "adapter_config.json": "adapter_model"}
     weights = {"config.json": reference.base, "adapter_config.json": reference.additions}
-    for parameter in network.model.get_parameters():
-        parameter.set_data(ms.Tensor(np.ones(parameter.shape, np.float32)))
-    unfilled = {parameter.name for parameter in network.model.get_parameters()}
-    for name, content in sources.items():
-        folder, converted = tmp_path / files[name], tmp_path / f"{files[name]}_converted"
+    converted = [tmp_path / f"{name}_converted" for name in files.values()]
+    for (name, content), there in zip(sources.items(), converted, strict=True):
+        folder = tmp_path / files[name]
         folder.mkdir()
         (folder / name).write_text(json.dumps(content))
         save_file(weights[name], folder / f"{files[name]}.safetensors")
-        convert(folder, converted, "mindspore")
-        path = str(converted / f"{files[name]}.safetensors")
-        loaded = ms.load_checkpoint(path, format="safetensors")
-        unfilled -= loaded.keys()
-        _, unused = ms.load_param_into_net(network.model, loaded, strict_load=True)
-        assert not unused
-    assert all("paged_attention_mgr" in name for name in unfilled)  # what caches when generating
+        convert(folder, there, "mindspore")
+    read_converted(network.model, converted)
     assert largest(network.loss_and_gradients()[1], reference.gradients) < LIMIT
 
 
@@ -310,10 +317,9 @@ def test_steps(network: MindFormers, reference: Torch) -> None:
 # The shipped model
 
 
-def shipped() -> Case:
-    """An adapter on its base, and two questions that it answers."""
-    folders = shipped_language()
-    base, adapter = (load_checkpoint(folders[name]) for name in ("glm4_tiny", "glm4_tiny_fm"))
+def shipped(folders: Sequence[Path]) -> Case:
+    """An adapter on its base, of these folders, and two questions that it answers."""
+    base, adapter = map(load_checkpoint, folders)
     answers = {
         ("NaCl", -2.0): Symmetry.of(225, [(11, "a"), (17, "b")]),
         ("SrTiO3", -3.5): Symmetry.of(221, [(38, "a"), (22, "b"), (8, "c")]),
@@ -348,15 +354,24 @@ def overall(found: Results, wanted: Results) -> float:
     )
 
 
-def test_shipped_model() -> None:
+def test_shipped_model(tmp_path: Path) -> None:
     """Logits, losses, gradients, whose means the momenta are, and steps.
+
+    MindSpore has the weights that `convert` made of torch's, of which it makes torch's again.
 
     A weight's step is as large as the rate however small its gradient is, so that a weight whose
     gradient is nearly zero goes where rounding sends it: torch's own weights differ by 8e-5 of the
     largest from those in float64. All of a tensor together do so less.
     """
-    reference = Torch(shipped())
+    ours = [shipped_language()[name] for name in ("glm4_tiny", "glm4_tiny_fm")]
+    theirs = [tmp_path / f"{folder.name}_mindspore" for folder in ours]
+    for folder, there in zip(ours, theirs, strict=True):
+        convert(folder, there, "mindspore")
+        convert(there, tmp_path / folder.name, "torch")
+        assert load_checkpoint(tmp_path / folder.name).hash == load_checkpoint(folder).hash
+    reference = Torch(shipped(ours))
     network = MindFormers(reference)
+    read_converted(network.model, theirs)
     assert largest(network.logits(), reference.logits) < LIMIT
     losses, after, momenta = network.steps()
     assert losses == pytest.approx(reference.means, rel=LIMIT)
