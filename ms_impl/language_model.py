@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from common.checkpoint import ADAPTER, Checkpoint, is_checkpoint, load_checkpoint
 from common.errors import UserError
 from common.language.adapters import with_additions
-from common.language.foreign import FolderWeights, base_of, is_foreign, read_config, read_json
+from common.language.foreign import FolderWeights, base_of, read_config, read_json
 from common.language.hub import weights_folder
 from common.language.parameters import check_network, parameters
 from common.language.pasts import Call, Past, alike
@@ -270,9 +270,9 @@ def load_language_model(
         name, path = saved.hash, saved.path
         analogues = int(saved.config.get("train", {}).get("analogues", 0))
         weights, config = _weights(saved, base)
-    elif is_foreign(path):
-        name = path.name
-        weights, config = FolderWeights(path), read_config(path)
+    elif path.is_dir():
+        name, config = path.name, read_config(path)
+        weights = FolderWeights(path)
     else:
         raise UserError(f"no language model at {path}: give a folder with config.json")
     tokenizer = load_tokenizer(path)

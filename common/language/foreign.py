@@ -63,9 +63,15 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Content of config.json, and what transformers takes where it does not say.
 
     Raises:
-        UserError: if it cannot be read, or is another network's than GLM-4's.
+        UserError: if it cannot be read, is another network's than GLM-4's, or if the folder is an
+            adapter's.
     """
     path = folder / CONFIG
+    if not path.is_file() and (folder / "adapter_config.json").is_file():
+        raise UserError(
+            f"{folder} is an adapter: make a model of it with 'uni-mdm convert {folder} OUT "
+            "--to torch --base GLM4', GLM4 being its base, and give OUT"
+        )
     config = read_json(path)
     if config.get("model_type") != "glm":
         raise UserError(f"{path}: model_type is not glm; give a folder of GLM-4")

@@ -9,9 +9,11 @@ from typing import Any
 import huggingface_hub
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from common import backend
 from common.checkpoint import load_checkpoint, shipped_language
+from common.cli import app
 from common.composition import parse_formula
 from common.errors import UserError
 from common.language.model import LanguageModel, rank_questions, write_answers
@@ -141,3 +143,20 @@ def test_what_cannot_be_loaded(load: Callable[..., LanguageModel], folder: Path,
     with pytest.raises(UserError, match=told) as error:
         load(folder, base=other)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("load", LOADERS, ids=["torch", "mindspore"])
+def test_adapters_of_peft(load: Callable[..., LanguageModel], tmp_path: Path) -> None:
+    """Are told from other folders, with the command that makes them models."""
+    adapter = tmp_path / "adapter"
+    shutil.copytree(ADAPTER, adapter)
+    (adapter / "manifest.json").unlink()
+    with pytest.raises(UserError, match="is an adapter: make") as error:
+        load(adapter)
+    command = str(error.value).split("'")[1]
+    assert command.startswith("uni-mdm ")
+    places = {"OUT": str(tmp_path / "model"), "GLM4": "glm4_tiny"}
+    words = [places.get(word, word) for word in command.split()[1:]]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    assert load(tmp_path / "model").analogues == load_checkpoint(BASE).config["train"]["analogues"]
