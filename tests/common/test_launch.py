@@ -1,5 +1,7 @@
 """What a launcher asks beforehand."""
 
+import json
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -8,10 +10,11 @@ import pytest
 import typer
 
 from common import launch
-from common.checkpoint import save_step
+from common.checkpoint import save_step, shipped_language
 from common.commands import train
 from common.config import AnyRunConfig, RunConfig
-from common.language.config import LanguageRunConfig
+from common.language.config import GlmConfig, LanguageRunConfig
+from common.language.tokenizer import compact_tokenizer
 from tests.training import tiny_run
 
 LANGUAGE = LanguageRunConfig(name="example", kind="language")
@@ -89,3 +92,31 @@ def test_what_processes_would_refuse_is_told_before(
     assert line == f"error: the run in {out} has other train.seed: give another --out"
     config.write_text(tiny_run(absent).model_dump_json())
     assert refused(capsys, config, out).startswith(f"error: no data set at {absent}: give a CSV")
+
+
+def test_absent_weights_are_told_before_processes_start(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """And so is a folder of transformers that lacks a part."""
+    base, config = tmp_path / "base", tmp_path / "run.yaml"
+
+    def told() -> str:
+        with pytest.raises(typer.Exit):
+            launch.main(config)
+        (line,) = capsys.readouterr().err.splitlines()
+        return line
+
+    train = f"train: {{data: {config}, validation: {config}, init_from: {base}}}"
+    config.write_text(f"name: example\nkind: language\nlora: {{}}\n{train}\n")
+    assert f"{base} does not exist" in told()
+    shipped = shipped_language()["glm4_tiny"]
+    shutil.copytree(shipped, base)
+    launch.main(config)
+    (base / "manifest.json").unlink()
+    assert "hidden_size is 192, but model.width 256" in told()
+    text = (base / "config.json").read_text()
+    sizes = GlmConfig().to_huggingface(compact_tokenizer())
+    (base / "config.json").write_text(json.dumps(json.loads(text) | sizes))
+    launch.main(config)
+    (base / "model.safetensors").unlink()
+    assert f"no weights in {base}" in told()
