@@ -102,6 +102,7 @@ class SymmetryRow:
         polymorphs: where the first symmetry stands that some known crystal of the composition has,
             if any is asked for rather than one beside those of training; None for a method that
             leaves these out.
+        plain: where the truth stands in the rankings of ``polymorphs``; None without them.
     """
 
     run: SymmetryRun
@@ -111,6 +112,7 @@ class SymmetryRow:
     answers: Answers
     figures: dict[str, float] = field(default_factory=dict)
     polymorphs: tuple[int | None, ...] | None = None
+    plain: tuple[Outcome, ...] | None = None
 
     def rate(self, place: Place, cutoff: int, new: bool | None = None) -> Rate:
         """How often the truth is among the first so many.
@@ -146,6 +148,11 @@ class SymmetryRow:
     def calibration_error(self) -> float:
         """See ``symmetry_prediction.calibration_error``."""
         return calibration_error(self.outcomes)
+
+    @cached_property
+    def plain_calibration_error(self) -> float | None:
+        """That of the rankings of ``polymorphs``; None without them."""
+        return None if self.plain is None else calibration_error(self.plain)
 
     @cached_property
     def reliability(self) -> list[Reliability]:
@@ -257,6 +264,7 @@ def to_json(rows: Sequence[SymmetryRow]) -> str:
                 "polymorphs": _by_kind(row.polymorph_rate) if row.polymorphs else None,
                 "legal": _plain(row.legal),
                 "calibration_error": row.calibration_error,
+                "plain_calibration_error": row.plain_calibration_error,
                 "reliability": [asdict(one) for one in row.reliability],
                 "answers": asdict(row.answers),
                 "figures": row.figures,
@@ -279,6 +287,8 @@ def _outcomes(row: SymmetryRow) -> list[dict[str, Any]]:
     ]
     for own, place in zip(listed, row.polymorphs or (), strict=False):
         own["polymorph"] = place
+    for own, outcome in zip(listed, row.plain or (), strict=False):
+        own |= {"plain_assignment": outcome.assignment, "plain_first": outcome.first}
     return listed
 
 
@@ -361,7 +371,11 @@ _ANSWERS = (
 _POLYMORPHS = (
     "Who asks for any crystal of a composition is content with each of its polymorphs, those that "
     "training has included. Share of rows (%) for which the symmetry of one, of training or the "
-    "references, is among the first 1, 5 and 20."
+    "references, is among the first 1, 5 and 20. Calibration error: of the first candidate's "
+    "probability in these rankings, which `generate` shows as Prob., as that of the row's own "
+    "symmetry. It is not that of any polymorph: probabilities add up to one, but several "
+    "polymorphs are right, so that one of them stands first more often than its probability says, "
+    "and nearly always where the formula is known."
 )
 
 
@@ -372,6 +386,7 @@ def _polymorph_table(rows: Sequence[SymmetryRow]) -> str:
         for kind, new in kinds
         for k in CUTOFFS
     ]
+    lines.append(["calibration error", *(number(row.plain_calibration_error) for row in rows)])
     return _by_method(rows, lines)
 
 

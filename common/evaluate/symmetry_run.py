@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -298,13 +298,15 @@ class SymmetryEvaluation:
             seen_symmetry=self._seen.symmetry,
             seen_in=self._training_name,
         )
-        outcomes = map(outcome_of, self._crystals, rankings)
+        outcomes = tuple(map(outcome_of, self._crystals, rankings))
         ids = tuple(record.material_id for record in self._references)
-        places = None
-        if plain is not None:
-            places = tuple(map(first_place, plain, self._polymorphs))
-        return SymmetryRow(
-            run, ids, tuple(outcomes), self._new, answers, dict(figures or {}), places
+        row = SymmetryRow(run, ids, outcomes, self._new, answers, dict(figures or {}))
+        if plain is None:
+            return row
+        return replace(
+            row,
+            polymorphs=tuple(map(first_place, plain, self._polymorphs)),
+            plain=tuple(map(outcome_of, self._crystals, plain)),
         )
 
 

@@ -81,11 +81,23 @@ def test_polymorphs_by_hand() -> None:
         *("25.00 (4.6 to 69.9)", "50.00", "50.00"),
         *("0.00 (0.0 to 65.8)", "0.00", "0.00"),
         *("50.00 (9.5 to 90.5)", "100", "100"),
+        "-",
     ]
     paired = text.split("## Paired tests")[1].split("## Answers")[0]
     assert cells(paired, "model against beside") == ["0 : 0, 1", "0 : 0, 1", "-", "-", "-"]
     assert cells(paired, "model against other")[2:] == ["0 : 2, 0.5", "0 : 1, 1", "0 : 1, 1"]
     assert "## Paired tests" not in to_markdown([row()])
+
+
+def test_calibration_where_any_polymorph_is_asked_for() -> None:
+    """Of the row's own symmetry, in rankings that are not those of the first table."""
+    plain = tuple(Outcome(0, place, 0.55, True) for place in (0, 1, 0, 0))
+    made = row(polymorphs=(0, 0, 0, 0), plain=plain)
+    assert made.calibration_error == pytest.approx(0.5)
+    assert made.plain_calibration_error == pytest.approx(0.2)
+    assert row().plain_calibration_error is None
+    asked = to_markdown([made]).split("## Any polymorph")[1]
+    assert cells(asked, "calibration error") == ["0.2000"]
 
 
 def test_the_summary_is_a_line_per_row_in_a_terminal() -> None:
@@ -143,7 +155,7 @@ def test_markdown() -> None:
 
 
 def test_files(tmp_path: Path) -> None:
-    other_row = row("other", polymorphs=(0, 3, None, 20))
+    other_row = row("other", polymorphs=(0, 3, None, 20), plain=row().outcomes)
     paths = write_symmetry_report([row(), other_row], tmp_path / "new")
     names = sorted(path.name for path in (tmp_path / "new").iterdir())
     assert names == ["symmetry.json", "symmetry.md", "symmetry.png"]
@@ -163,6 +175,10 @@ def test_files(tmp_path: Path) -> None:
     assert [outcome["polymorph"] for outcome in other["outcomes"]] == [0, 3, None, 20]
     assert other["polymorphs"]["known_formula"]["5"]["hits"] == 2
     assert first["polymorphs"] is None
+    assert first["plain_calibration_error"] is None
+    assert other["plain_calibration_error"] == 0.5
+    assert other["outcomes"][1]["plain_assignment"] == 4
+    assert other["outcomes"][1]["plain_first"] == 0.75
     (tested,) = data["paired_tests"]
     assert (tested["first"], tested["second"]) == ("model", "other")
     assert tested["tests"].keys() == {"assignment @1", "assignment @1, new formulas"}

@@ -17,7 +17,7 @@ from common.evaluate.symmetry_run import History, SymmetryEvaluation, properties
 from common.language.model import rank_questions
 from common.language.prompt import Question
 from common.prior import TemplatePrior
-from common.ranking import SHARPNESS, load_ranker, pooled, sharpened
+from common.ranking import SHARPNESS, Ranker, load_ranker, pooled, sharpened
 from tests.training import textbook_records
 
 RECORDS = textbook_records()
@@ -107,6 +107,13 @@ def test_any_polymorph(prior: TemplatePrior, textbook_model: Path) -> None:
     index = [record.reduced_formula for record in RECORDS].index("SrTiO3")
     assert average.polymorphs is not None
     assert average.polymorphs[index] == 0
+    # What it is called there is what `generate` says of it.
+    assert average.plain is not None
+    query = [(RECORDS[index].crystal.formula_counts, {})]
+    (ranking,) = Ranker(prior, ranker.model).rank(query, 20)
+    assert average.plain[index].first == pytest.approx(ranking[0].probability, abs=1e-4)
+    assert average.outcomes[index].first != pytest.approx(ranking[0].probability, abs=1e-2)
+    assert plain.plain == plain.outcomes
     assert new_only.outcomes[index].assignment != 0
     for row in (plain, *measured.controls()[2:]):
         assert row.polymorphs is not None
