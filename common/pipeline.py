@@ -32,6 +32,7 @@ from common.composition import (
     parse_sites,
 )
 from common.crystal.structure import Crystal
+from common.crystal.symbols import parse_space_group
 from common.crystal.wyckoff import wyckoff_summary
 from common.errors import UserError
 from common.machine import one_thread
@@ -64,6 +65,7 @@ class Query:
         space_group, sites, z: what is fixed of the symmetry; z is formula units in the
             conventional cell.
         name: what the user calls it.
+        note: what the user should know of it, in one line.
     """
 
     formula: Formula
@@ -72,6 +74,7 @@ class Query:
     sites: tuple[SiteRequest, ...] | None = None
     z: int | None = None
     name: str = ""
+    note: str = field(default="", compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON types; equal queries give equal dictionaries."""
@@ -207,12 +210,12 @@ def make_query(
     band_gap: float | None = None,
     formation_energy: float | None = None,
     *,
-    space_group: int | None = None,
+    space_group: int | str | None = None,
     sites: str | None = None,
     z: int | None = None,
     name: str = "",
 ) -> Query:
-    """Checks one request.
+    """Checks one request; the arguments are those of ``generate``.
 
     Raises:
         UserError: if the formula or the sites cannot be read, both properties are given, a number
@@ -226,10 +229,11 @@ def make_query(
     }
     if len(properties) > 1:
         raise UserError("give band gap or formation energy, not both: a network knows one of them")
+    group, note = None, ""
     if space_group is not None:
-        space_group = _whole("space group", space_group)
-        if not 1 <= space_group <= 230:
-            raise UserError(f"space group {space_group}: give a number from 1 to 230")
+        if not isinstance(space_group, str):
+            space_group = str(_whole("space group", space_group))
+        group, note = parse_space_group(space_group)
     if z is not None:
         z = _whole("z", z)
         if z < 1:
@@ -239,7 +243,7 @@ def make_query(
     if sites is not None and not isinstance(sites, str):
         raise UserError(f'sites are {sites!r}: give text, as in "Sr:1a Ti:1b O:3c"')
     requested = None if sites is None else parse_sites(sites)
-    query = Query(parsed, properties, space_group, requested, z, name)
+    query = Query(parsed, properties, group, requested, z, name, note)
     _check_symmetry(query)
     return query
 
@@ -373,7 +377,7 @@ def generate(
     band_gap: float | None = None,
     formation_energy: float | None = None,
     *,
-    space_group: int | None = None,
+    space_group: int | str | None = None,
     sites: str | None = None,
     z: int | None = None,
     top: int = 5,
@@ -392,7 +396,8 @@ def generate(
         formula: ``SrTiO3``, or with the cell's real count ``Sr2Ti2O6``.
         band_gap: eV.
         formation_energy: eV/atom; at most one property.
-        space_group: number 1-230.
+        space_group: number 1-230, or a symbol: ``Fm-3m``. One of another setting (``Pbnm``) names
+            the group in its standard setting, with a warning.
         sites: ``Sr:1a Ti:1b O:3c``.
         z: formula units in the conventional cell.
         top: symmetries.
@@ -417,6 +422,8 @@ def generate(
     query = make_query(
         formula, band_gap, formation_energy, space_group=space_group, sites=sites, z=z
     )
+    if query.note:
+        warnings.warn(query.note, stacklevel=2)
     if isinstance(prior, str | Path):
         prior = load_prior(Path(prior))
     # What cannot be is said before anything else is loaded.

@@ -1,7 +1,8 @@
 """Files of many requests: CSV with a header, or JSON lines.
 
 Columns or keys: ``formula`` and, each optional, ``id``, ``band_gap`` (eV), ``formation_energy``
-(eV/atom), ``space_group``, ``sites``, ``z``. An empty cell or null is as if it were not there.
+(eV/atom), ``space_group`` (number or symbol), ``sites``, ``z``. An empty cell or null is as if it
+were not there.
 """
 
 import csv
@@ -137,7 +138,7 @@ def _query(row: _Row, line: int, lines: dict[str, int]) -> Query:
         str(values["formula"]),
         band_gap=_number("band_gap", values.get("band_gap")),
         formation_energy=_number("formation_energy", values.get("formation_energy")),
-        space_group=_integer("space_group", values.get("space_group")),
+        space_group=_space_group(values.get("space_group")),
         z=_integer("z", values.get("z")),
         sites=None if "sites" not in values else str(values["sites"]),
         name=name,
@@ -167,6 +168,10 @@ def _number(name: str, value: Any) -> float | None:
         return float(value)
     except (ValueError, TypeError, OverflowError) as error:
         raise UserError(f"{name} is {str(value)[:40]!r}: give a number") from error
+
+
+def _space_group(value: Any) -> int | str | None:
+    return value if isinstance(value, str) else _integer("space_group", value)
 
 
 def _integer(name: str, value: Any) -> int | None:

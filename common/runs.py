@@ -129,8 +129,9 @@ def generate_many(
         _answer_all(queries, engines, settings, folder, journal, workers, progress)
         entries = [journal.entries[index] for index in range(len(queries))]
         _finish(folder, description, entries)
-    notes = dict.fromkeys(engine.ranker.note for engine in engines.values() if engine.ranker.note)
-    return Outcome(folder, resumed, entries, _rankers(engines), tuple(notes))
+    told = [engine.ranker.note for engine in engines.values()] + [query.note for query in queries]
+    notes = tuple(dict.fromkeys(filter(None, told)))
+    return Outcome(folder, resumed, entries, _rankers(engines), notes)
 
 
 def _kind(query: Query) -> str | None:

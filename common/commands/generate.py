@@ -26,7 +26,9 @@ def command(
     formation_energy: Annotated[
         float | None, typer.Option(help="Wanted formation energy, eV/atom.")
     ] = None,
-    space_group: Annotated[int | None, typer.Option(help="Number 1-230.")] = None,
+    space_group: Annotated[
+        str | None, typer.Option(help="Number 1-230, or symbol: Fm-3m, P2_1/c.")
+    ] = None,
     sites: Annotated[str | None, typer.Option(help='As in "Sr:1a Ti:1b O:3c".')] = None,
     z: Annotated[
         int | None, typer.Option("--z", help="Formula units in the conventional cell.")

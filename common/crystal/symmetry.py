@@ -294,14 +294,20 @@ def _coordinate_table() -> list[str]:
 
 
 @cache
-def _standard_settings() -> dict[int, spglib.SpaceGroupType]:
-    """spglib's entry of every group's standard setting."""
-    settings: dict[int, spglib.SpaceGroupType] = {}
+def hall_settings() -> tuple[spglib.SpaceGroupType, ...]:
+    """spglib's entries of all settings, by Hall number."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about spglib's way to report errors
         entries = [spglib.get_spacegroup_type(hall) for hall in range(1, NUM_HALL_SYMBOLS + 1)]
-    for entry in entries:
-        assert entry is not None
+    assert None not in entries
+    return tuple(entry for entry in entries if entry is not None)
+
+
+@cache
+def standard_settings() -> dict[int, spglib.SpaceGroupType]:
+    """spglib's entry of every group's standard setting."""
+    settings: dict[int, spglib.SpaceGroupType] = {}
+    for entry in hall_settings():
         if entry.choice in _STANDARD_CHOICES:
             settings.setdefault(entry.number, entry)
     return settings
@@ -324,7 +330,7 @@ def space_group(number: int) -> SpaceGroup:
         letter: _wyckoff_position(number, letter, position, group, centering)
         for letter, position in zip(_LETTERS, reversed(positions), strict=False)
     }
-    setting = _standard_settings()[number]
+    setting = standard_settings()[number]
     return SpaceGroup(
         number=number,
         symbol=setting.international_short.replace("_", ""),

@@ -132,6 +132,25 @@ def test_seed_decides_and_nothing_else(checkpoint: Path) -> None:
     assert alone[0].to_cif() == first[0]
 
 
+def test_space_group_by_symbol(checkpoint: Path, tmp_path: Path) -> None:
+    assert make_query("SrTiO3", space_group="Pm-3m") == make_query("SrTiO3", space_group=221)
+    assert make_query("SrTiO3", space_group="Pm-3m").note == ""
+    with pytest.warns(UserWarning, match="Pbnm is space group 62 in another setting"):
+        (crystal,) = make(checkpoint, space_group="Pbnm", top=1)
+    assert crystal.crystal.space_group == crystal.query.space_group == 62
+    path = tmp_path / "requests.csv"
+    path.write_text("formula,space_group\nSrTiO3,Pm-3m\nSrTiO3,Pbnm\nNaCl,P b n m\nNaCl,225\n")
+    queries = read_requests(path)
+    assert [query.space_group for query in queries] == [221, 62, 62, 225]
+    settings = Settings(1, 1)
+    outcome = generate_many(
+        queries, tmp_path / "out", settings, checkpoint=checkpoint, symmetry_model="prior"
+    )
+    assert not outcome.failed
+    (note,) = outcome.notes
+    assert note.startswith("Pbnm is space group 62 in another setting")
+
+
 def test_fixed_symmetry_is_obeyed(checkpoint: Path) -> None:
     (given,) = make(checkpoint, space_group=221, sites="Sr:1a Ti:1b O:3c")
     assert (given.crystal.space_group, given.symmetry.source) == (221, "given")
@@ -167,7 +186,7 @@ def test_two_hundred_atoms_in_the_primitive_cell(checkpoint: Path, given: dict) 
         ({"band_gap": 1.0, "formation_energy": -1.0}, "not both"),
         ({"formation_energy": -1.0}, "not with formation_energy"),
         ({"space_group": 231}, "1 to 230"),
-        ({"space_group": "221"}, "whole number"),
+        ({"space_group": "pnma"}, "like it: Pnma"),
         ({"space_group": 221.5}, "whole number"),
         ({"z": 0}, "positive"),
         ({"z": True}, "whole number"),

@@ -106,7 +106,7 @@ def test_formula(refused, formula: str, expected: str) -> None:
         (["--formula", "SrTiO3", "--formation-energy=-1e9"], "-1"),
         (["--formula", "SrTiO3", "--space-group", "0"], "1 to 230"),
         (["--formula", "SrTiO3", "--space-group", "231"], "1 to 230"),
-        (["--formula", "SrTiO3", "--space-group", "P1"], "'--space-group'"),
+        (["--formula", "SrTiO3", "--space-group", "pnma"], "like it: Pnma"),
         (["--formula", "SrTiO3", "--z", "0"], "z is 0"),
         (["--formula", "SrTiO3", "--z=-1"], "z is -1"),
         (["--formula", "SrTiO3", "--z", "1000000"], "1000000"),
@@ -180,6 +180,7 @@ def test_what_knows_the_property_is_said(refused) -> None:
         (b"formula;band_gap\nSrTiO3;1\n", "with commas between"),
         (b"formula,formula\nSrTiO3,SrTiO3\n", "twice"),
         (b"formula,z\nSrTiO3,1.5\n", "line 2"),
+        (b"formula,space_group\nSrTiO3,pnma\n", "line 2: unknown space group 'pnma'"),
         (b"formula\n\xff\xfe\n", "UTF-8"),
         (b'formula\n"SrTiO3\n', "not CSV"),
         (b"formula\nSr\x00TiO3\n", "line 2"),
@@ -204,6 +205,9 @@ def test_csv_file(refused, tmp_path: Path, content: bytes, expected: str) -> Non
         '{"formula": "SrTiO3", "band_gap": true}',
         '{"formula": "SrTiO3", "z": 1e400}',
         '{"formula": "SrTiO3", "z": []}',
+        '{"formula": "SrTiO3", "space_group": []}',
+        '{"formula": "SrTiO3", "space_group": 1.5}',
+        '{"formula": "SrTiO3", "space_group": "pnma"}',
         "[" * 100_000,
     ],
     ids=lambda line: line[:40],
@@ -336,7 +340,9 @@ SITES += [",", ";", " ", "Sr:1a,", "\n", "\x00", "O:-1a", "O:3cc", "O3c"]
 formulas = st.text(max_size=20) | st.lists(st.sampled_from(TOKENS), max_size=8).map("".join)
 site_lists = st.text(max_size=20) | st.lists(st.sampled_from(SITES), max_size=6).map(" ".join)
 cells = (
-    st.sampled_from(["", "1", "-1", "nan", "inf", "1e400", "1.5", "SrTiO3", "Sr2Ti2O6", "221"])
+    st.sampled_from(
+        ["", "1", "-1", "nan", "inf", "1e400", "1.5", "SrTiO3", "Sr2Ti2O6", "221", "Pm-3m", "Pbnm"]
+    )
     | formulas
     | site_lists
     | st.integers().map(str)
