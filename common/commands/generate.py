@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 def command(
     formula: Annotated[
         str | None,
-        typer.Option(help="SrTiO3, or with the cell's real count Sr2Ti2O6."),
+        typer.Argument(help="SrTiO3, or with the cell's real count Sr2Ti2O6.", show_default=False),
+    ] = None,
+    formula_option: Annotated[
+        str | None, typer.Option("--formula", help="The formula, if it is not the argument.")
     ] = None,
     band_gap: Annotated[float | None, typer.Option(help="Wanted band gap, eV.")] = None,
     formation_energy: Annotated[
@@ -35,7 +38,7 @@ def command(
     ] = None,
     input_file: Annotated[
         Path | None,
-        typer.Option("--input", help="CSV or JSONL of many requests, instead of --formula."),
+        typer.Option("--input", help="CSV or JSONL of many requests, instead of a formula."),
     ] = None,
     top: Annotated[int, typer.Option(help="Symmetries per request.")] = 5,
     num_samples: Annotated[
@@ -72,8 +75,11 @@ def command(
         "--sites": sites,
         "--z": z,
     }
+    if formula is not None and formula_option is not None:
+        raise UserError("the formula is given twice, with --formula and without; give it once")
+    formula = formula_option if formula is None else formula
     if (formula is None) == (input_file is None):
-        raise UserError("give --formula or --input, one of them: --formula SrTiO3")
+        raise UserError("give a formula or --input, one of them: uni-mdm generate SrTiO3")
     if input_file is not None and any(value is not None for value in single.values()):
         given = next(name for name, value in single.items() if value is not None)
         raise UserError(f"{given} does not go with --input: write it into the file")

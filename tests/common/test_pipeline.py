@@ -425,7 +425,7 @@ def test_language_model_ranks(
     assert {row["symmetry_source"] for row in company} == {"language model"}
     assert prior["symmetry_models"] == [{"name": "template prior", "hash": prior_hash}]
     assert [r["sites"] for r in prior["results"][0]["crystals"]] != [r["sites"] for r in company]
-    command = ["generate", "--formula", "NaCl", "--top", "1", "--num-samples", "1"]
+    command = ["generate", "NaCl", "--top", "1", "--num-samples", "1"]
     command += ["--checkpoint", str(checkpoint), "--symmetry-model", str(textbook_model)]
     assert run([*command, "--out", str(tmp_path / "5")]) == 0
     told = " ".join(capsys.readouterr().out.split())

@@ -89,9 +89,13 @@ def test_formula(refused, formula: str, expected: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ([], "--formula"),
-        (["--band-gap", "1"], "--formula"),
-        (["SrTiO3"], "SrTiO3"),
+        ([], "give a formula or --input"),
+        (["--band-gap", "1"], "give a formula or --input"),
+        (["Xx2O3"], "'Xx'"),
+        ([""], "the formula is empty"),
+        (["SrTiO3", "GaAs"], "GaAs"),
+        (["SrTiO3", "--formula", "SrTiO3"], "the formula is given twice"),
+        (["SrTiO3", "--input", "file.csv"], "one of them"),
         (["--formula", "SrTiO3", "--formula", "GaAs"], "--formula is given twice"),
         (
             ["--formula", "SrTiO3", "--band-gap", "1", "--band-gap", "2"],
