@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 from pymatgen.core import Element
 
@@ -198,13 +198,51 @@ def parse_sites(text: str) -> tuple[SiteRequest, ...]:
         match = _SITE.fullmatch(part)
         if match is None:
             raise UserError(
-                f"site {_shown(part)}: write element:multiplicity and letter, as in O:3c"
+                f"site {_shown(part)}: write element:multiplicity and letter (a to z, or A), "
+                "as in O:3c"
             )
         if match["element"] not in _ATOMIC_NUMBERS:
             raise UserError(f"site {_shown(part)}: unknown element '{match['element'][:12]}'")
         multiplicity = int(match["multiplicity"]) if match["multiplicity"] else None
         sites.append(SiteRequest(_ATOMIC_NUMBERS[match["element"]], match["letter"], multiplicity))
     return tuple(sites)
+
+
+def check_positions(sites: Sequence[SiteRequest]) -> None:
+    """Refuses sites whose positions, one or all of them, are in no space group.
+
+    Raises:
+        UserError: names them, and what multiplicities the letter of a single one has.
+    """
+    groups = set(range(1, 231))
+    for site in sites:
+        known = _groups_of(site.letter)
+        if site.multiplicity not in (None, *known):
+            raise UserError(
+                f"site {site}: no space group has a position {site.multiplicity}{site.letter}; "
+                f"{site.letter} has multiplicity {', '.join(map(str, sorted(known)))}"
+            )
+        chosen = known.values() if site.multiplicity is None else [known[site.multiplicity]]
+        groups &= set[int]().union(*chosen)
+    if not groups:
+        named = dict.fromkeys(f"{site.multiplicity or ''}{site.letter}" for site in sites)
+        raise UserError(f"no space group has the positions {' '.join(named)} together")
+
+
+@cache
+def _groups_of(letter: str) -> dict[int, set[int]]:
+    """The space groups that have a Wyckoff letter, by its multiplicity there."""
+    groups: dict[int, set[int]] = {}
+    for number in range(1, 231):
+        if letter in (table := wyckoff_summary(number).letters):
+            groups.setdefault(table[letter][0], set()).add(number)
+    return groups
+
+
+def _positions(space_group: int) -> str:
+    """The positions of a group in short: ``1a 1b 3c 3d``."""
+    letters = wyckoff_summary(space_group).letters
+    return " ".join(f"{multiplicity}{letter}" for letter, (multiplicity, _) in letters.items())
 
 
 def check_sites(sites: Sequence[SiteRequest], space_group: int, formula: Formula) -> int:
@@ -226,13 +264,13 @@ def check_sites(sites: Sequence[SiteRequest], space_group: int, formula: Formula
         if site.letter not in table:
             raise UserError(
                 f"site {site}: space group {space_group} has no Wyckoff letter "
-                f"'{site.letter}'; it has {', '.join(table)}"
+                f"'{site.letter}'; the group has {_positions(space_group)}"
             )
         multiplicity, freedom = table[site.letter]
         if site.multiplicity not in (None, multiplicity):
             raise UserError(
                 f"site {site}: position {site.letter} of space group {space_group} "
-                f"has multiplicity {multiplicity}"
+                f"has multiplicity {multiplicity}; the group has {_positions(space_group)}"
             )
         used[site.letter] += 1
         if freedom == 0 and used[site.letter] > 1:

@@ -27,6 +27,7 @@ from common.composition import (
     MAX_GIVEN_ATOMS,
     Formula,
     SiteRequest,
+    check_positions,
     check_sites,
     parse_formula,
     parse_sites,
@@ -266,8 +267,10 @@ def _checked_property(name: str, value: float) -> float:
 
 
 def _check_symmetry(query: Query) -> None:
-    """Refuses cells that are too large, and sites that the group or the formula forbids."""
+    """Refuses cells that are too large, and sites that no group, or what is given, allows."""
     number, units = query.space_group, query.z
+    if query.sites is not None and number is None:
+        check_positions(query.sites)
     if query.sites is not None and number is not None:
         units = check_sites(query.sites, number, query.formula)
         if query.z not in (None, units):

@@ -8,6 +8,7 @@ from pymatgen.core import Composition, Element
 from common.composition import (
     Formula,
     SiteRequest,
+    check_positions,
     check_sites,
     parse_formula,
     parse_sites,
@@ -144,8 +145,9 @@ def test_sites_of_perovskite() -> None:
 @pytest.mark.parametrize(
     ("text", "number", "part"),
     [
-        ("Sr:1a Ti:1b O:3z", 221, "no Wyckoff letter 'z'"),
-        ("Sr:2a Ti:1b O:3c", 221, "multiplicity 1"),
+        ("Sr:1a Ti:1b O:3z", 221, "no Wyckoff letter 'z'; the group has 1a 1b 3c 3d 6e 6f 8g 12h"),
+        ("Sr:2a Ti:1b O:3c", 221, "multiplicity 1; the group has 1a 1b 3c 3d 6e 6f 8g 12h"),
+        ("Sr:1a Ti:1b O:3B", 221, "letter (a to z, or A)"),
         ("Sr:1a Ti:1a O:3c", 221, "only once"),
         ("Sr:1a O:1b Ti:3c", 221, "no multiple of SrTiO3"),
         ("Sr:1a Ti:1b", 221, "no multiple"),
@@ -158,6 +160,29 @@ def test_wrong_sites_are_named(text: str, number: int, part: str) -> None:
     with pytest.raises(UserError) as error:
         check_sites(parse_sites(text), number, parse_formula("SrTiO3"))
     assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("Sr:1a Ti:1b O:3q", "site O:3q: no space group has a position 3q; q has multiplicity 2, "),
+        ("Sr:1a Ti:1b O:5c", "site O:5c: no space group has a position 5c; c has multiplicity 1, "),
+        ("Sr:1A", "no space group has a position 1A; A has multiplicity 8"),
+        ("Sr:A Ti:1b O:3c O:3c", "no space group has the positions A 1b 3c together"),
+    ],
+)
+def test_positions_of_no_group_are_named(text: str, part: str) -> None:
+    with pytest.raises(UserError) as error:
+        check_positions(parse_sites(text))
+    assert part in str(error.value)
+
+
+def test_positions_of_every_group_are_left_alone() -> None:
+    for number in range(1, 231):
+        letters = wyckoff_summary(number).letters
+        sites = [SiteRequest(8, letter, count) for letter, (count, _) in letters.items()]
+        check_positions(sites)
+        check_positions([SiteRequest(8, letter) for letter in letters])
 
 
 def test_general_position_can_be_used_again() -> None:

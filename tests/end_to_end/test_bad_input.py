@@ -126,6 +126,7 @@ def test_formula(refused, formula: str, expected: str) -> None:
         (["--formula", "SrTiO3", "--space-group", "221", "--sites", "Sr:2a Ti:1b O:3c"], "1"),
         (["--formula", "SrTiO3", "--space-group", "221", "--sites", "Sr:1a Ti:1a O:3c"], "once"),
         (["--formula", "SrTiO3", "--space-group", "221", "--sites", "Sr:1a Ti:1b"], "SrTiO3"),
+        (["SrTiO3", "--sites", "Sr:1a Ti:1b O:3q"], "site O:3q: no space group has a position 3q"),
         (["--formula", "SrTiO3", "--z", "2", "--space-group", "221", "--sites", CUBIC], "z is 2"),
         (["--formula", "SrTiO3", "--input", "file.csv"], "one of them"),
         (["--input", "absent.csv"], "absent.csv"),
