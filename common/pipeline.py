@@ -38,7 +38,7 @@ from common.crystal.wyckoff import wyckoff_summary
 from common.errors import UserError
 from common.machine import one_thread
 from common.properties import TARGETS
-from common.ranking import Ranker, load_ranker, rank_symmetries
+from common.ranking import Ranker, load_ranker, model_folder, rank_symmetries
 from common.selection import Choice, choose_sample
 
 if TYPE_CHECKING:
@@ -370,6 +370,8 @@ def load_engine(
         "hash": loaded.hash,
         "training_fingerprint": loaded.fingerprint,
     }
+    if symmetry_model is not None:
+        model_folder(next(iter(properties), None), symmetry_model)  # says what names there are
     # First, for it chooses the device where a process has only one.
     generator = load_generator(folder, backend)
     return Engine(generator, load_ranker(properties, symmetry_model, prior, backend), identity)

@@ -17,7 +17,7 @@ from pymatgen.analysis.structure_matcher import StructureMatcher
 from pymatgen.core import Composition, Structure
 from rich.console import Console
 
-from common import ranking, runs
+from common import pipeline, ranking, runs
 from common.backend import SampleRequest
 from common.checkpoint import checkpoint_folder, load_checkpoint, save_checkpoint
 from common.cli import run
@@ -122,6 +122,19 @@ def test_atoms_that_are_too_close_are_said(
     (crystal,) = answer(query, ranked, engine, Settings(1, 1))
     assert crystal.min_distance == pytest.approx(length / 2)
     assert [text for text in crystal.warnings if "apart" in text] == ([note] if note else [])
+
+
+def test_unknown_symmetry_model_is_refused_before_anything_is_loaded(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_: object) -> None:
+        raise AssertionError("the network is loaded")
+
+    monkeypatch.setattr(pipeline, "load_generator", load)
+    with pytest.raises(UserError, match="'glm5' does not exist"):
+        load_engine(["band_gap"], checkpoint=checkpoint, symmetry_model="glm5")
+    with pytest.raises(AssertionError, match="is loaded"):
+        load_engine(["band_gap"], checkpoint=checkpoint, symmetry_model="prior")
 
 
 def test_seed_decides_and_nothing_else(checkpoint: Path) -> None:
