@@ -57,7 +57,7 @@ def test_units_are_what_the_text_counts(text: str, units: int, name: str) -> Non
         ("", "empty"),
         ("   ", "empty"),
         ("Xx2O3", "unknown element 'Xx'"),
-        ("srtio3", "cannot read"),
+        ("srtio3", "capital letter"),
         ("NACL", "unknown element 'A'"),
         ("Fe3+", "charges"),
         ("SO4^2-", "charges"),

@@ -8,7 +8,13 @@ from rich.console import Console
 from common.commands.generate import _show
 from common.runs import Outcome
 
-QUERY = {"name": "", "formula": "SrTiO3", "band_gap": 1.8, "formation_energy": None}
+QUERY = {
+    "name": "",
+    "formula": "SrTiO3",
+    "formula_units": None,
+    "band_gap": 1.8,
+    "formation_energy": None,
+}
 ROW = {
     "rank": 1,
     "space_group": 221,
