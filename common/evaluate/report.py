@@ -308,11 +308,7 @@ def named_tests(tests: Iterable[NamedTest]) -> list[dict[str, Any]]:
 
 def to_markdown(rows: Sequence[EvaluationRow], plot: str | None = None) -> str:
     """Results, strata, paired tests and how each row was made, as Markdown tables."""
-    parts = ["# Evaluation", _LEGEND, _results_table(rows)]
-    first = rows[0].run
-    parts += seen_note(
-        first.seen_ids, first.seen_symmetry, rows[0].num_structures, first.training_set
-    )
+    parts = ["# Evaluation", _LEGEND, _results_table(rows), *_seen(rows)]
     if any(row.run.k > 1 for row in rows):
         parts += ["## Among the first candidates", _FIRST, _first_table(rows)]
     parts.append("## By kind of structure")
@@ -346,7 +342,12 @@ def to_summary(rows: Sequence[EvaluationRow]) -> str:
         for row in rows
     ]
     header = ["", "match", *(f"@{n}" for n in ranks), "RMSE", "valid", "tight"]
-    return f"{_SUMMARY}\n\n{table(header, lines)}\n"
+    return "\n\n".join([_SUMMARY, table(header, lines), *_seen(rows)]) + "\n"
+
+
+def _seen(rows: Sequence[EvaluationRow]) -> list[str]:
+    run = rows[0].run
+    return seen_note(run.seen_ids, run.seen_symmetry, rows[0].num_structures, run.training_set)
 
 
 def to_png(rows: Sequence[EvaluationRow]) -> bytes:

@@ -324,9 +324,7 @@ def to_markdown(rows: Sequence[SymmetryRow], plot: str | None = None) -> str:
     """Results by kind of formula, answers as text, and how each row was made, as tables."""
     first = rows[0]
     counts = Rate(sum(first.new), len(first.new))
-    parts = ["# Symmetry prediction", _LEGEND, _results_table(rows)]
-    run = first.run
-    parts += seen_note(run.seen_ids, run.seen_symmetry, len(first.new), run.seen_in)
+    parts = ["# Symmetry prediction", _LEGEND, _results_table(rows), *_seen(first)]
     parts += [f"## Formulas that training has not ({counts.hits} of {counts.total} rows)"]
     parts += [_kind_table(rows, True)]
     parts += ["## Other polymorphs of known formulas", _kind_table(rows, False)]
@@ -353,7 +351,12 @@ def to_summary(rows: Sequence[SymmetryRow]) -> str:
         for row in rows
     ]
     header = ["", *(f"sites @{k}" for k in CUTOFFS), "group @1"]
-    return f"{_SUMMARY}\n\n{table(header, lines)}\n"
+    return "\n\n".join([_SUMMARY, table(header, lines), *_seen(rows[0])]) + "\n"
+
+
+def _seen(row: SymmetryRow) -> list[str]:
+    run = row.run
+    return seen_note(run.seen_ids, run.seen_symmetry, len(row.new), run.seen_in)
 
 
 _SUMMARY = (

@@ -150,7 +150,7 @@ def test_contest(texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPat
     # The precedents are the references themselves.
     assert rows[0].metrics.match_rate.hits == REFERENCES
     assert [row.run.given for row in rows[:2]] == [
-        "true symmetry, band_gap, formation_energy",
+        "true symmetry, band_gap, formation_energy (5 of 6 rows)",
         "true symmetry",
     ]
     table = write_comparison(tmp_path, plan, rows, "table")

@@ -21,7 +21,7 @@ def test_true_values() -> None:
     told = Told.of(RECORDS, ("band_gap",), "true", 0)
     assert told.values[2] == {"band_gap": 2.0}
     assert told.values[3] == {}
-    assert told.describe("composition") == "composition, band_gap"
+    assert told.describe("composition") == "composition, band_gap (7 of 8 rows)"
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -35,7 +35,7 @@ def test_shuffled_values(seed: int) -> None:
     assert all(a != b for a, b in zip(values, own, strict=True) if b is not None)
     assert [one["formation_energy"] for one in told.values] == [-1] * 8
     assert told == Told.of(RECORDS, ("band_gap", "formation_energy"), "shuffled", seed)
-    assert told.describe("x") == "x, shuffled band_gap, shuffled formation_energy"
+    assert told.describe("x") == ("x, shuffled band_gap (7 of 8 rows), shuffled formation_energy")
 
 
 def test_one_value_cannot_be_shuffled() -> None:
