@@ -33,7 +33,6 @@ NUM_HALL_SYMBOLS = 530
 # What spglib calls our settings, see above.
 _STANDARD_CHOICES = ("", "b", "b1", "2", "H")
 _LETTERS = ascii_lowercase + "A"
-# Integer translations that can separate two points of one unit cell after an operation.
 
 # That spglib finds no symmetry is an answer, which whoever asked deals with, not a line on stderr.
 os.environ.setdefault("SPGLIB_WARNING", "OFF")
