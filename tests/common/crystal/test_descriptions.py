@@ -107,6 +107,27 @@ def test_other_letters_are_no_description() -> None:
         aligned(salt, Crystal(225, (Site(11, "a"), Site(17, "c")), np.eye(3) * 5.6))
 
 
+def test_letters_must_have_as_many_sites() -> None:
+    """Both letters have oxygen either way; the origin must move to have two on h."""
+    oxygen = [
+        Site(8, letter, (0.0, 0.0, z)) for letter, z in zip("ggh", (0.1, 0.3, 0.2), strict=True)
+    ]
+    crystal = Crystal(123, tuple(oxygen), np.diag([4.0, 4.0, 7.0]))
+    wanted = ((8, "g"), (8, "h"), (8, "h"))
+    found = with_sites(crystal, wanted)
+    assert found is not None
+    assert named(found[0]) == wanted
+
+
+@pytest.mark.parametrize("group", [198, 199, 206, 210])
+def test_changes_of_axes_whose_origin_is_far(group: int) -> None:
+    """All of the cube's 48 operations but for those of the point group keep these groups."""
+    changes = changes_of_basis(group)
+    point_group = np.unique(space_group(group).rotations, axis=0)
+    assert len(changes.linear) == 48 // len(point_group)
+    assert changes.origin[:, 0].any()
+
+
 @pytest.mark.parametrize("group", [14, 47, 123, 166, 221, 227])
 def test_changes_of_basis_exchange_letters_as_the_permutations_say(group: int) -> None:
     changes = changes_of_basis(group)

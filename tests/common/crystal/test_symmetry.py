@@ -136,6 +136,7 @@ def test_equivalents_are_all_the_variables_of_the_orbit(number: int) -> None:
         solved, deviation = position.solve(orbit)
         expected = set(as_points(solved[deviation < 1e-6]).tolist())
         assert set(as_points(same).tolist()) == expected
+        assert len(same) == len(expected)
 
 
 @all_groups

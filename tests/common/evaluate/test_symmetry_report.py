@@ -107,6 +107,11 @@ def test_the_summary_is_a_line_per_row_in_a_terminal() -> None:
     assert sum("25.00 (4.6 to 69.9)" in line for line in shown) == 2
     (own,) = (line for line in shown if line.startswith(" model"))
     assert " ".join(own.split()) == "model 25.00 (4.6 to 69.9) 50.00 75.00 50.00"
+    assert "Known from training" not in to_summary([row()])
+    seen = row()
+    seen = replace(seen, run=replace(seen.run, seen_ids=1, seen_symmetry=2, seen_in="train"))
+    for text in (to_summary([seen]), to_markdown([seen])):
+        assert "1 of 4 references have the id of a row of train, 2 the formula" in text
 
 
 def cells(text: str, start: str) -> list[str]:
