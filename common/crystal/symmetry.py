@@ -163,13 +163,8 @@ class WyckoffPosition:
         solved = other._left_inverse @ rotations  # [M,3,3]
         offsets, deviations = other.solve(self.translations @ linear.T + shift)
         unexplained = np.abs(other.rotations[0] @ solved - rotations).reshape(-1, 9).T
-        fits = np.flatnonzero((unexplained < 1e-6).all(axis=0) & (deviations < 1e-6))
-        maps = np.concatenate([solved[fits].reshape(-1, 9), offsets[fits]], axis=1)
-        unique: dict[bytes, int] = {}
-        for index, key in zip(fits.tolist(), np.rint(1e4 * maps).astype(int), strict=True):
-            unique.setdefault(key.tobytes(), index)
-        kept = list(unique.values())
-        return np.rint(solved[kept]), offsets[kept]
+        fits = (unexplained < 1e-6).all(axis=0) & (deviations < 1e-6)
+        return np.rint(solved[fits]), offsets[fits]
 
 
 @dataclass(frozen=True)
