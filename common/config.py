@@ -126,7 +126,7 @@ class Optimisation(Settings):
         "float32", description="Of products of matrices; the loss is scaled in float16."
     )
     compile: bool = Field(False, description="torch.compile where most of the time goes (torch).")
-    init_from: str | None = Field(None, description="Checkpoint whose weights to start from.")
+    init_from: str | None = Field(None, description="Folder or name of a checkpoint to start from.")
     checkpoint_every: int = Field(1000, ge=1, description="Steps between checkpoints.")
     log_every: int = Field(50, ge=1, description="Steps between lines of the log.")
     seed: int = Field(0, ge=0, lt=2**31, description="Below 2**31, as all frameworks take.")

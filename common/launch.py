@@ -13,9 +13,8 @@ from typing import Annotated
 import typer
 
 from common.backend import REQUIRED_PACKAGE, load_backend, wrong_version
-from common.checkpoint import verify
-from common.commands.train import absent, absent_packages, parse_run, prepare
-from common.config import AnyRunConfig, RunConfig, read_settings
+from common.commands.train import absent, absent_packages, check_start, parse_run, prepare
+from common.config import read_settings
 from common.data.locations import check_dataset
 from common.errors import UserError
 
@@ -65,33 +64,6 @@ def missing(backend: str, device: str, processes: int) -> Iterator[str]:
         yield from load_backend(backend).problems(device, processes)
     except (UserError, ImportError, OSError, RuntimeError) as error:
         yield f"backend '{backend}': {' '.join(str(error).split())}"
-
-
-def check_start(run: AnyRunConfig) -> None:
-    """Makes sure that a language model's run has the weights that it starts from.
-
-    Headers of transformers' files are read, not the weights. A repository of the hub is fetched.
-
-    Args:
-        run: the run; other networks' are not looked at.
-
-    Raises:
-        UserError: if they are absent, damaged, or another network's.
-    """
-    start = run.train.init_from
-    if isinstance(run, RunConfig) or not start:
-        return
-    from common.language.config import LanguageRunConfig  # what it needs may not be installed
-    from common.language.foreign import FolderWeights, is_foreign, network_config
-    from common.language.hub import weights_folder
-
-    assert isinstance(run, LanguageRunConfig)
-    folder = weights_folder(start)
-    if is_foreign(folder):
-        network_config(folder, run.model)
-        FolderWeights(folder)
-    else:
-        verify(folder)
 
 
 if __name__ == "__main__":

@@ -30,11 +30,13 @@ from rich.progress import (
 from common.checkpoint import (
     FINAL,
     Checkpoint,
+    checkpoint_folder,
     latest,
     load_checkpoint,
     rows_seen_by,
     save_checkpoint,
     save_step,
+    shipped_language,
 )
 from common.config import AnyRunConfig, RunConfig
 from common.data.batch import Batch, BatchItem, collate
@@ -48,6 +50,7 @@ from common.diffusion.scaler import Standardizer
 from common.diffusion.score import score_process
 from common.errors import Interrupted, UserError
 from common.files import alone_in
+from common.language.hub import weights_folder
 from common.precedents import PrecedentIndex, precedents_file, training_items
 from common.stopping import StopRequest, stop_requests
 from common.weights import MODEL_PREFIX, STANDARDIZER_PREFIX, Arrays
@@ -177,8 +180,7 @@ class TrainingRun(ABC, Generic[Data]):
     @cached_property
     def start_folder(self) -> Path | None:
         """What the weights start from, if they do not start at random."""
-        start = self.config.train.init_from
-        return Path(start) if start else None
+        return start_folder(self.config)
 
     @abstractmethod
     def batches(self) -> Iterator[Data]:
@@ -507,6 +509,22 @@ def check_agreement(trainer: TrainingRun[Any]) -> None:
             "the processes differ in settings, training rows or checkpoint: give all machines "
             "the same CONFIG and data, and an --out that they share"
         )
+
+
+def start_folder(config: AnyRunConfig) -> Path | None:
+    """The folder that ``train.init_from`` names, if it names one.
+
+    That is a path, a shipped checkpoint's name, or a language model's repository, which is fetched.
+
+    Raises:
+        UserError: if a name is not known, or a repository cannot be fetched.
+    """
+    start = config.train.init_from
+    if not start:
+        return None
+    if isinstance(config, RunConfig):
+        return checkpoint_folder(start)
+    return weights_folder(checkpoint_folder(start, shipped_language()))
 
 
 def small_enough(records: list[Record]) -> list[Record]:

@@ -57,9 +57,9 @@ class Trainer(BaseTrainer):
         set_precision(model, settings.precision, self.device)
         self.names = [name for name, _ in model.parameters_and_names()]
         self.parameters = [parameter for _, parameter in model.parameters_and_names()]
-        if settings.init_from:
-            saved = load_checkpoint(Path(settings.init_from))
-            load_weights(model, saved.model, settings.init_from)
+        if self.start_folder is not None:
+            saved = load_checkpoint(self.start_folder)
+            load_weights(model, saved.model, str(self.start_folder))
         # A network without properties has an empty parameter, which no kernel takes.
         trained = [parameter for parameter in self.parameters if parameter.size]
         self.optimizer = AdamW(trained, ADAM_BETAS, ADAM_EPS, settings.weight_decay)

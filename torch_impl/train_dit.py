@@ -51,9 +51,9 @@ class Trainer(AveragedAdamW, BaseTrainer):
             # Where most of the time goes; whole networks compile for minutes on a CPU.
             for block in self.model.blocks:
                 block.fusion.compile(dynamic=True)
-        if settings.init_from:
-            saved = load_checkpoint(Path(settings.init_from))
-            load_weights(self.model, saved.model, settings.init_from)
+        if self.start_folder is not None:
+            saved = load_checkpoint(self.start_folder)
+            load_weights(self.model, saved.model, str(self.start_folder))
         self.optimise(self.model, settings)
         self.network = sum_gradients(self.model)
         threads = min(torch.get_num_threads(), MAX_PARALLEL_CALLS)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from common.backend import backend_name, load_backend
-from common.checkpoint import FINAL, MANIFEST, latest, load_checkpoint
+from common.checkpoint import FINAL, MANIFEST, latest, load_checkpoint, verify
 from common.config import AnyRunConfig, RunConfig, parse_as, parse_config, read_settings
 from common.errors import Interrupted, UserError
 from common.files import alone_in, output_folder, refused, unused
@@ -52,6 +52,8 @@ def command(
     backend = backend_name(backend, device)
     for line in absent_packages(run, backend):
         raise UserError(line)
+    if not many:  # otherwise the launch script has
+        check_start(run)
     train = _trainer(load_backend(backend, device), run)
     try:
         resume = prepare(folder, run, resume, scripted=many)
@@ -110,6 +112,34 @@ def absent_packages(run: AnyRunConfig, backend: str) -> list[str]:
 def absent(package: str) -> str:
     """The line for a package that is not installed."""
     return f"package '{package}' is not installed, and this run needs it: see scripts/install.sh"
+
+
+def check_start(run: AnyRunConfig) -> None:
+    """Makes sure that a run has the weights that it starts from, before its data are read.
+
+    Headers of transformers' files are read, not the weights. A repository of the hub is fetched.
+
+    Raises:
+        UserError: if they are absent, damaged, an adapter, or another network's.
+    """
+    from common.training import start_folder  # slow to import, and most commands do without
+
+    folder = start_folder(run)
+    if folder is None:
+        return
+    if isinstance(run, RunConfig):
+        verify(folder)
+        return
+    from common.language.config import LanguageRunConfig  # what it needs may not be installed
+    from common.language.foreign import FolderWeights, is_foreign, network_config, refuse_adapter
+
+    assert isinstance(run, LanguageRunConfig)
+    if is_foreign(folder):
+        network_config(folder, run.model)
+        FolderWeights(folder)
+    else:
+        refuse_adapter(folder)
+        verify(folder)
 
 
 def prepare(

@@ -14,7 +14,14 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from common.checkpoint import Checkpoint, is_checkpoint, load_checkpoint
+from common.checkpoint import (
+    Checkpoint,
+    checkpoint_folder,
+    is_checkpoint,
+    latest,
+    load_checkpoint,
+    shipped_language,
+)
 from common.errors import UserError
 from common.language.config import GlmConfig
 from common.language.hub import weights_folder
@@ -66,16 +73,22 @@ def read_config(folder: Path) -> dict[str, Any]:
         UserError: if it cannot be read, is another network's than GLM-4's, or if the folder is an
             adapter's.
     """
+    refuse_adapter(folder)
     path = folder / CONFIG
-    if not path.is_file() and (folder / "adapter_config.json").is_file():
-        raise UserError(
-            f"{folder} is an adapter: make a model of it with 'uni-mdm convert {folder} OUT "
-            "--to torch --base GLM4', GLM4 being its base, and give OUT"
-        )
     config = read_json(path)
     if config.get("model_type") != "glm":
         raise UserError(f"{path}: model_type is not glm; give a folder of GLM-4")
     return _USUAL | config
+
+
+def refuse_adapter(folder: Path) -> None:
+    """Raises UserError if a folder holds an adapter and no network, and says what to do with it."""
+    step = latest(folder) or folder
+    if not (step / CONFIG).is_file() and (step / "adapter_config.json").is_file():
+        raise UserError(
+            f"{folder} is an adapter: make a model of it with 'uni-mdm convert {folder} OUT "
+            "--to torch --base GLM4', GLM4 being its base, and give OUT"
+        )
 
 
 def base_of(adapter: Checkpoint, base: Path | None = None) -> tuple[Path, Checkpoint | None]:
@@ -89,7 +102,8 @@ def base_of(adapter: Checkpoint, base: Path | None = None) -> tuple[Path, Checkp
         UserError: if it is another one, or cannot be read.
     """
     config = read_json(adapter.path / "adapter_config.json")
-    folder = weights_folder(base or str(config.get("base_model_name_or_path")))
+    named = base or str(config.get("base_model_name_or_path"))
+    folder = weights_folder(checkpoint_folder(named, shipped_language()))
     saved = None if is_foreign(folder) else load_checkpoint(folder)
     name = FolderWeights(folder).name if saved is None else saved.hash
     check_base(adapter.path, config, folder, name)

@@ -4,7 +4,6 @@ import json
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,12 @@ from common.errors import UserError
 from common.language.analogues import AnalogueIndex
 from common.language.config import LanguageRunConfig
 from common.language.examples import Examples, Int, TokenBatch, Told, rows_asked
-from common.language.foreign import FolderWeights, is_foreign, network_config
-from common.language.hub import weights_folder
+from common.language.foreign import (
+    FolderWeights,
+    is_foreign,
+    network_config,
+    refuse_adapter,
+)
 from common.language.initial import initial_weights
 from common.language.parameters import lora_parameters, parameters
 from common.language.tokenizer import compact_tokenizer, load_tokenizer
@@ -84,12 +87,6 @@ class LanguageTrainer(TrainingRun[TokenBatch]):
                     "row out"
                 )
 
-    @cached_property
-    def start_folder(self) -> Path | None:
-        """That of a repository of the hub, too; see ``common.language.hub``."""
-        start = self.config.train.init_from
-        return weights_folder(start) if start else None
-
     def _begin_with(self, folder: Path) -> None:
         """Takes weights, and of a folder of transformers network and tokenizer as well."""
         if is_foreign(folder):
@@ -99,6 +96,7 @@ class LanguageTrainer(TrainingRun[TokenBatch]):
             weights = FolderWeights(folder)
             self.base, self.start = weights.name, weights
             return
+        refuse_adapter(folder)
         saved = load_checkpoint(folder)
         tokens = saved.path / "tokenizer.json"
         if tokens.is_file() and tokens.read_text() != self.tokenizer.files()[tokens.name]:

@@ -13,6 +13,7 @@ from common import launch
 from common.checkpoint import save_step, shipped_language
 from common.commands import train
 from common.config import AnyRunConfig, RunConfig
+from common.errors import UserError
 from common.language.config import GlmConfig, LanguageRunConfig
 from common.language.tokenizer import compact_tokenizer
 from tests.training import tiny_run
@@ -120,3 +121,17 @@ def test_absent_weights_are_told_before_processes_start(
     launch.main(config)
     (base / "model.safetensors").unlink()
     assert f"no weights in {base}" in told()
+
+
+def test_adapters_to_start_from_are_told_what_to_make_of_them(tmp_path: Path) -> None:
+    """Those of peft, and this project's with their manifest."""
+    own = shipped_language()["glm4_tiny_bg"]
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(own / name, bare)
+    for folder in (own, bare):
+        data = {"name": "x", "kind": "language", "train": {"init_from": str(folder)}}
+        with pytest.raises(UserError, match="is an adapter: make a model of it") as error:
+            train.check_start(LanguageRunConfig.model_validate(data))
+        assert f"uni-mdm convert {folder} OUT" in str(error.value)

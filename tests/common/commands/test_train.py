@@ -5,13 +5,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.checkpoint import latest, save_checkpoint, save_step
+from common.checkpoint import latest, save_checkpoint, save_step, shipped, shipped_language
 from common.cli import run
 from common.commands.train import prepare
 from common.config import AnyRunConfig, RunConfig
 from common.errors import UserError
 from common.files import alone_in
 from common.language.config import LanguageRunConfig
+from common.training import start_folder
 
 CONFIG = RunConfig(name="example")
 
@@ -126,3 +127,38 @@ def test_one_of_many_processes_puts_nothing_aside(
     monkeypatch.setenv(variable, "1")
     assert run(["train", "absent.yaml", "--fresh"]) == 2
     assert "absent.yaml" in capsys.readouterr().err
+
+
+# Weights to start from
+
+
+@pytest.mark.parametrize("kind", ["", "kind: language"])
+@pytest.mark.parametrize("start", ["runs/absent", "absent"])
+def test_absent_weights_are_told_before_data_are_read(
+    kind: str,
+    start: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Data that are absent, too, would be told otherwise."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    Path("run.yaml").write_text(f"name: x\n{kind}\ntrain: {{data: none.csv, init_from: {start}}}")
+    assert run(["train", "run.yaml"]) == 2
+    line = capsys.readouterr().err
+    assert start in line
+    assert "does not exist" in line
+    assert not Path("runs/x").exists()
+
+
+def test_a_shipped_name_is_a_folder_to_start_from() -> None:
+    language = {"name": "x", "kind": "language", "train": {"init_from": "glm4_tiny"}}
+    (name, folder), *_ = shipped().items()
+    assert start_folder(changed(init_from=name)) == folder
+    assert (
+        start_folder(LanguageRunConfig.model_validate(language)) == shipped_language()["glm4_tiny"]
+    )
+    assert start_folder(CONFIG) is None
+    with pytest.raises(UserError, match=f"'glm4_tiny' does not exist.*{name}"):
+        start_folder(changed(init_from="glm4_tiny"))
