@@ -38,7 +38,7 @@ from common.checkpoint import (
     save_step,
     shipped_language,
 )
-from common.config import AnyRunConfig, RunConfig
+from common.config import AnyRunConfig, RunConfig, parse_config
 from common.data.batch import Batch, BatchItem, collate
 from common.data.loader import BatchPlan, Bucket, BucketedData
 from common.data.locations import dataset
@@ -53,7 +53,7 @@ from common.files import alone_in
 from common.language.hub import weights_folder
 from common.precedents import PrecedentIndex, precedents_file, training_items
 from common.stopping import StopRequest, stop_requests
-from common.weights import MODEL_PREFIX, STANDARDIZER_PREFIX, Arrays
+from common.weights import MODEL_PREFIX, STANDARDIZER_PREFIX, Arrays, statistics
 
 if TYPE_CHECKING:
     from common.training_log import TrainingLog
@@ -333,6 +333,11 @@ class BaseTrainer(TrainingRun[TrainingBatch]):
         train_records: what to learn from.
         validation_records: whose loss is watched.
         shard: this process's share of every batch.
+
+    Attributes:
+        start: the checkpoint whose weights it starts from, if any.
+        standardizer: statistics of the training rows; on other rows than the start's, its own, for
+            its weights were learned with these.
     """
 
     config: RunConfig
@@ -352,7 +357,8 @@ class BaseTrainer(TrainingRun[TrainingBatch]):
         self.remarks = lacking_lines(
             settings.data, known, config.model.properties, "learned without it"
         )
-        self.standardizer = Standardizer.fit(collate(batch_items(known), "asymmetric"))
+        self.start = load_checkpoint(self.start_folder) if self.start_folder else None
+        self.standardizer = self._statistics(known)
         self.precedents: PrecedentIndex | None = None
         self._companions: dict[str, bytes] = {}
         if config.model.precedents:
@@ -369,6 +375,14 @@ class BaseTrainer(TrainingRun[TrainingBatch]):
             raise UserError(f"{settings.validation}: {what}")
         self.validation = self._bucketed(watched, 1)
         self.score_process = score_process(config.diffusion)
+
+    def _statistics(self, known: list[Record]) -> Standardizer:
+        """Of the rows, or on other rows than those of the start what its weights were used to."""
+        own = Standardizer.fit(collate(batch_items(known), "asymmetric"))
+        if self.start is None or self.start.fingerprint == self.fingerprint:
+            return own
+        learned = parse_config(self.start.config, str(self.start.path)).model.properties
+        return own.of_former(statistics(self.start.model, self.start.path), learned)
 
     def _bucketed(self, records: list[Record], precedents: int) -> BucketedData:
         settings = self.config.train

@@ -10,7 +10,7 @@ import numpy as np
 from mindspore import Parameter, Tensor
 from numpy.typing import NDArray
 
-from common.checkpoint import Checkpoint, load_checkpoint
+from common.checkpoint import Checkpoint
 from common.config import RunConfig
 from common.data.store import Record
 from common.training import (
@@ -57,9 +57,8 @@ class Trainer(BaseTrainer):
         set_precision(model, settings.precision, self.device)
         self.names = [name for name, _ in model.parameters_and_names()]
         self.parameters = [parameter for _, parameter in model.parameters_and_names()]
-        if self.start_folder is not None:
-            saved = load_checkpoint(self.start_folder)
-            load_weights(model, saved.model, str(self.start_folder))
+        if self.start is not None:
+            load_weights(model, self.start.model, str(self.start.path))
         # A network without properties has an empty parameter, which no kernel takes.
         trained = [parameter for parameter in self.parameters if parameter.size]
         self.optimizer = AdamW(trained, ADAM_BETAS, ADAM_EPS, settings.weight_decay)

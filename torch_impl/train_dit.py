@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common.checkpoint import load_checkpoint
 from common.config import RunConfig
 from common.data.store import Record
 from common.training import (
@@ -51,9 +50,8 @@ class Trainer(AveragedAdamW, BaseTrainer):
             # Where most of the time goes; whole networks compile for minutes on a CPU.
             for block in self.model.blocks:
                 block.fusion.compile(dynamic=True)
-        if self.start_folder is not None:
-            saved = load_checkpoint(self.start_folder)
-            load_weights(self.model, saved.model, str(self.start_folder))
+        if self.start is not None:
+            load_weights(self.model, self.start.model, str(self.start.path))
         self.optimise(self.model, settings)
         self.network = sum_gradients(self.model)
         threads = min(torch.get_num_threads(), MAX_PARALLEL_CALLS)

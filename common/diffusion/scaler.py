@@ -5,7 +5,7 @@ element, fitted on the training set. What is left of k5, and the shape numbers k
 standardised per crystal system.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,6 +63,20 @@ class Standardizer:
             std,
             np.nanmean(given, axis=0),
             np.nanstd(given, axis=0).clip(1e-3),
+        )
+
+    def of_former(self, former: "Standardizer", learned: tuple[str, ...]) -> "Standardizer":
+        """What weights that start from a checkpoint's go on with: its statistics.
+
+        Args:
+            former: the checkpoint's.
+            learned: properties that it was trained with; the others keep the statistics of self.
+        """
+        known = np.array([name in learned for name in PROPERTY_NAMES])
+        return replace(
+            former,
+            property_mean=np.where(known, former.property_mean, self.property_mean),
+            property_std=np.where(known, former.property_std, self.property_std),
         )
 
     def lattice_center(self, batch: Batch) -> Array:

@@ -8,8 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from common.checkpoint import latest, load_checkpoint, rows_seen_by, save_step
+from common.checkpoint import (
+    latest,
+    load_checkpoint,
+    rows_seen_by,
+    save_checkpoint,
+    save_step,
+)
 from common.config import RunConfig
+from common.data.batch import PROPERTY_NAMES
 from common.data.store import Record, read_records, write_records
 from common.errors import UserError
 from common.files import alone_in
@@ -331,6 +338,31 @@ def test_starts_from_a_checkpoint(records: list[Record], parquet: Path, tmp_path
         trainer_of(records, tiny_run(model={"width": 32}, init_from=str(final)))
     with pytest.raises(UserError):
         trainer_of(records, tiny_run(init_from=str(tmp_path / "absent")))
+
+
+@pytest.mark.parametrize("learned", [(), ("formation_energy",)])
+def test_weights_go_on_with_the_statistics_they_were_learned_with(
+    learned: tuple[str, ...], records: list[Record], tmp_path: Path
+) -> None:
+    """On other rows; a property that they never saw is scaled by these."""
+    folder, run = tmp_path / "start", tiny_run(model={"properties": learned})
+    former = trainer_of(records, run)
+    save_checkpoint(folder, **former.final())
+    again = trainer_of(records, tiny_run(model=dict(run.model), init_from=str(folder)))
+    fitted = trainer_of(records[:5], run).standardizer
+    other = trainer_of(records[:5], tiny_run(model=dict(run.model), init_from=str(folder)))
+    for name, value in other.standardizer.to_arrays().items():
+        wanted = former.standardizer.to_arrays()[name]
+        np.testing.assert_array_equal(again.standardizer.to_arrays()[name], wanted)
+        assert not np.allclose(wanted, fitted.to_arrays()[name])
+        if name.startswith("property"):
+            known = [key in learned for key in PROPERTY_NAMES]
+            wanted = np.where(known, wanted, fitted.to_arrays()[name])
+        np.testing.assert_allclose(value, wanted, rtol=1e-6)
+    saved = load_checkpoint(folder).model
+    for name, array in other.model_arrays().items():
+        if not name.startswith("standardizer.property"):
+            np.testing.assert_array_equal(array, saved[name])
 
 
 # Data
