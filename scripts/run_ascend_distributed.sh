@@ -73,6 +73,10 @@ need_count --cluster_time_out "$CLUSTER_TIME_OUT"
 
 find_python mindspore,language,language-mindspore
 check_run mindspore "$DEVICE" "$LOCAL_WORKER"
+# On the first machine, whose scheduler would listen there; msrun does not say what it lacks.
+if ((NODE_RANK == 0)) && (exec 3<>"/dev/tcp/$MASTER_ADDR/$MASTER_PORT") 2>/dev/null; then
+    fail "port $MASTER_PORT of $MASTER_ADDR is in use, perhaps by another run: give another --master_port"
+fi
 open_logs
 
 # msrun starts what is called python. Its errors say which process failed.

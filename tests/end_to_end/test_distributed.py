@@ -487,6 +487,20 @@ def test_wrong_call_of_the_ascend_script(arguments: tuple[str, ...], expected: s
     assert expected in errors
 
 
+def test_port_in_use_is_told_before_processes_start(tmp_path: Path) -> None:
+    pytest.importorskip("mindspore", reason="MindSpore is not installed")
+    config, out = tmp_path / "run.yaml", tmp_path / "run"
+    config.write_text(tiny_run(config).model_dump_json())
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        options = ("--worker_num", 2, "--master_port", port, "--out", out)
+        code, _, errors = result(ASCEND, *CPU, *options, config)
+    assert code == 2
+    assert errors.startswith(f"error: port {port} of 127.0.0.1 is in use")
+    assert errors.count("\n") == 1
+    assert not out.exists()
+
+
 @pytest.mark.parametrize(
     ("device", "expected"),
     [("cuda", "unknown to MindSpore: give cpu or ascend"), ("ascend", "finds no CANN")],
