@@ -51,6 +51,7 @@ from common.diffusion.score import score_process
 from common.errors import Interrupted, UserError
 from common.files import alone_in
 from common.language.hub import weights_folder
+from common.model_card import model_card
 from common.precedents import PrecedentIndex, precedents_file, training_items
 from common.stopping import StopRequest, stop_requests
 from common.weights import MODEL_PREFIX, STANDARDIZER_PREFIX, Arrays, statistics
@@ -160,7 +161,8 @@ class TrainingRun(ABC, Generic[Data]):
         shard: this process's share of every batch.
 
     Attributes:
-        remarks: lines for the user on what becomes of the rows, before training begins.
+        remarks: lines for the user before training begins: on the warm-up, and on what becomes of
+            the rows.
     """
 
     def __init__(
@@ -171,7 +173,7 @@ class TrainingRun(ABC, Generic[Data]):
         self.step = 0
         self.seconds = 0.0
         self.loss_scale = LossScale(config.train.precision)
-        self.remarks: list[str] = []
+        self.remarks = self._hurried()
         self.fingerprint = fingerprint(train_records)
         self.num_rows = num_rows
         start = self.start_folder
@@ -225,6 +227,17 @@ class TrainingRun(ABC, Generic[Data]):
         progress = (step - settings.warmup) / max(1, settings.steps - settings.warmup)
         cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
         return settings.learning_rate * (settings.final_rate + (1 - settings.final_rate) * cosine)
+
+    def _hurried(self) -> list[str]:
+        """A line where the run ends before its learning rate has reached its peak."""
+        settings = self.config.train
+        if settings.warmup < settings.steps:
+            return []
+        last = self.learning_rate(settings.steps - 1)
+        return [
+            f"train.warmup: {settings.warmup} steps for a run of {settings.steps}, in which the "
+            f"learning rate gets to {last:.2g}, not to {settings.learning_rate:g}; set a lower one"
+        ]
 
     def average_decay(self, step: int) -> float:
         """Of the weights' average: short at first."""
@@ -354,7 +367,7 @@ class BaseTrainer(TrainingRun[TrainingBatch]):
         if not known:
             raise UserError(f"{settings.data}: no crystal of at most {MAX_ATOMS} atoms to train on")
         super().__init__(config, train_records, len(known), shard)
-        self.remarks = lacking_lines(
+        self.remarks += lacking_lines(
             settings.data, known, config.model.properties, "learned without it"
         )
         self.start = load_checkpoint(self.start_folder) if self.start_folder else None
@@ -610,12 +623,12 @@ def _run_training(trainer: TrainingRun[Any], out: Path, resume: bool) -> None:
 
         log = TrainingLog(out, trainer.step)
         with _progress() as progress:
-            _lead(trainer, out, log, progress, request)
+            validation = _lead(trainer, out, log, progress, request)
         save_checkpoint(
             out / FINAL,
             **trainer.final(),
             extra=trainer.account | {"training_seconds": round(trainer.seconds)},
-            card=f"# {trainer.config.name}\n",
+            card=model_card(trainer, validation),
         )
     print(f"{out / FINAL}: trained for {trainer.step} steps", flush=True)
 
@@ -637,8 +650,10 @@ def _lead(
     log: "TrainingLog",
     progress: Progress,
     request: StopRequest,
-) -> None:
+) -> dict[str, float]:
+    """Trains, writes logs and checkpoints, and returns the last validation's losses, if any."""
     settings = trainer.config.train
+    last: dict[str, float] = {}
     task = progress.add_task("training", total=settings.steps, completed=trainer.step, loss="")
     window: list[dict[str, float]] = []
 
@@ -653,7 +668,8 @@ def _lead(
                 print(f"step {trainer.step} of {settings.steps}: loss {loss:.4f}", flush=True)
             window.clear()
         if _due(trainer, settings.validation_every):
-            log.write("validation", trainer.step, trainer.seconds, trainer.validate())
+            last.update(trainer.validate())
+            log.write("validation", trainer.step, trainer.seconds, last)
         if _due(trainer, settings.checkpoint_every):
             save_step(out, trainer.step, **trainer.checkpoint())
         if number := _stops(trainer, request):
@@ -665,6 +681,7 @@ def _lead(
             raise Interrupted(where, number)
 
     trainer.run(follow)
+    return last
 
 
 def _stops(trainer: TrainingRun[Any], request: StopRequest) -> int:

@@ -57,7 +57,7 @@ class LanguageTrainer(TrainingRun[TokenBatch]):
             raise UserError(f"{settings.data}: no crystal to train on")
         asked = _rows_asked(settings.data, train_records, settings.questions)
         super().__init__(config, train_records, len(asked), shard)
-        self.remarks = lacking_lines(
+        self.remarks += lacking_lines(
             settings.data,
             train_records,
             [name for name in settings.questions if name != "none"],

@@ -15,7 +15,7 @@ from common.checkpoint import (
     save_checkpoint,
     save_step,
 )
-from common.config import RunConfig
+from common.config import RunConfig, load_config
 from common.data.batch import PROPERTY_NAMES
 from common.data.store import Record, read_records, write_records
 from common.errors import UserError
@@ -281,6 +281,36 @@ def test_log_and_finished_checkpoint(parquet: Path, records: list[Record], tmp_p
     assert final.optimizer is None
     assert final.hash == load_checkpoint(tmp_path).hash
     assert load(tmp_path / "final", "cpu").properties == run.model.properties
+    card = (tmp_path / "final/README.md").read_text()
+    size = sum(
+        parameter.numel() for parameter in load(tmp_path / "final", "cpu").model.parameters()
+    )
+    for part in (
+        f"# {run.name}\n\nCrystal DiT, {size:,} parameters: ",
+        "; told space group, Wyckoff sites, band_gap (eV), formation_energy (eV/atom).",
+        f"learned from {parquet}, {len(records)} rows, fingerprint `{final.fingerprint}`.",
+        "**Budget:** 6 steps, ",
+        "; from random weights.",
+        f": loss {validated[-1]['loss']:.4f}.",
+    ):
+        assert part in card
+
+
+def test_settings_of_a_finished_run_make_the_same_run(parquet: Path, tmp_path: Path) -> None:
+    train(tiny_run(parquet), tmp_path / "first", device="cpu")
+    again = load_config(tmp_path / "first/final/config.yaml")
+    train(again, tmp_path / "second", device="cpu")
+    first, second = (load_checkpoint(tmp_path / name / "final") for name in ("first", "second"))
+    assert first.hash == second.hash
+
+
+def test_a_warm_up_longer_than_the_run_is_told(records: list[Record]) -> None:
+    model = {"properties": ["band_gap"]}
+    assert trainer_of(records, tiny_run(model=model, steps=6, warmup=5)).remarks == []
+    run = tiny_run(model=model, steps=6, warmup=12, learning_rate=1e-3)
+    (line,) = trainer_of(records, run).remarks
+    assert "train.warmup: 12 steps for a run of 6, in which" in line
+    assert "gets to 0.0005, not to 0.001" in line
 
 
 def test_noise_levels_are_told_apart(records: list[Record]) -> None:
