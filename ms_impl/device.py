@@ -113,7 +113,7 @@ def available_precision(precision: str, device: str) -> str:
 
 
 class PerBucket:
-    """A graph that is compiled at its first call for a bucket, and says how long that took.
+    """A graph that is compiled at its first call for a bucket, and says so before and after.
 
     Args:
         graph: called with what follows the batch.
@@ -125,12 +125,14 @@ class PerBucket:
 
     def __call__(self, batch: Batch, *inputs: Any) -> Any:
         shape = (*batch.shape, batch.size)
+        if shape in self._known:
+            return self.graph(*inputs)
+        tokens, atoms, size = shape
+        what = f"{tokens} tokens, {atoms} atoms, {size} crystals"
+        print(f"compiling for {what}", file=sys.stderr, flush=True)
         start = time.perf_counter()
         results = self.graph(*inputs)
-        if shape not in self._known:
-            self._known.add(shape)
-            tokens, atoms, size = shape
-            seconds = f"{time.perf_counter() - start:.1f} s"
-            what = f"{tokens} tokens, {atoms} atoms, {size} crystals"
-            print(f"compiled for {what} in {seconds}", file=sys.stderr, flush=True)
+        self._known.add(shape)
+        seconds = f"{time.perf_counter() - start:.1f} s"
+        print(f"compiled for {what} in {seconds}", file=sys.stderr, flush=True)
         return results

@@ -196,12 +196,14 @@ def test_seed_decides_the_first_weights(records: list[Record]) -> None:
 def test_resumed_run_ends_with_the_same_bytes(
     parquet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """And says once per bucket how long compiling took; the result can be loaded."""
+    """And says once per bucket that it compiles, and how long it took; the result can be loaded."""
     run = run_of(parquet)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train(run, whole, device="cpu")
     said = capsys.readouterr().err
-    assert said.count("compiled for 4 tokens, 8 atoms, 12 crystals in ") == 1
+    shape = "4 tokens, 8 atoms, 12 crystals"
+    assert said.count(f"compiling for {shape}\ncompiled for {shape} in ") == 1
+    assert said.count("compiling") == said.count("compiled")
     # What a kill after the third step leaves.
     shutil.copytree(whole / "step_00000003", parts / "step_00000003")
     train(run, parts, resume=True, device="cpu")
