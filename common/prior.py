@@ -28,6 +28,7 @@ from common.crystal.wyckoff import Sites, SymmetryKey, symmetry_key, wyckoff_sum
 from common.data.store import reduced_formula
 from common.elements import PAIR_FEATURES, element_table, pair_differences
 from common.errors import UserError
+from common.evaluate.match import cell_problem
 from common.files import atomic_path
 from common.legal_sites import SiteStatistics, enumerate_sites, legal_units, size_class
 from common.reference import (
@@ -437,10 +438,10 @@ class TemplatePrior:
         """The training structure nearest to a crystal: of its composition, else of its template.
 
         Returns:
-            None if none matches within StructureMatcher's tolerances.
+            None if none matches within StructureMatcher's tolerances, or the cell is broken.
         """
         structure = crystal.to_structure(primitive=True)
-        if len(structure) > MAX_COMPARED_ATOMS:
+        if len(structure) > MAX_COMPARED_ATOMS or cell_problem(structure):
             return None
         rows = self.reference.rows_of_formula(crystal.formula_counts)[:MAX_COMPARED]
         same = [{z: z for z in crystal.formula_counts} for _ in rows]
