@@ -324,9 +324,7 @@ def _torch(path: Path) -> Any:
 
 def _read_pt(path: Path) -> dict[str, Tensor]:
     torch = _torch(path)
-    zipped = zipfile.is_zipfile(path)
-    if zipped:
-        _check_zip(path)
+    zipped = _is_zip(path)
     try:
         value = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # torch raises whatever the content makes it stumble over
@@ -344,15 +342,23 @@ def _read_pt(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _check_zip(path: Path) -> None:
-    """Verify the checksums of torch's archive, at which torch itself does not look."""
+def _is_zip(path: Path) -> bool:
+    """Whether a file is an archive, as torch makes it by now; its checksums are verified.
+
+    At those torch itself does not look.
+    """
     try:
+        if not zipfile.is_zipfile(path):
+            return False
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # names, lengths and kinds of compression may be damaged as well
         raise _damaged(path, error) from error
     if damaged is not None:
-        raise _damaged(path, f"the checksum of its part {damaged} differs")
+        raise _damaged(path, f"the checksum of its part {damaged!r} differs")
+    return True
 
 
 def _leaves(path: Path, torch: Any, value: object, prefix: str) -> Iterator[tuple[str, Any]]:

@@ -7,6 +7,7 @@ get one for what is written.
 """
 
 import json
+import math
 import os
 import secrets
 import shutil
@@ -111,33 +112,44 @@ def convert(
             destination cannot be written or is there.
     """
     found = open_folder(source)
-    kind = lora.CONFIG if found.adapter and base is None else CONFIG
-    _check_destination(destination, [found.path, *([base] if base else [])], overwrite, kind)
-    if found.manifest is None and destination.is_dir() and any(destination.iterdir()):
+    origin = found if base is None else _open_base(found, base)
+    kind = lora.CONFIG if origin.adapter else CONFIG
+    _check_destination(destination, [found.path, origin.path], overwrite, kind)
+    if origin.manifest is None and destination.is_dir() and any(destination.iterdir()):
         raise UserError(f"{destination}: only what has a {MANIFEST} takes its place; give another")
     if base is None:
         shards, counts = rename(found, to)
-        report = Report((*counts,))
+        report = Report(tuple(counts))
     else:
-        if not found.adapter:
-            raise UserError(f"{source}: is no adapter, and so needs no --base")
-        additions, counts = rename(found, "torch")
-        adapter, found = found, open_folder(base)
-        if found.adapter:
-            raise UserError(f"{base}: is an adapter itself; give the model that it belongs to")
-        own, more = rename(found, "torch")
-        notes = [f"{adapter.path} worked into {found.path}", *_check_base(adapter, found)]
-        merged = lora.merge(adapter.path, adapter.config, additions, own)
-        shards = rename_shards(merged, list(parameters(found.config)), to)
-        report = Report((*counts, *more), (*notes,))
+        shards, report = _merged(found, origin, to)
     files: dict[str, Content] = {}
-    for name, path in found.others.items():
+    for name, path in origin.others.items():
         files[name] = partial(_copy, path)
     weights: dict[str, Content] = {s.name: partial(write_shard, shard=s) for s in shards}
-    if found.index is not None:
-        weights[f"{NATIVE.model}{INDEX_SUFFIX}"] = index_text(found.index, shards)
-    _write(destination, found, base is not None, to, files, weights)
+    if origin.index is not None:
+        weights[f"{NATIVE.model}{INDEX_SUFFIX}"] = index_text(origin.index, shards)
+    _write(destination, origin, base is not None, to, files, weights)
     return replace(report, files=(*weights, *files))
+
+
+def _open_base(adapter: Folder, base: Path) -> Folder:
+    """The model that an adapter is worked into, which decides what the result's folder is."""
+    if not adapter.adapter:
+        raise UserError(f"{adapter.path}: is no adapter, and so needs no --base")
+    found = open_folder(base)
+    if found.adapter:
+        raise UserError(f"{base}: is an adapter itself; give the model that it belongs to")
+    return found
+
+
+def _merged(adapter: Folder, base: Folder, to: Framework) -> tuple[list[Shard], Report]:
+    """A base's files of weights with an adapter worked in, under the names of a framework."""
+    additions, counts = rename(adapter, "torch")
+    own, more = rename(base, "torch")
+    notes = [f"{adapter.path} worked into {base.path}", *_check_base(adapter, base)]
+    merged = lora.merge(adapter.path, adapter.config, additions, own)
+    shards = rename_shards(merged, list(parameters(base.config)), to)
+    return shards, Report((*counts, *more), tuple(notes))
 
 
 def _check_base(adapter: Folder, base: Folder) -> list[str]:
@@ -251,19 +263,12 @@ def _count(folder: Folder, stored: Mapping[str, Stored], table: list[Parameter])
         folder.path.name,
         "adapter" if folder.adapter else "network",
         len(used),
-        sum(_numbers(tensor) for tensor in used),
+        sum(math.prod(tensor.shape) for tensor in used),
         tuple(sorted({tensor.dtype for tensor in used})),
         missing=tuple(name for name in shapes if name not in stored),
         unused=tuple(name for name in stored if name not in shapes),
         reshaped=tuple(reshaped),
     )
-
-
-def _numbers(tensor: Stored) -> int:
-    count = 1
-    for size in tensor.shape:
-        count *= size
-    return count
 
 
 # Folders

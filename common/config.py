@@ -107,6 +107,12 @@ class DiffusionConfig(Settings):
         1, ge=1, description="Known crystals that the samples of a request start from in turn."
     )
 
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.sigma_min >= self.sigma_max:
+            raise ValueError("sigma_min must be below sigma_max")
+        return self
+
 
 class Optimisation(Settings):
     """What every training has, of whatever network."""
@@ -193,7 +199,7 @@ def load_config(path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
 def read_settings(path: Path, overrides: tuple[str, ...] = ()) -> dict[str, Any]:
     """The settings of a file, unchecked; arguments and errors as in `load_config`."""
     try:
-        data = yaml.safe_load(path.read_text())
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from error
     except (yaml.YAMLError, ValueError) as error:  # ValueError: no text, or an impossible date

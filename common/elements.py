@@ -9,6 +9,7 @@ from pymatgen.core import Element
 
 Array = NDArray[np.float64]
 
+#: Rows of a table by atomic number: those of the 118 elements, and of zero, where there is none.
 NUM_ELEMENTS = 119
 #: What ``pair_differences`` gives per pair of elements, each about 0 to 1.
 PAIR_FEATURES = (

@@ -25,9 +25,11 @@ from numpy.typing import NDArray
 
 from common.crystal.structure import Crystal
 from common.crystal.wyckoff import Sites, SymmetryKey, symmetry_key, wyckoff_summary
+from common.data.batch import PROPERTY_NAMES
 from common.data.store import reduced_formula
 from common.elements import PAIR_FEATURES, element_table, pair_differences
 from common.errors import UserError
+from common.evaluate.match import cell_problem
 from common.files import atomic_path
 from common.legal_sites import SiteStatistics, enumerate_sites, legal_units, size_class
 from common.reference import (
@@ -63,7 +65,6 @@ ATTRIBUTION = (
 )
 
 _METADATA_KEY = b"uni_mdm_prior"
-_PROPERTIES = ("band_gap", "formation_energy")
 #: So many are always ranked, lest order and probabilities depend on how many are shown.
 _FEWEST = 20
 _COMPARISONS_PER_CLASS = 120_000
@@ -437,10 +438,10 @@ class TemplatePrior:
         """The training structure nearest to a crystal: of its composition, else of its template.
 
         Returns:
-            None if none matches within StructureMatcher's tolerances.
+            None if none matches within StructureMatcher's tolerances, or the cell is broken.
         """
         structure = crystal.to_structure(primitive=True)
-        if len(structure) > MAX_COMPARED_ATOMS:
+        if len(structure) > MAX_COMPARED_ATOMS or cell_problem(structure):
             return None
         rows = self.reference.rows_of_formula(crystal.formula_counts)[:MAX_COMPARED]
         same = [{z: z for z in crystal.formula_counts} for _ in rows]
@@ -599,7 +600,7 @@ class TemplatePrior:
     def _property_differences(structures: _Class, properties: Mapping[str, float]) -> Array:
         """[N,2]: saturating distance of the property, and metal against non-metal for gaps."""
         ((name, value),) = properties.items()
-        known = structures.properties[:, _PROPERTIES.index(name)]
+        known = structures.properties[:, PROPERTY_NAMES.index(name)]
         distance = np.abs(known - value)
         scale = 1.0 if name == "band_gap" else 0.3
         other_kind = (known > 0.05) != (value > 0.05) if name == "band_gap" else distance > 1.0
@@ -616,7 +617,7 @@ class TemplatePrior:
 
         fitted = {}
         start = unfitted = np.concatenate([np.full(2 * len(PAIR_FEATURES), 0.5), [-6.0, 0.0]])
-        for name in ("none", *_PROPERTIES):
+        for name in ("none", *PROPERTY_NAMES):
             comparisons = self._comparisons(None if name == "none" else name)
             parameters, likelihood = unfitted, None
             if comparisons:
@@ -655,7 +656,7 @@ class TemplatePrior:
         limit = max(4, _COMPARISONS_PER_CLASS // (size * len(permutations)))
         asked = np.arange(size)
         if name is not None:
-            asked = np.flatnonzero(~np.isnan(structures.properties[:, _PROPERTIES.index(name)]))
+            asked = np.flatnonzero(~np.isnan(structures.properties[:, PROPERTY_NAMES.index(name)]))
         if size < 2 or len(permutations) > 24 or not len(asked):
             return None
         count = min(len(asked), limit, _QUERIES_PER_CLASS)
@@ -674,7 +675,7 @@ class TemplatePrior:
         anion = self._anion(elements)[:, None, :, None]
         parts = [(pairs * ~anion).sum(axis=2), (pairs * anion).sum(axis=2)]
         if name is not None:
-            value = float(structures.properties[index, _PROPERTIES.index(name)])
+            value = float(structures.properties[index, PROPERTY_NAMES.index(name)])
             by_structure = self._property_differences(structures, {name: value})
             parts.append(np.broadcast_to(by_structure, (len(elements), *by_structure.shape)))
         differences = np.concatenate(parts, axis=-1)
@@ -742,7 +743,7 @@ def _statistics(records: Sequence[Any]) -> SiteStatistics:
 
 def _classes(table: pa.Table, entries: Sequence[_Entry]) -> dict[Stoichiometry, _Class]:
     template = table["template"].to_numpy()
-    gaps = [table[name].to_numpy(zero_copy_only=False) for name in _PROPERTIES]
+    gaps = [table[name].to_numpy(zero_copy_only=False) for name in PROPERTY_NAMES]
     properties = np.stack(gaps, axis=1).astype(float)
     roles = table["roles"].combine_chunks()
     values, offsets = roles.values.to_numpy(), roles.offsets.to_numpy()

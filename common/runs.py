@@ -117,6 +117,8 @@ def generate_many(
         UserError: if a checkpoint, the prior or the folder cannot be used; before anything is
             written where that can be known.
     """
+    if not queries:
+        raise UserError("there is no request to answer: give at least one")
     settings = settings or Settings()
     engines = _load_engines(queries, backend, checkpoint, prior, symmetry_model)
     if len(queries) == 1:

@@ -5,8 +5,8 @@ The rule, in this order:
 1. Samples with two atoms closer than 0.5 A are left out, unless all are like that.
 2. Consensus: the sample nearest on average to all others. The distance of two samples is the root
    mean square displacement that pymatgen's StructureMatcher finds after scaling to equal volume, in
-   units of (volume per atom)^(1/3), and 0.5 (its tolerance) where they do not match; added to that
-   is the difference of their lengths, |ln(V1/V2)|/3.
+   units of (volume per atom)^(1/3), and 0.5 (its tolerance) where they do not match or a cell is
+   broken; added to that is the difference of their lengths, |ln(V1/V2)|/3.
 3. Among equals the larger smallest distance between atoms, then the first sample.
 """
 
@@ -70,7 +70,7 @@ def choose_sample(samples: Sequence[Crystal]) -> Choice:
 
 def _distances(crystals: Sequence[Crystal]) -> NDArray[np.float64]:
     """[N,N], see the module."""
-    from common.evaluate.match import STANDARD, cell_distance, reduced_cell
+    from common.evaluate.match import STANDARD, cell_distance, cell_problem, reduced_cell
 
     lengths = np.array([np.log(abs(np.linalg.det(c.lattice))) / 3 for c in crystals])
     distances: NDArray[np.float64] = np.abs(lengths[:, None] - lengths)
@@ -78,10 +78,13 @@ def _distances(crystals: Sequence[Crystal]) -> NDArray[np.float64]:
         return distances
     if crystals[0].num_free_coords == 0 and crystals[0].space_group >= 195:
         return distances  # equal but for the volume
-    cells = [reduced_cell(crystal.to_structure(primitive=True), False) for crystal in crystals]
+    structures = [crystal.to_structure(primitive=True) for crystal in crystals]
+    cells = [None if cell_problem(one) else reduced_cell(one, False) for one in structures]
     for i, first in enumerate(cells):
-        for j in range(i):
-            found = cell_distance(first, cells[j], STANDARD)
+        for j, second in enumerate(cells[:i]):
+            found = None
+            if first is not None and second is not None:
+                found = cell_distance(first, second, STANDARD)
             rms = STANDARD.stol if found is None else found
             distances[i, j] += rms
             distances[j, i] += rms

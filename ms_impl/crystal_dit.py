@@ -19,6 +19,7 @@ from common.diffusion.flow import (
     PRECEDENT_SCALE,
     VELOCITY_SCALE,
 )
+from common.elements import NUM_ELEMENTS
 from ms_impl.layers import (
     LAYER_NORM_EPS,
     MLP,
@@ -41,7 +42,6 @@ from ms_impl.layers import (
 )
 from ms_impl.tensors import TensorBatch
 
-NUM_ELEMENTS = 119
 NUM_SPACE_GROUPS = 231
 NUM_LETTERS = 27
 TIME_WIDTH = 128

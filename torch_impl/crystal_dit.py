@@ -16,6 +16,7 @@ from common.diffusion.flow import (
     PRECEDENT_SCALE,
     VELOCITY_SCALE,
 )
+from common.elements import NUM_ELEMENTS
 from torch_impl.layers import (
     LAYER_NORM_EPS,
     MLP,
@@ -32,7 +33,6 @@ from torch_impl.layers import (
 )
 from torch_impl.tensors import TensorBatch
 
-NUM_ELEMENTS = 119
 NUM_SPACE_GROUPS = 231
 NUM_LETTERS = 27
 TIME_WIDTH = 128

@@ -13,12 +13,15 @@ def devices() -> list[str]:
 def available_device(device: str) -> str:
     """A device of this machine, or the best one for ``auto``.
 
+    Args:
+        device: ``auto``, ``cpu``, ``cuda``, or ``cuda:1`` for the second GPU, and so on.
+
     Raises:
         UserError: if it is not here.
     """
     known = devices()
     if device == "auto":
         return known[0]
-    if device.split(":")[0] not in known:
+    if device not in (*known, *(f"cuda:{i}" for i in range(torch.cuda.device_count()))):
         raise UserError(f"torch finds no device '{device}' here: give {' or '.join(known)}")
     return device

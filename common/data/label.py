@@ -16,6 +16,7 @@ from pymatgen.core import Structure
 
 from common.crystal.structure import Crystal, Site
 from common.crystal.symmetry import SpaceGroup, nearest_zero, space_group
+from common.elements import NUM_ELEMENTS
 
 Array = NDArray[np.float64]
 Cell = tuple[Array, Array, NDArray[np.int64]]
@@ -26,7 +27,6 @@ LABEL_VERSION = 3
 LABEL_REASONS = ("disorder", "not_finite", "overlap", "symmetry", "sites")
 #: Atoms nearer than this (A) overlap.
 MIN_DISTANCE = 0.5
-NUM_ELEMENTS = 118
 
 SYMPREC = 0.1
 ANGLE_TOLERANCE = 5.0
@@ -69,7 +69,7 @@ def check_structure(structure: Structure) -> None:
     """Raises LabelError for disorder, atoms that are no elements or overlap, and NaN."""
     if not structure.is_ordered:
         raise LabelError("disorder", "a site is partially occupied or shared by elements")
-    if not all(1 <= number <= NUM_ELEMENTS for number in structure.atomic_numbers):
+    if not all(1 <= number < NUM_ELEMENTS for number in structure.atomic_numbers):
         raise LabelError("sites", "an atom is no chemical element")
     lattice, frac_coords = structure.lattice.matrix, structure.frac_coords
     if not (np.isfinite(frac_coords).all() and np.isfinite(lattice).all()):

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 from numpy.typing import NDArray
 
-from common.diffusion.noise import noise
+from common.diffusion.noise import Kind, noise
 
 Array = NDArray[np.float32]
 
@@ -50,8 +50,8 @@ class TrainingDraws:
         size, sites = shape
 
         def draw(field: str, shape: tuple[int, ...], uniform: bool = True) -> Array:
-            kind = "uniform" if uniform else "normal"
-            return noise(seed, stream, 0, field, step, shape, kind)  # type: ignore[arg-type]
+            kind: Kind = "uniform" if uniform else "normal"
+            return noise(seed, stream, 0, field, step, shape, kind)
 
         strata = (np.arange(size, dtype=np.float32) + draw("t", (size,))) / size
         return cls(

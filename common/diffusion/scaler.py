@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 
 from common.crystal.lattice import crystal_system
 from common.data.batch import PROPERTY_NAMES, Batch
+from common.elements import NUM_ELEMENTS
 
 Array = NDArray[np.float64]
 
-_NUM_ELEMENTS = 119
 _NUM_SYSTEMS = 6
 # Pulls the volume of an element that is rarely seen towards the mean of all (A^3 per atom).
 _PRIOR_VOLUME = 18.0
@@ -120,8 +120,8 @@ def _fit_volumes(batch: Batch) -> Array:
     """Least squares, relative to each volume, of the sum of element volumes."""
     counts = element_counts(batch)
     volume = np.exp(batch.lattice_k[:, 5].astype(float) * np.sqrt(3))
-    design = np.vstack([counts / volume[:, None], _PRIOR_WEIGHT * np.eye(_NUM_ELEMENTS)])
-    prior = np.full(_NUM_ELEMENTS, _PRIOR_WEIGHT * _PRIOR_VOLUME)
+    design = np.vstack([counts / volume[:, None], _PRIOR_WEIGHT * np.eye(NUM_ELEMENTS)])
+    prior = np.full(NUM_ELEMENTS, _PRIOR_WEIGHT * _PRIOR_VOLUME)
     target = np.concatenate([np.ones(len(volume)), prior])
     solution: Array = np.linalg.lstsq(design, target, rcond=None)[0]
     return solution.clip(*_VOLUME_RANGE)
@@ -136,7 +136,7 @@ def _composition_center(batch: Batch, element_volume: Array) -> Array:
 
 def element_counts(batch: Batch) -> Array:
     """Atoms of every element in the conventional cell: [B,119]."""
-    counts = np.zeros((batch.size, _NUM_ELEMENTS))
+    counts = np.zeros((batch.size, NUM_ELEMENTS))
     rows = np.broadcast_to(np.arange(batch.size)[:, None], batch.atomic_numbers.shape)
     np.add.at(counts, (rows, batch.atomic_numbers), batch.multiplicity * batch.site_mask)
     return counts

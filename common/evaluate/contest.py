@@ -92,8 +92,7 @@ def contestants(texts: Sequence[str]) -> list[RunConfig]:
     Raises:
         UserError: for a setting that is wrong, and for runs that cannot be compared.
     """
-    split = [shlex.split(one) for one in texts]
-    runs = [load_config(Path(path), tuple(settings)) for path, *settings in split]
+    runs = [_contestant(text) for text in texts]
     if len({run.name for run in runs}) < len(runs):
         raise UserError("two contestants have one name: add name=ANOTHER to the settings of one")
     for run in runs:
@@ -102,6 +101,14 @@ def contestants(texts: Sequence[str]) -> list[RunConfig]:
         if run.train.data != runs[0].train.data:
             raise UserError(f"{run.name} trains on other rows than {runs[0].name}: same train.data")
     return runs
+
+
+def _contestant(text: str) -> RunConfig:
+    try:
+        path, *settings = shlex.split(text)
+    except ValueError as error:  # nothing, or a quotation mark that is alone
+        raise UserError(f"contestant {text!r}: write CONFIG [KEY=VALUE ...]") from error
+    return load_config(Path(path), tuple(settings))
 
 
 def make_plan(

@@ -251,13 +251,24 @@ def _compare(
 
 
 def _broken(structure: Structure) -> str | None:
+    if reason := cell_problem(structure):
+        return reason
+    return "overlapping atoms" if min_distance(structure) < OVERLAP else None
+
+
+def cell_problem(structure: Structure) -> str | None:
+    """Why a cell is not to be reduced or compared; None if it is.
+
+    That may fail, take hours or all memory where a cell is not sound, tiny, or shaped like a
+    needle, as a network samples it that has learned little.
+    """
     if not cell_is_sound(structure):
         return "broken cell"
     if structure.volume < MIN_VOLUME:
         return "tiny cell"
     if _images_within_longest(structure.lattice) > _MAX_IMAGES:
         return "needle-shaped cell"
-    return "overlapping atoms" if min_distance(structure) < OVERLAP else None
+    return None
 
 
 def _images_within_longest(lattice: Lattice) -> float:
@@ -273,7 +284,7 @@ def reduced_cell(structure: Structure, primitive: bool = True) -> Cell:
     """The Niggli cell, oxidation states dropped.
 
     Args:
-        structure: a sound cell.
+        structure: a cell without ``cell_problem``.
         primitive: whether to look for a smaller cell, which averages distortions of up to 0.25 A.
     """
     numbers = [site.specie.Z for site in structure]

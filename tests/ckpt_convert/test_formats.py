@@ -168,6 +168,23 @@ def test_flipped_bits_of_a_torch_file_are_found(tmp_path: Path) -> None:
         assert "damaged" in error_of(path)
 
 
+def test_flipped_bits_of_a_torch_file_s_directory(tmp_path: Path) -> None:
+    """An error in one line, or the same tensors where no reader needs what is flipped."""
+    path = tmp_path / "file.pt"
+    content = write(path, EXAMPLE)
+    same = {name: tensor.data.tobytes() for name, tensor in read_tensors(path).items()}
+    for index in range(content.index(b"PK\x01\x02"), len(content)):
+        damaged = bytearray(content)
+        damaged[index] ^= 1 << index % 8
+        path.write_bytes(damaged)
+        try:
+            found = read_tensors(path)
+        except UserError:
+            error_of(path)
+        else:
+            assert {name: tensor.data.tobytes() for name, tensor in found.items()} == same
+
+
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_not_such_a_file(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"file{suffix}"

@@ -293,6 +293,29 @@ def test_adapter_of_other_weights(tmp_path: Path) -> None:
     assert "nobody knows whether" in report.notes[-1]
 
 
+@pytest.mark.parametrize("without", ["base", "adapter"])
+def test_a_merged_model_has_a_manifest_where_its_base_has(
+    without: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And takes the place of one that has a manifest, whether or not the adapter has one."""
+    known = shipped_language()
+    folders = {"base": known["glm4_tiny"], "adapter": known["glm4_tiny_fm"]}
+    shutil.copytree(folders[without], tmp_path / without)
+    (tmp_path / without / "manifest.json").unlink()
+    folders[without] = tmp_path / without
+    adapter, base, out = folders["adapter"], folders["base"], tmp_path / "out"
+    convert(known["glm4_tiny"], out, "torch")
+    before = contents(out)
+    if without == "adapter":
+        convert(adapter, out, "torch", base=base, overwrite=True)
+        assert contents(out)["model.safetensors"] != before["model.safetensors"]
+        return
+    monkeypatch.setattr("ckpt_convert.glm4.rename", None)  # it is said before anything is read
+    with pytest.raises(UserError, match="takes its place"):
+        convert(adapter, out, "torch", base=base, overwrite=True)
+    assert contents(out) == before
+
+
 @pytest.mark.parametrize(
     "change",
     [{"use_dora": True}, {"use_rslora": True}, {"bias": "all"}, {"target_modules": "all-linear"}],

@@ -107,6 +107,7 @@ def test_wrong_network(tmp_path: Path, model: dict[str, object], says: str) -> N
         ("name: x\ntrain: {seed: 2147483648}", "train.seed: 2147483648 must be below 2147483648"),
         ("name: x\ntrain: {precision: float8}", "train.precision"),
         ("name: x\ndiffusion: {kind: ddpm}", "diffusion.kind"),
+        ("name: x\ndiffusion: {sigma_min: 0.6}", "diffusion: sigma_min must be below sigma_max"),
         ("name: x\nmodel:\n", "model: "),
         ("name: x\n1: 2", "1: keys must be text"),
         ("[1, 2]", "a mapping"),

@@ -164,6 +164,12 @@ def test_space_group_by_symbol(checkpoint: Path, tmp_path: Path) -> None:
     assert note.startswith("Pbnm is space group 62 in another setting")
 
 
+def test_no_request_is_no_run(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no request"):
+        generate_many([], tmp_path / "out", checkpoint=checkpoint)
+    assert not (tmp_path / "out").exists()
+
+
 def test_fixed_symmetry_is_obeyed(checkpoint: Path) -> None:
     (given,) = make(checkpoint, space_group=221, sites="Sr:1a Ti:1b O:3c")
     assert (given.crystal.space_group, given.symmetry.source) == (221, "given")

@@ -461,17 +461,26 @@ def test_distance_is_that_of_structure_matcher(prior: TemplatePrior) -> None:
         assert len(original) == 1 or found[1] > 1e-3
 
 
-def test_a_cell_is_not_reduced_for_nothing(
-    prior: TemplatePrior, monkeypatch: pytest.MonkeyPatch
+NEEDLES = np.diag([1e-4, 1e-4, 1e6]), np.diag([1.0, 2e3, 3.0])
+
+
+@pytest.mark.parametrize("lattice", NEEDLES, ids=["absurd", "needle"])
+@pytest.mark.parametrize("formula", ["Sr1Ti1O3", "Li1Pm1Re1"], ids=["known", "unknown"])
+def test_a_cell_that_no_crystal_has_is_not_reduced(
+    prior: TemplatePrior, monkeypatch: pytest.MonkeyPatch, lattice: np.ndarray, formula: str
 ) -> None:
-    """Which takes for ever where it is as thin as an untrained network makes it."""
+    """Which takes for ever, or all memory, where it is as thin as an untrained network makes it."""
 
     def reduced(*_: object, **__: object) -> None:
-        raise AssertionError("there is nothing to compare it with")
+        raise AssertionError("a cell of which nothing can come is reduced")
 
     monkeypatch.setattr("common.reference.reduced_cell", reduced)
-    sites = tuple(Site(z, "a", (0.1, 0.2, z / 100)) for z in (3, 61, 75))
-    assert prior.nearest(Crystal(1, sites, np.diag([1e-4, 1e-4, 1e6]))) is None
+    counts = parse_formula(formula).counts
+    atoms = [z for z, n in counts.items() for _ in range(n)]
+    sites = tuple(Site(z, "a", (0.1, 0.2, i / 7)) for i, z in enumerate(atoms))
+    known = bool(prior.reference.rows_of_formula(counts))
+    assert known == (formula == "Sr1Ti1O3")
+    assert prior.nearest(Crystal(1, sites, lattice)) is None
 
 
 def test_of_equally_near_crystals_the_first_is_named() -> None:

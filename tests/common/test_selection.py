@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 from pymatgen.analysis.structure_matcher import StructureMatcher
+from pymatgen.core import Structure
 
 from common.crystal.structure import Crystal, Site
+from common.evaluate.match import Cell, reduced_cell
 from common.selection import _distances, choose_sample
 
 
@@ -50,3 +52,25 @@ def test_the_sample_nearest_to_all_others_is_chosen(place: int) -> None:
     sums = _distances(samples).sum(axis=1)
     assert choice.sample == np.argmin(sums)
     assert choice.consensus == pytest.approx(sums.min() / 4)
+
+
+@pytest.mark.parametrize("lattice", [(1e4, 1e-2, 1e-1), (2e3, 2.0, 4.0)], ids=["absurd", "needle"])
+def test_broken_cells_are_not_reduced(
+    lattice: tuple[float, float, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which takes hours, or all memory; they match nothing, and nothing is like them."""
+    alike = perovskites(0.005)
+    broken = Crystal(62, alike[0].sites, np.diag(lattice))
+    reduced: list[float] = []
+
+    def recorded(structure: Structure, primitive: bool = True) -> Cell:
+        assert max(structure.lattice.abc) < 10, "a broken cell is reduced"
+        reduced.append(structure.volume)
+        return reduced_cell(structure, primitive)
+
+    monkeypatch.setattr("common.evaluate.match.reduced_cell", recorded)
+    assert choose_sample([broken, *alike]).sample > 0
+    assert len(reduced) == len(alike)
+    assert choose_sample([broken, broken]).consensus == 0.5
+    lengths = abs(np.log(np.prod(lattice) / np.linalg.det(alike[0].lattice))) / 3
+    assert _distances([broken, alike[0]])[0, 1] == pytest.approx(0.5 + lengths)

@@ -111,6 +111,12 @@ def test_runs_that_cannot_be_compared(
         contestants([f"{text} {more}" for text, more in zip(texts, settings, strict=True)])
 
 
+@pytest.mark.parametrize("text", ["", "  ", "configs/x.yaml name='x"])
+def test_texts_that_name_no_contestant(text: str) -> None:
+    with pytest.raises(UserError, match="write CONFIG"):
+        contestants([text])
+
+
 @pytest.mark.parametrize("other", [{"minutes": 1.0}, {"machine": Machine("torch", "cpu", 2)}])
 def test_another_comparison_in_the_folder(
     texts: list[str], tmp_path: Path, other: dict[str, Any]
