@@ -4,13 +4,16 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import AbstractContextManager
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TypeVar
 
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # ships no types
+
+from common.errors import UserError
 
 Result = TypeVar("Result")
 
@@ -60,8 +63,7 @@ def apart(function: Callable[..., Result], *arguments: object) -> Result:
 
     Frameworks in one process disturb each other's threads, and keep the memory that they have had.
     """
-    fresh = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=fresh, initializer=leave_with_parent) as pool:
+    with worker_pool(1, leave_with_parent) as pool:
         return pool.submit(function, *arguments).result()
 
 
@@ -91,3 +93,34 @@ def start_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threadpool_limits(1)
     leave_with_parent()
+
+
+@contextmanager
+def worker_pool(
+    workers: int | None,
+    initializer: Callable[..., None] = start_worker,
+    initargs: tuple[object, ...] = (),
+    advice: str = "with fewer processes at once (--workers, where a command has it) it takes less",
+) -> Iterator[ProcessPoolExecutor]:
+    """Fresh processes for a block, after which what they have not begun is dropped.
+
+    Args:
+        workers: how many; one per CPU without it.
+        initializer: the first call of each; one of one's own begins with ``start_worker``.
+        initargs: its arguments.
+        advice: to who has too little memory.
+
+    Raises:
+        UserError: in the block, if one of them is killed.
+    """
+    pool = ProcessPoolExecutor(
+        workers or cpu_count(), multiprocessing.get_context("spawn"), initializer, initargs
+    )
+    try:
+        yield pool
+    except BrokenProcessPool as error:
+        raise UserError(
+            f"one of several processes was killed, perhaps for want of memory: {advice}"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)

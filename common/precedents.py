@@ -11,11 +11,9 @@ but itself, and is described as near to it as it can be.
 import gzip
 import hashlib
 import json
-import multiprocessing
 import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
 from itertools import chain, islice
@@ -38,7 +36,7 @@ from common.data.store import Record, read_records, write_records
 from common.elements import element_table, pair_differences
 from common.errors import UserError
 from common.files import one_at_a_time, output_folder, write_atomic
-from common.machine import cpu_count, start_worker
+from common.machine import cpu_count, start_worker, worker_pool
 from common.prior import SHIPPED, TemplatePrior, load_prior
 from common.templates import (
     Assignment,
@@ -412,9 +410,7 @@ def _described(
         rows = zip(crystals, names, strict=True)
         yield from show(_describe(index, count, *row) for row in rows)
         return
-    context = multiprocessing.get_context("spawn")
-    started = _start, (index, count)
-    with ProcessPoolExecutor(workers, context, *started) as pool:
+    with worker_pool(workers, _start, (index, count)) as pool:
         yield from show(pool.map(_describe_here, crystals, names, chunksize=_CHUNK))
 
 

@@ -13,12 +13,10 @@ give the same bytes.
 
 import hashlib
 import json
-import multiprocessing
 import os
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import Future
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -38,7 +36,7 @@ from common.files import (
     write_atomic,
     write_together,
 )
-from common.machine import start_worker
+from common.machine import start_worker, worker_pool
 from common.pipeline import (
     Engine,
     Progress,
@@ -387,24 +385,15 @@ def _described_apart(
         workers: number of processes.
         limit: jobs that wait at most.
     """
-    pool = ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), _start_describing, (prior,)
-    )
     waiting: deque[Future[_Answer]] = deque()
-    try:
+    advice = "the same command goes on where this one stopped, with --workers 1 in one process"
+    with worker_pool(workers, _start_describing, (prior,), advice) as pool:
         for job in jobs:
             waiting.append(pool.submit(_answer_apart, job))
             while waiting and (len(waiting) > limit or waiting[0].done()):
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
-    except BrokenProcessPool as error:
-        raise UserError(
-            "a process that compares crystals was killed, perhaps for want of memory: the same "
-            "command goes on where this one stopped, with --workers 1 in one process"
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 _prior: TemplatePrior | None = None  # of a process that describes

@@ -7,12 +7,10 @@ crystals and explains each difference. Exit code 1 if one has no explanation.
 import csv
 import gzip
 import json
-import multiprocessing
 import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache
@@ -35,7 +33,7 @@ from common.data.locations import DATASETS, cache_dir, data_dir
 from common.data.sources import RawEntry, Source, open_source
 from common.data.store import Record, read_records
 from common.errors import UserError
-from common.machine import start_worker
+from common.machine import worker_pool
 
 #: Space groups of MP-20 rows by another program, in the data folder.
 PUBLISHED = "wyckoff_symprec0.1.csv.gz"
@@ -195,8 +193,7 @@ def label(source: Source, labeller: Labeller, workers: int | None) -> dict[str, 
 
 def comparisons(rows: list[Row], workers: int | None) -> Iterator[Comparison]:
     """Compare rows, in order, in several processes."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, initializer=start_worker) as pool:
+    with worker_pool(workers) as pool:
         yield from pool.map(compare, rows, chunksize=32)
 
 

@@ -8,13 +8,11 @@ number, several times faster: lattice mappings are handled as arrays, and the st
 tight tolerance share one search.
 """
 
-import multiprocessing
 import signal
 import threading
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -32,7 +30,7 @@ from rich.progress import track
 from scipy.optimize import linear_sum_assignment
 
 from common.evaluate.validity import MIN_VOLUME, cell_is_sound, is_valid, min_distance
-from common.machine import cpu_count, one_thread, start_worker
+from common.machine import cpu_count, one_thread, worker_pool
 
 Array = NDArray[np.float64]
 
@@ -127,9 +125,7 @@ def match_many(
         with one_thread():
             return list(show(map(work, items)))
     chunk = max(1, min(16, len(items) // (4 * workers)))
-    with ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), initializer=start_worker
-    ) as pool:
+    with worker_pool(workers) as pool:
         return list(show(pool.map(work, items, chunksize=chunk)))
 
 

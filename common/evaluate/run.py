@@ -1,11 +1,9 @@
 """An evaluation from data and checkpoint to result rows: the model, and the controls beside it."""
 
-import multiprocessing
 import resource
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -24,7 +22,7 @@ from common.evaluate.report import EvaluationRow, Outcome, RunInfo
 from common.evaluate.strata import TrainingIndex
 from common.evaluate.symmetry import SymmetryLabel, composition_is_exact, symmetry_kept
 from common.language.dataset import Reference, overlap
-from common.machine import cpu_count, one_thread, start_worker
+from common.machine import cpu_count, one_thread, worker_pool
 from common.precedents import PrecedentIndex
 from common.selection import choose_sample
 
@@ -71,8 +69,7 @@ def read_back_many(crystals: Sequence[Crystal], workers: int | None = None) -> l
     if workers <= 1:
         with one_thread():
             return list(show(map(read_back, crystals)))
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, initializer=start_worker) as pool:
+    with worker_pool(workers) as pool:
         return list(show(pool.map(read_back, crystals, chunksize=_CHUNK)))
 
 

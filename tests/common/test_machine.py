@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from threadpoolctl import threadpool_info, threadpool_limits
 
-from common.machine import one_thread
+from common.errors import UserError
+from common.machine import apart, one_thread, worker_pool
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
@@ -97,3 +98,19 @@ def test_one_thread_and_afterwards_as_before() -> None:
         with one_thread():
             assert set(threads()) == {1}
         assert threads() == before
+
+
+def test_a_worker_that_is_killed_is_one_line() -> None:
+    line = "one of several processes was killed, perhaps for want of memory: "
+    with (
+        pytest.raises(UserError, match=f"^{line}buy some$"),
+        worker_pool(1, advice="buy some") as pool,
+    ):
+        list(pool.map(os._exit, [9]))
+    with pytest.raises(UserError, match=f"^{line}with fewer"):
+        apart(os._exit, 9)
+
+
+def test_what_workers_raise_themselves_passes() -> None:
+    with pytest.raises(ZeroDivisionError):
+        apart(divmod, 1, 0)
