@@ -7,15 +7,8 @@ from itertools import combinations
 from pathlib import Path
 
 from common.evaluate.contest import Plan
-from common.evaluate.report import (
-    EvaluationRow,
-    NamedTest,
-    named_tests,
-    paired_table,
-    paired_test,
-    strata_lines,
-    summary,
-)
+from common.evaluate.report import paired_table, strata_lines
+from common.evaluate.rows import EvaluationRow, NamedTest, named_tests, paired_test, summary
 from common.evaluate.statistics import mean
 from common.evaluate.tables import number, percent, table, text
 from common.files import write_together

@@ -17,7 +17,7 @@ from common.crystal.structure import Crystal
 from common.crystal.wyckoff import Sites, SymmetryKey
 from common.data.store import Record
 from common.evaluate.match import CandidateMatch
-from common.evaluate.report import EvaluationRow, Outcome
+from common.evaluate.rows import EvaluationRow, Outcome
 from common.evaluate.run import Emitted, Evaluation, Told, peak_memory, read_back_many, sample_all
 from common.evaluate.symmetry_controls import TemplateControls
 from common.prior import SymmetryCandidate

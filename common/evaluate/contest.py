@@ -25,7 +25,7 @@ from common.data.batch import bucket, symmetry_only
 from common.data.locations import dataset
 from common.diffusion.score import own_calls
 from common.errors import UserError
-from common.evaluate.report import EvaluationRow, TrainingCost, read_rows, to_json
+from common.evaluate.rows import EvaluationRow, TrainingCost, read_rows, to_json
 from common.evaluate.run import Evaluation, Told
 from common.files import write_atomic
 from common.machine import apart

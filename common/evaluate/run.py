@@ -18,7 +18,7 @@ from common.data.store import Record
 from common.errors import UserError
 from common.evaluate.controls import fit_standardizer, random_draw
 from common.evaluate.match import CandidateMatch, MatchItem, match_many, pool_by_composition
-from common.evaluate.report import EvaluationRow, Outcome, RunInfo
+from common.evaluate.rows import EvaluationRow, Outcome, RunInfo
 from common.evaluate.strata import TrainingIndex
 from common.evaluate.symmetry import SymmetryLabel, composition_is_exact, symmetry_kept
 from common.language.dataset import Reference, overlap

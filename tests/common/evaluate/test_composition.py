@@ -12,7 +12,7 @@ from common.data.batch import symmetry_only
 from common.data.store import Record
 from common.evaluate.composition import CompositionEvaluation, Method, Network
 from common.evaluate.controls import fit_standardizer, random_draw
-from common.evaluate.report import EvaluationRow
+from common.evaluate.rows import EvaluationRow
 from common.evaluate.run import Evaluation, Told
 from common.evaluate.statistics import Rate
 from common.prior import SymmetryCandidate, TemplatePrior

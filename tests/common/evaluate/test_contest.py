@@ -19,7 +19,7 @@ from common.errors import UserError
 from common.evaluate import contest
 from common.evaluate.comparison import notes, paired_tests, to_markdown, write_comparison
 from common.evaluate.contest import Machine, Plan, compare, contestants, make_plan, within_budget
-from common.evaluate.report import EvaluationRow
+from common.evaluate.rows import EvaluationRow
 from common.speed import StepCost, network_calls, sampling_flops
 from common.training import BaseTrainer
 from tests.training import textbook_records, tiny_run
