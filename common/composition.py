@@ -29,9 +29,12 @@ _SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
 _SIGNS = "+-^\N{MINUS SIGN}\N{SUPERSCRIPT PLUS SIGN}\N{SUPERSCRIPT MINUS}"
 _BRACKETS = {")": "(", "]": "["}
 _WHOLE = (
-    "counts must be whole numbers, for a site has one element: FeNi, not Fe0.5Ni0.5; "
-    "write hydrates in one piece, CuSO4(H2O)5"
+    "counts must be whole numbers, for a site has one element: LiCo2O4, not Li0.5CoO2; "
+    "a hydrate has * or \N{MIDDLE DOT}, CuSO4*5H2O"
 )
+_DOTS = re.compile(r"[*\N{MIDDLE DOT}\N{BULLET}\N{BULLET OPERATOR}\N{DOT OPERATOR}]")
+#: An oxidation state, which would be read as iodine and vanadium.
+_OXIDATION_STATE = re.compile(r"\((?:I{1,3}|IV|VI{0,3})\)(?![0-9])")
 _TOKEN = re.compile(r"(?P<element>[A-Z][a-z]*)|(?P<bracket>[()\[\]])|(?P<space>[ \t]+)")
 _COUNT = re.compile(r"[0-9]+")
 _SITE = re.compile(r"(?P<element>[A-Za-z]+):(?P<multiplicity>[0-9]{0,4})(?P<letter>[a-zA])")
@@ -84,7 +87,7 @@ class SiteRequest:
 
 
 def parse_formula(text: str) -> Formula:
-    """The formula of a user's text; parentheses may be nested.
+    """The formula of a user's text; parentheses may be nested, hydrates have dots or stars.
 
     Raises:
         UserError: if it is empty, too long, or holds an unknown element, deuterium, a charge, a
@@ -94,7 +97,12 @@ def parse_formula(text: str) -> Formula:
         raise UserError("the formula is empty: give one such as SrTiO3 or Sr2Ti2O6")
     if len(text) > _MAX_TEXT:
         raise UserError(f"the formula has {len(text)} characters: at most {_MAX_TEXT} are read")
-    counts = _count_atoms(text.strip().translate(_SUBSCRIPTS), text)
+    formula = text.strip().translate(_SUBSCRIPTS)
+    if state := _OXIDATION_STATE.search(formula):
+        raise UserError(
+            f"formula {_shown(text)}: oxidation states are not part of it; leave {state[0]} out"
+        )
+    counts = _count_parts(_DOTS.split(formula), text)
     total = sum(counts.values())
     if total > MAX_FORMULA_ATOMS:
         raise UserError(
@@ -103,6 +111,19 @@ def parse_formula(text: str) -> Formula:
         )
     units = math.gcd(*counts.values())
     return Formula(tuple(sorted((z, n // units) for z, n in counts.items())), units)
+
+
+def _count_parts(parts: Sequence[str], text: str) -> Counter[int]:
+    """Atoms of each element in ``CuSO4`` and ``5H2O``, what dots part; the first has no count."""
+    counts: Counter[int] = Counter()
+    for index, part in enumerate(parts):
+        part = part.strip()
+        number, start = _read_count(part, 0, text) if index else (1, 0)
+        if start == len(part):
+            raise UserError(f"formula {_shown(text)}: nothing stands on one side of a dot or star")
+        for atomic_number, found in _count_atoms(part[start:], text).items():
+            counts[atomic_number] += number * found
+    return counts
 
 
 def _count_atoms(formula: str, text: str) -> Counter[int]:
@@ -157,8 +178,6 @@ def _why_not(rest: str, text: str) -> str:
         return f"{shown}: a count must follow an element or a bracket"
     if rest[0] in ".,/":
         return f"{shown}: {_WHOLE}"
-    if rest[0] in "·*•":
-        return f"{shown}: write hydrates in one piece, CuSO4(H2O)5"
     if rest[0].islower():
         return f"{shown}: elements begin with a capital letter, as in SrTiO3"
     return f"{shown}: cannot read {_shown(rest[:12])}; write elements and counts, SrTiO3"

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import os
 import secrets
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -132,7 +133,7 @@ def output_folder(
 
 
 @contextmanager
-def one_at_a_time(path: Path) -> Iterator[None]:
+def one_at_a_time(path: Path, waiting: str = "") -> Iterator[None]:
     """Other processes of this machine wait before the same block for the same file.
 
     The system ends the wait when the process inside the block is killed. File systems without
@@ -140,10 +141,15 @@ def one_at_a_time(path: Path) -> Iterator[None]:
 
     Args:
         path: what the block makes; its folder is there.
+        waiting: line for stderr if it has to wait.
     """
     lock = path.with_name(f".{path.name}{LOCK}")
     try:
-        descriptor = _locked(lock, wait=True)
+        descriptor = _locked(lock)
+        if descriptor is None:
+            if waiting:
+                print(waiting, file=sys.stderr, flush=True)
+            descriptor = _locked(lock, wait=True)
     except OSError:
         yield
         return

@@ -351,7 +351,8 @@ def training_items(
     rows = _read_cached(path)
     if rows is None:
         refusal = "set UNI_MDM_CACHE to another folder"
-        with output_folder(path.parent, refusal), one_at_a_time(path):
+        waiting = "waiting for another process, which looks for the rows' precedents"
+        with output_folder(path.parent, refusal), one_at_a_time(path, waiting):
             rows = _read_cached(path)  # which another process may have made meanwhile
             if rows is None:
                 rows = list(_described(records, index, count, workers))

@@ -118,6 +118,7 @@ def generate_many(
     if not queries:
         raise UserError("there is no request to answer: give at least one")
     settings = settings or Settings()
+    _check_folder(Path(out))
     engines = _load_engines(queries, backend, checkpoint, prior, symmetry_model)
     if len(queries) == 1:
         first = engines[_kind(queries[0])]
@@ -205,6 +206,13 @@ def _open_folder(out: Path, description: dict[str, Any]) -> Iterator[Path]:
                     yield folder
                 return
     raise UserError(f"{out} and its numbered siblings are all taken; give another --out")
+
+
+def _check_folder(out: Path) -> None:
+    """Refuses a file where the folder should be."""
+    with suppress(OSError):  # which trying to write there will say
+        if out.exists() and not out.is_dir():
+            raise UserError(f"{out} is a file, not a folder: give another --out")
 
 
 def _may_use(folder: Path, description: dict[str, Any]) -> bool:

@@ -10,6 +10,8 @@ from common.errors import UserError
 #: section 1.3).
 _FORMER = {"Aem2": "Abm2", "Aea2": "Aba2", "Cmce": "Cmca", "Cmme": "Cmma", "Ccce": "Ccca"}
 _MONOCLINIC = range(3, 16)
+#: Whose "-3" was written "3" until 1983, Fm3m for Fm-3m; no other cubic group is called so.
+_CUBIC = range(195, 231)
 _LONGEST = 20
 _ADVICE = "give a number from 1 to 230, or a symbol such as Fm-3m"
 
@@ -75,6 +77,8 @@ def _symbols() -> tuple[dict[str, int], dict[str, int]]:
         if entry.number in _MONOCLINIC:  # P 1 21/n 1 is written P21/n
             names.append("".join(part for part in full.split() if part != "1"))
         names += [_FORMER[name] for name in names if name in _FORMER]
+        if entry.number in _CUBIC:
+            names += [name.replace("-3", "3") for name in names]
         found = standard if entry.hall_number in usual else others
         found.update((_plain(name), entry.number) for name in names)
     return standard, {name: number for name, number in others.items() if name not in standard}

@@ -1,6 +1,7 @@
 """`uni-mdm data`: import, fingerprint, split and describe data sets."""
 
 from collections import Counter
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +13,7 @@ from rich.table import Table
 
 from common.data.importer import ImportReport, import_dataset
 from common.data.locations import cache_dir, dataset, dataset_path
-from common.data.sources import open_source
+from common.data.sources import PROPERTIES_FILE, CifFolderSource, open_source
 from common.data.store import (
     PROPERTIES,
     Record,
@@ -65,6 +66,9 @@ def import_command(
     if out.suffix != ".parquet":  # as a source's own is not, and as a data set is known by
         raise UserError(f"{out}: give a name that ends in .parquet")
     opened = open_source(source, cache_dir(), format_.value, max_atoms, show_progress=True)
+    if isinstance(opened, CifFolderSource) and opened.path.is_dir() and opened.unmatched:
+        named = ", ".join(opened.unmatched[:5]) + (", ..." if len(opened.unmatched) > 5 else "")
+        typer.echo(f"{PROPERTIES_FILE}: no CIF for {len(opened.unmatched)} ids: {named}", err=True)
     report = import_dataset(opened, out, workers, max_atoms, cache_dir())
     Console().print(_report_table(report))
 
@@ -89,13 +93,29 @@ def split(
     targets = [out / f"{name}.parquet" for name in ("train", "val", "test")]
     if path.resolve() in [target.resolve() for target in targets]:
         raise UserError(f"{path}: a part of it would take its place; give another --out")
-    parts = deal_by_formula(read_records(path), _fractions(fractions, len(targets)), seed)
+    shares = _fractions(fractions, len(targets))
+    parts = deal_by_formula(read_records(path), shares, seed)
     metadata = read_metadata(path)
     for target, part in zip(targets, parts, strict=True):
         origin = {"split": target.stem, "fractions": fractions, "seed": seed}
         origin |= {"of": metadata["fingerprint"], "source": metadata["source"]}
         write_records(part, target, origin)
         typer.echo(f"{target}: {len(part)} rows")
+    for line in _empty_parts(targets, parts, shares):
+        typer.echo(line, err=True)
+
+
+def _empty_parts(
+    targets: Sequence[Path], parts: Sequence[list[Record]], shares: Sequence[float]
+) -> list[str]:
+    """A line for each part that got nothing of the share it should have."""
+    formulas = len({record.reduced_formula for part in parts for record in part})
+    return [
+        f"{target} is empty: {formulas} formulas are too few for {share:g} of them; "
+        "import more, or give other --fractions"
+        for target, part, share in zip(targets, parts, shares, strict=True)
+        if share > 0 and not part
+    ]
 
 
 class Target(StrEnum):

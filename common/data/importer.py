@@ -188,7 +188,9 @@ def import_cached(
     report = _read_report(out)
     if report is None:
         refusal = "set UNI_MDM_CACHE to another folder"
-        with output_folder(out.parent, refusal), one_at_a_time(out):
+        told = f"{source.description['name']}: waiting for another process, which labels it"
+        waiting = told if show_progress else ""
+        with output_folder(out.parent, refusal), one_at_a_time(out, waiting):
             report = _read_report(out)  # which another process may have made meanwhile
             if report is None:
                 report = _run(source, out, options, workers, show_progress)

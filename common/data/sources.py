@@ -152,7 +152,10 @@ class CifFolderSource:
         else:
             raise UserError(f"no such file or folder: {self.path}")
         if not self._files:
-            raise UserError(f"{self.path}: no .cif file in this folder")
+            raise UserError(
+                f"{self.path}: no .cif file in this folder; of other files, such as POSCAR, make "
+                "CIFs: pymatgen's Structure.from_file('POSCAR').to('name.cif')"
+            )
         self._offers, self._properties = self._read_properties()
 
     @cached_property
@@ -190,11 +193,18 @@ class CifFolderSource:
                 raise UserError(f"{listed}: no column material_id in its first line")
             columns = _property_columns(header)
             table: dict[str, dict[str, str | None]] = {}
-            for row in rows:
+            for row in filter(any, rows):
                 cells = dict(zip(header, row, strict=False))
                 name = cells.get("material_id", "").strip().removesuffix(".cif")
-                table.setdefault(name, {key: cells.get(c) for key, c in columns.items()})
+                if name in table:
+                    raise UserError(f"{listed}: {name!r} is there twice; keep one")
+                table[name] = {key: cells.get(c) for key, c in columns.items()}
         return tuple(columns), table
+
+    @property
+    def unmatched(self) -> list[str]:
+        """Ids of the `properties.csv` that no file has."""
+        return sorted(self._properties.keys() - {self._id(file) for file in self._files})
 
 
 def open_source(

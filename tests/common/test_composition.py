@@ -51,6 +51,18 @@ def test_units_are_what_the_text_counts(text: str, units: int, name: str) -> Non
     assert (parsed.units, parsed.text) == (units, name)
 
 
+@pytest.mark.parametrize("dot", ["·", "*", "•", "⋅", "∙", " · "])
+def test_hydrates_have_dots(dot: str) -> None:
+    assert parse_formula(f"CuSO4{dot}5H2O") == parse_formula("CuSO4(H2O)5")
+    assert parse_formula(f"Ca2(SO4)2{dot}H2O") == parse_formula("Ca2S2O8H2O")
+    assert parse_formula(f"Na2CO3{dot}NaHCO3{dot}2(H2O)") == parse_formula("Na3C2O8H5")
+
+
+def test_iodine_in_brackets_is_iodine() -> None:
+    assert parse_formula("Pb(I)2") == parse_formula("PbI2")
+    assert parse_formula("Pb(II)2") == parse_formula("PbI4")
+
+
 @pytest.mark.parametrize(
     ("text", "part"),
     [
@@ -69,7 +81,17 @@ def test_units_are_what_the_text_counts(text: str, units: int, name: str) -> Non
         ("D2O", "isotopes"),
         ("T2O", "isotopes"),
         ("2NaCl", "must follow"),
-        ("CuSO4·5H2O", "hydrates"),
+        ("CuSO4.5H2O", "a hydrate has * or ·"),
+        ("CaSO4·0.5H2O", "whole numbers"),
+        ("CaSO4·0H2O", "zero"),
+        ("CaSO4·", "nothing stands on one side"),
+        ("CaSO4·2", "nothing stands on one side"),
+        ("·2H2O", "nothing stands on one side"),
+        ("CaSO4··2H2O", "nothing stands on one side"),
+        ("2CaSO4·H2O", "must follow"),
+        ("K(CaO·SiO2)2", "never closed"),
+        ("Fe(II)O", "oxidation states are not part of it; leave (II) out"),
+        ("V(V)OCl3", "leave (V) out"),
         ("Ca(OH", "never closed"),
         ("Ca)OH", "closes nothing"),
         ("Ca()2", "closes nothing"),

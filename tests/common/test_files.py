@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -124,11 +125,13 @@ def test_output_file_is_refused_before_the_work(tmp_path: Path, place: str) -> N
     assert listing(tmp_path) == ["file", "folder"]
 
 
-def test_others_wait_for_the_same_file_alone(tmp_path: Path) -> None:
+def test_others_wait_for_the_same_file_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     entered: list[str] = []
 
     def enter(name: str) -> None:
-        with one_at_a_time(tmp_path / name):
+        with one_at_a_time(tmp_path / name, f"waiting for {name}"):
             entered.append(name)
 
     threads = [threading.Thread(target=enter, args=(name,)) for name in ("same", "other")]
@@ -139,8 +142,13 @@ def test_others_wait_for_the_same_file_alone(tmp_path: Path) -> None:
         assert entered == ["other"]
         threads[0].join(0.3)
         assert entered == ["other"]
+        started, told = time.monotonic(), ""
+        while not told and time.monotonic() < started + 60:
+            told = capsys.readouterr().err
+        assert told == "waiting for same\n"
     threads[0].join(60)
     assert entered == ["other", "same"]
+    assert capsys.readouterr() == ("", "")
     assert listing(tmp_path) == []
 
 

@@ -477,6 +477,13 @@ def test_foreign_folder_is_left_alone(checkpoint: Path, tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
 
 
+def test_file_in_the_folders_place_is_refused_before_a_network_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("precious")
+    with pytest.raises(UserError, match="mine is a file, not a folder: give another --out"):
+        generate_many([make_query("NaCl")], tmp_path / "mine", checkpoint=tmp_path / "absent")
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
 def test_killed_process_is_resumed(checkpoint: Path, tmp_path: Path) -> None:
     """A real kill -9 in the middle of a run of the command; running it again finishes it."""
     file = tmp_path / "requests.jsonl"

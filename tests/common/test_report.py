@@ -104,6 +104,7 @@ def test_page_is_well_formed_and_needs_no_network() -> None:
     assert 'title="&lt;b&gt;bold&lt;/b&gt;"' in text, "its row in the table is marked"
     assert "no <i>" not in text
     assert "CC BY 4.0" in text
+    assert "it says nothing of\nenergy or stability" in text
 
 
 def test_requests_are_told_apart_and_what_they_fixed_is_said() -> None:

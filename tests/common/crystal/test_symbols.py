@@ -22,6 +22,16 @@ def test_own_symbols_are_of_the_standard_setting() -> None:
         assert parse_space_group(str(number)) == (number, "")
 
 
+def test_former_cubic_symbols_are_of_one_group_each() -> None:
+    own = {n: wyckoff_summary(n).symbol for n in range(1, NUM_SPACE_GROUPS + 1)}
+    former = {n: own[n].replace("-3", "3") for n in range(200, NUM_SPACE_GROUPS + 1)}
+    former = {n: symbol for n, symbol in former.items() if symbol != own[n]}
+    assert len(former) == 17  # the groups of classes m-3 and m-3m
+    assert not set(former.values()) & set(own.values())
+    for number, symbol in former.items():
+        assert parse_space_group(symbol) == (number, "")
+
+
 @pytest.mark.parametrize(
     ("text", "number"),
     [
@@ -41,6 +51,12 @@ def test_own_symbols_are_of_the_standard_setting() -> None:
         ("Cmca", 64),
         ("Cmma", 67),
         ("Ccca", 68),
+        ("Fm3m", 225),
+        ("Fd3m", 227),
+        ("P a 3", 205),
+        ("P4/m32/m", 221),
+        ("F23", 196),
+        ("R3m", 160),
         ("225.0", 225),
     ],
 )
@@ -74,7 +90,7 @@ def test_other_setting_is_said(text: str, number: int, usual: str) -> None:
             "fm-3m",
             "'fm-3m': give a number from 1 to 230, or a symbol such as Fm-3m; like it: Fm-3m",
         ),
-        ("Fm3m", "like it: Fm-3m"),
+        ("Fn3m", "like it: "),
         ("P21/q", "P21/c"),
         ("", "unknown space group ''"),
         ("0", "space group 0: give a number from 1 to 230"),

@@ -106,6 +106,19 @@ def test_cif_folder(tmp_path: Path) -> None:
     assert single.material_id == "b"
 
 
+def test_folder_says_what_fits_not(tmp_path: Path) -> None:
+    (tmp_path / "POSCAR").write_text("Si")
+    with pytest.raises(UserError, match=r"no \.cif file in this folder; of other files"):
+        CifFolderSource(tmp_path)
+    (tmp_path / "a.cif").write_text("A")
+    listed = tmp_path / "properties.csv"
+    listed.write_text("material_id,band_gap\na,1\n\nc,2\nb.cif,3\n")
+    assert CifFolderSource(tmp_path).unmatched == ["b", "c"]
+    listed.write_text("material_id,band_gap\na,1\na.cif,2\n")
+    with pytest.raises(UserError, match="'a' is there twice"):
+        CifFolderSource(tmp_path)
+
+
 def test_name_that_is_not_utf8(tmp_path: Path) -> None:
     (tmp_path / "a\udcff.cif").write_text("A")
     (entry,) = CifFolderSource(tmp_path)
