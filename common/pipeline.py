@@ -67,6 +67,7 @@ class Query:
             conventional cell.
         name: what the user calls it.
         note: what the user should know of it, in one line.
+        asked: the formula as the user wrote it, where ours is another text; empty if it is not.
     """
 
     formula: Formula
@@ -76,12 +77,14 @@ class Query:
     z: int | None = None
     name: str = ""
     note: str = field(default="", compare=False)
+    asked: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON types; equal queries give equal dictionaries."""
         return {
             "name": self.name,
             "formula": self.formula.text,
+            "asked": self.asked or None,
             "formula_units": self.formula.units if self.formula.units > 1 else None,
             **{name: self.properties.get(name) for name in TARGETS},
             "space_group": self.space_group,
@@ -244,7 +247,9 @@ def make_query(
     if sites is not None and not isinstance(sites, str):
         raise UserError(f'sites are {sites!r}: give text, as in "Sr:1a Ti:1b O:3c"')
     requested = None if sites is None else parse_sites(sites)
-    query = Query(parsed, properties, group, requested, z, name, note)
+    written = formula.strip()
+    asked = "" if written == parsed.text else written
+    query = Query(parsed, properties, group, requested, z, name, note, asked)
     _check_symmetry(query)
     return query
 

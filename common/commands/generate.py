@@ -179,7 +179,7 @@ def _show_table(console: Console, entry: dict[str, Any]) -> None:
     from rich import box
     from rich.table import Table
 
-    table = Table(title=_title(entry["query"]), title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(title=escape(_title(entry["query"])), title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("#", justify="right")
     table.add_column("Space group", no_wrap=True)
     table.add_column("Wyckoff sites", overflow="fold")
@@ -205,8 +205,10 @@ def _show_table(console: Console, entry: dict[str, Any]) -> None:
 
 
 def _title(query: dict[str, Any]) -> str:
-    """What was asked: formula, formula units if they were counted, property."""
+    """What was asked: formula (ours, then the user's), units if they were counted, property."""
     parts = [str(query["formula"])]
+    if query["asked"]:
+        parts.append(f"asked as {query['asked']}")
     if query["formula_units"]:
         parts.append(f"{query['formula_units']} formula units per cell")
     for name, unit in (("band_gap", "eV"), ("formation_energy", "eV/atom")):

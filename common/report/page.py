@@ -133,6 +133,7 @@ def _request(entries: list[dict[str, Any]], results: Mapping[str, Any]) -> str:
     if len(entries) == 1:
         query = entries[0]["query"]
         pairs = [("Target", _wanted(query)), ("Symmetry", _fixed(query) or "left to the model")]
+        pairs += [("Asked as", query["asked"])] if query["asked"] else []
     pairs += [
         ("Samples per symmetry", str(settings["num_samples"])),
         ("Seed", str(settings["seed"])),
@@ -203,7 +204,8 @@ def _table_cells(row: Mapping[str, Any], number: int | None) -> str:
 def _request_cell(entry: Mapping[str, Any]) -> str:
     """Formula, name, target and constraints of a request, beside all its candidates."""
     query = entry["query"]
-    told = [f"no. {_request_name(entry)}", _wanted(query), _fixed(query)]
+    asked = f"asked as {query['asked']}" if query["asked"] else ""
+    told = [f"no. {_request_name(entry)}", asked, _wanted(query), _fixed(query)]
     listed = "".join(f"<br>{escape(text)}" for text in told if text)
     return (
         f'<th scope="rowgroup" rowspan="{len(entry["crystals"])}">'

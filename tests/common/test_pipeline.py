@@ -275,8 +275,16 @@ def test_single_run_has_all_files(checkpoint: Path, tmp_path: Path) -> None:
 
 def test_counted_formula_units_are_in_the_title() -> None:
     asked = make_query("Sr2Ti2O6", 1.8).to_dict()
-    assert _title(asked) == "SrTiO3, 2 formula units per cell, band gap 1.8 eV"
-    assert _title(make_query("SrTiO3").to_dict()) == "SrTiO3"
+    title = "SrTiO3, asked as Sr2Ti2O6, 2 formula units per cell, band gap 1.8 eV"
+    assert _title(asked) == title
+    assert _title(make_query(" SrTiO3 ").to_dict()) == "SrTiO3"
+
+
+def test_a_spelling_of_ones_own_is_kept() -> None:
+    assert make_query(" BiFeO3 ").to_dict() | {"formula": "FeBiO3", "asked": "BiFeO3"} == (
+        make_query("BiFeO3").to_dict()
+    )
+    assert make_query("FeBiO3").to_dict()["asked"] is None
 
 
 def test_ids_are_quoted_in_extxyz(checkpoint: Path, tmp_path: Path) -> None:

@@ -46,6 +46,7 @@ def results(name: str = "") -> dict:
     query = {
         "name": name,
         "formula": "SrTiO3",
+        "asked": None,
         "formula_units": None,
         "band_gap": 1.8,
         "formation_energy": None,
@@ -109,17 +110,18 @@ def test_page_is_well_formed_and_needs_no_network() -> None:
 
 def test_requests_are_told_apart_and_what_they_fixed_is_said() -> None:
     run = results("a&b")
-    fixed = {"space_group": 221, "sites": "Sr:1a Ti:1b O:3c", "z": 1}
+    fixed = {"space_group": 221, "sites": "Sr:1a Ti:1b O:3c", "z": 1, "asked": "TiSrO3"}
     run["results"][0]["query"] = run["results"][0]["query"] | fixed
     text = render_report(run)
     (cell,) = re.findall(r'<th scope="rowgroup".*?</th>', text)
-    assert "<br>no. 1, a&amp;b<br>band gap 1.8 eV<br>" in cell
+    assert "<br>no. 1, a&amp;b<br>asked as TiSrO3<br>band gap 1.8 eV<br>" in cell
     assert "<br>space group 221, sites Sr:1a Ti:1b O:3c, Z = 1<" in cell
     assert "<dt>Request</dt><dd>1, a&amp;b</dd>" in text
     assert "no. 2, a&amp;b</span>: no &lt;i&gt;" in text
     del run["results"][1]
     alone = render_report(run)
     assert "<dd>space group 221, sites Sr:1a Ti:1b O:3c, Z = 1</dd>" in alone
+    assert "<dt>Asked as</dt><dd>TiSrO3</dd>" in alone
     assert "<dt>Request</dt><dd>1, a" not in alone
 
 

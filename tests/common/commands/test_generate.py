@@ -11,6 +11,7 @@ from common.runs import Outcome
 QUERY = {
     "name": "",
     "formula": "SrTiO3",
+    "asked": None,
     "formula_units": None,
     "band_gap": 1.8,
     "formation_energy": None,
@@ -28,8 +29,8 @@ ROW = {
 }
 
 
-def shown(rows: int, resumed: int = 0) -> list[str]:
-    entries = [{"status": "done", "query": QUERY, "crystals": [ROW]} for _ in range(rows)]
+def shown(rows: int, resumed: int = 0, **query: object) -> list[str]:
+    entries = [{"status": "done", "query": QUERY | query, "crystals": [ROW]} for _ in range(rows)]
     console = Console(width=80, file=io.StringIO(), record=True)
     _show(console, [], Outcome(Path("out"), resumed, entries, [{"name": "prior", "hash": "1"}]))
     return console.export_text().splitlines()
@@ -38,6 +39,11 @@ def shown(rows: int, resumed: int = 0) -> list[str]:
 def test_crystal_like_none_has_dashes() -> None:
     (line,) = (line for line in shown(1) if "Pm-3m" in line)
     assert line.split()[-3:] == ["5.00", "-", "-"]
+
+
+def test_brackets_of_a_formula_are_no_colours() -> None:
+    title = "K3Fe(CN)6, asked as K3[Fe(CN)6], band gap 1.8 eV"
+    assert title in map(str.strip, shown(1, formula="K3Fe(CN)6", asked="K3[Fe(CN)6]"))
 
 
 def test_what_had_been_answered_are_requests() -> None:
