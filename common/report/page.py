@@ -238,7 +238,8 @@ def _card(
     nearest = row["nearest"]
     facts = [
         *([("Request", _request_name(entry))] if entry else ()),
-        ("Probability", f"{_percent(row['probability'])} ({row['symmetry_source']})"),
+        ("Probability", _percent(row["probability"])),
+        ("Proposed by", row["symmetry_source"]),
         ("Lattice", f"a {a:.3f}, b {b:.3f}, c {c:.3f} Å"),
         (
             "Angles",

@@ -106,6 +106,8 @@ def test_page_is_well_formed_and_needs_no_network() -> None:
     assert "no <i>" not in text
     assert "CC BY 4.0" in text
     assert "it says nothing of\nenergy or stability" in text
+    assert "<dt>Probability</dt><dd>44 %</dd>" in text
+    assert "<dt>Proposed by</dt><dd>template</dd>" in text
 
 
 def test_requests_are_told_apart_and_what_they_fixed_is_said() -> None:
