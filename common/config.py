@@ -117,7 +117,7 @@ class DiffusionConfig(Settings):
 class Optimisation(Settings):
     """What every training has, of whatever network."""
 
-    data: str = Field("train", description="A known data set, or a path to CSV or Parquet.")
+    data: str = Field("train", description="Known data set, CSV or Parquet; several with a +.")
     validation: str = Field("val", description="Likewise; only its loss is watched.")
     validation_rows: int = Field(1024, ge=1, description="Rows of it, the first ones.")
     validation_every: int = Field(1000, ge=1, description="Steps between validations.")

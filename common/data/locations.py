@@ -50,7 +50,7 @@ def dataset_path(name: str | os.PathLike[str], workers: int | None = None) -> Pa
 
 
 def dataset(name: str | os.PathLike[str], workers: int | None = None) -> list[Record]:
-    """The records of a data set, see `dataset_path`; of several, as in ``train+extra``."""
+    """The records of a data set, see `dataset_path`; of several, as in ``train+mine.parquet``."""
     parts = _parts(os.fspath(name))
     return [record for part in parts for record in read_records(dataset_path(part, workers))]
 
@@ -62,8 +62,11 @@ def check_dataset(name: str) -> None:
 
 
 def _parts(name: str) -> list[str]:
+    """The data sets that a plus joins; a file or address may have one in its own name."""
     parts = name.split("+")
-    return parts if all(part in DATASETS for part in parts) else [name]
+    if is_url(name) or Path(name).exists():
+        return [name]
+    return parts if any(part in DATASETS or Path(part).is_file() for part in parts) else [name]
 
 
 def _location(name: str) -> Path:

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from common.data import locations
 from common.data.cli import app
-from common.data.store import fingerprint, read_records
+from common.data.store import fingerprint, read_records, write_records
 from common.errors import UserError
 
 
@@ -42,6 +42,22 @@ def test_data_set_by_name_and_by_path(csv_file: Path, capsys: pytest.CaptureFixt
     assert locations.dataset_path("val").is_relative_to(locations.cache_dir())
     parquet = locations.dataset_path("val")
     assert locations.dataset_path(parquet) == parquet
+
+
+def test_data_sets_joined_by_a_plus(csv_file: Path, tmp_path: Path) -> None:
+    """Known ones and files, in this order; a file may have a plus in its own name."""
+    mine, odd = tmp_path / "mine.parquet", tmp_path / "a+b.parquet"
+    write_records(locations.dataset("val", workers=1)[:2], mine)
+    write_records(locations.dataset("val")[2:3], odd)
+    ids = [record.material_id for record in locations.dataset(f"{mine}+val")]
+    assert ids == ["mp-0", "mp-1", "mp-0", "mp-1", "mp-2", "mp-3"]
+    assert [record.material_id for record in locations.dataset(odd)] == ["mp-2"]
+    locations.check_dataset(f"{mine}+val")
+    for wrong in ("val+none.csv", f"none.csv+{mine}"):
+        with pytest.raises(UserError, match=r"no data set at none\.csv"):
+            locations.check_dataset(wrong)
+    with pytest.raises(UserError, match=r"no data set at x\+y\.csv"):
+        locations.check_dataset("x+y.csv")
 
 
 def test_missing_data_sets_are_user_errors(csv_file: Path) -> None:
