@@ -63,7 +63,8 @@ def apart(function: Callable[..., Result], *arguments: object) -> Result:
 
     Frameworks in one process disturb each other's threads, and keep the memory that they have had.
     """
-    with worker_pool(1, leave_with_parent) as pool:
+    advice = "ask for less, or end what else takes memory"
+    with worker_pool(1, leave_with_parent, advice=advice) as pool:
         return pool.submit(function, *arguments).result()
 
 
@@ -106,12 +107,12 @@ def worker_pool(
 
     Args:
         workers: how many; one per CPU without it.
-        initializer: the first call of each; one of one's own begins with ``start_worker``.
+        initializer: the first call of each.
         initargs: its arguments.
         advice: to who has too little memory.
 
     Raises:
-        UserError: in the block, if one of them is killed.
+        UserError: in the block, if one of them ends early.
     """
     pool = ProcessPoolExecutor(
         workers or cpu_count(), multiprocessing.get_context("spawn"), initializer, initargs
@@ -120,7 +121,7 @@ def worker_pool(
         yield pool
     except BrokenProcessPool as error:
         raise UserError(
-            f"one of several processes was killed, perhaps for want of memory: {advice}"
+            f"a process ended before its work did, perhaps killed for want of memory: {advice}"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)

@@ -123,6 +123,11 @@ class PrecedentIndex:
         """Of the rows that a prior was fitted on."""
         return cls(prior.reference, prior.rows_of_template, element_volume)
 
+    @property
+    def volumes_sha256(self) -> str:
+        """Of the elements' volumes, but for roundings, which differ between processors."""
+        return hashlib.sha256(np.round(self._volume, 3).tobytes()).hexdigest()
+
     def find(
         self,
         crystal: Crystal,
@@ -345,7 +350,7 @@ def training_items(
         count: items for every row, with another precedent each as far as there are.
         workers: processes; one per CPU without it.
     """
-    key = f"{_CACHE_VERSION} {trained_on} {count} {_labels_sha256(records)}"
+    key = f"{_CACHE_VERSION} {trained_on} {count} {_labels_sha256(records)} {index.volumes_sha256}"
     name = hashlib.sha256(key.encode()).hexdigest()[:16]
     path = cache_dir() / "precedents" / f"{name}.json.gz"
     rows = _read_cached(path)

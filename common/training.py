@@ -53,6 +53,7 @@ from common.files import alone_in
 from common.language.hub import weights_folder
 from common.model_card import model_card
 from common.precedents import PrecedentIndex, precedents_file, training_items
+from common.properties import TARGETS
 from common.stopping import StopRequest, stop_requests
 from common.weights import MODEL_PREFIX, STANDARDIZER_PREFIX, Arrays, statistics
 
@@ -231,12 +232,12 @@ class TrainingRun(ABC, Generic[Data]):
     def _hurried(self) -> list[str]:
         """A line where the run ends before its learning rate has reached its peak."""
         settings = self.config.train
-        if settings.warmup < settings.steps:
+        if settings.warmup <= settings.steps:
             return []
-        last = self.learning_rate(settings.steps - 1)
         return [
-            f"train.warmup: {settings.warmup} steps for a run of {settings.steps}, in which the "
-            f"learning rate gets to {last:.2g}, not to {settings.learning_rate:g}; set a lower one"
+            f"train.warmup: {settings.warmup} steps are more than the {settings.steps} of the run, "
+            f"whose learning rate gets to {settings.steps / settings.warmup:.1%} of "
+            f"{settings.learning_rate:g}; set fewer"
         ]
 
     def average_decay(self, step: int) -> float:
@@ -313,6 +314,19 @@ class TrainingRun(ABC, Generic[Data]):
         }
 
     @property
+    @abstractmethod
+    def description(self) -> str:
+        """What is trained and what it does, in a sentence."""
+
+    @property
+    def origin(self) -> str:
+        """Names the weights that it starts from, by their content; empty for random ones."""
+        return ""
+
+    def _check(self, saved: Checkpoint, folder: Path) -> None:
+        """Raises UserError if a checkpoint of the same rows is of another run."""
+
+    @property
     def advice(self) -> str:
         """To who wants to start anew; several processes cannot put a run aside."""
         return "give --fresh to start anew" if self.shard.count == 1 else "give another --out"
@@ -331,6 +345,7 @@ class TrainingRun(ABC, Generic[Data]):
                 f"{folder}: made by an earlier version, whose names of training rows cannot be "
                 f"compared; go on with that version, or {self.advice}"
             )
+        self._check(saved, folder)
         assert saved.state is not None
         self.step, self.seconds = int(saved.state["step"]), float(saved.state["seconds"])
         if self.loss_scale.moves:
@@ -349,8 +364,8 @@ class BaseTrainer(TrainingRun[TrainingBatch]):
 
     Attributes:
         start: the checkpoint whose weights it starts from, if any.
-        standardizer: statistics of the training rows; on other rows than the start's, its own, for
-            its weights were learned with these.
+        standardizer: statistics of the training rows, or where those of the start differ, these,
+            for its weights were learned with them.
     """
 
     config: RunConfig
@@ -390,12 +405,34 @@ class BaseTrainer(TrainingRun[TrainingBatch]):
         self.score_process = score_process(config.diffusion)
 
     def _statistics(self, known: list[Record]) -> Standardizer:
-        """Of the rows, or on other rows than those of the start what its weights were used to."""
+        """Of the rows, or what the weights that it starts from are used to, if that is another."""
         own = Standardizer.fit(collate(batch_items(known), "asymmetric"))
-        if self.start is None or self.start.fingerprint == self.fingerprint:
+        if self.start is None:
             return own
         learned = parse_config(self.start.config, str(self.start.path)).model.properties
-        return own.of_former(statistics(self.start.model, self.start.path), learned)
+        former = own.of_former(statistics(self.start.model, self.start.path), learned)
+        return own if own.agrees(former) else former
+
+    @property
+    def description(self) -> str:
+        """See ``TrainingRun``."""
+        told = [f"{name} ({TARGETS[name][0]})" for name in self.config.model.properties]
+        given = ", ".join(["space group", "Wyckoff sites", *told])
+        return f"Crystal DiT: samples free coordinates and lattices, told {given}."
+
+    @property
+    def origin(self) -> str:
+        """See ``TrainingRun``."""
+        return self.start.hash if self.start else ""
+
+    def _check(self, saved: Checkpoint, folder: Path) -> None:
+        """Steps made with other statistics, as ``init_from`` had them then, do not fit."""
+        if not self.standardizer.agrees(statistics(saved.model, folder)):
+            start = self.config.train.init_from
+            raise UserError(
+                f"{folder}: made with other scales of lattices and properties than "
+                f"{start or 'the rows'} gives now; {self.advice}"
+            )
 
     def _bucketed(self, records: list[Record], precedents: int) -> BucketedData:
         settings = self.config.train
@@ -528,13 +565,14 @@ def check_agreement(trainer: TrainingRun[Any]) -> None:
     Raises:
         UserError: in those processes that differ from the average, which stops all of them.
     """
-    state = f"{trainer.config.model_dump_json()} {trainer.fingerprint} {trainer.step}"
+    settings = trainer.config.model_dump_json()
+    state = f"{settings} {trainer.fingerprint} {trainer.origin} {trainer.step}"
     # Small enough that every framework's sum is exact.
     mine = float(int(hashlib.sha256(state.encode()).hexdigest()[:4], 16))
     if trainer.summed([mine])[0] != trainer.shard.count * mine:
         raise UserError(
             "the processes differ in settings, training rows or checkpoint: give all machines "
-            "the same CONFIG and data, and an --out that they share"
+            "the same CONFIG, data and train.init_from, and an --out that they share"
         )
 
 
@@ -634,6 +672,9 @@ def _run_training(trainer: TrainingRun[Any], out: Path, resume: bool) -> None:
 
 
 def _follow(trainer: TrainingRun[Any], request: StopRequest) -> None:
+    if _is_over(trainer):
+        trainer.validate()
+
     def follow(_: dict[str, float]) -> None:
         if _due(trainer, trainer.config.train.validation_every):
             trainer.validate()
@@ -651,9 +692,9 @@ def _lead(
     progress: Progress,
     request: StopRequest,
 ) -> dict[str, float]:
-    """Trains, writes logs and checkpoints, and returns the last validation's losses, if any."""
+    """Trains, writes logs and checkpoints, and returns the losses of the last validation."""
     settings = trainer.config.train
-    last: dict[str, float] = {}
+    last = trainer.validate() if _is_over(trainer) else {}
     task = progress.add_task("training", total=settings.steps, completed=trainer.step, loss="")
     window: list[dict[str, float]] = []
 
@@ -689,16 +730,21 @@ def _stops(trainer: TrainingRun[Any], request: StopRequest) -> int:
 
     One of them that was asked is enough. After the last step there is nothing to stop.
     """
-    if trainer.step == trainer.config.train.steps:
+    if _is_over(trainer):
         return 0
     own = request.signal or 0
     (asked,) = trainer.summed([float(own)])
     return own or (SIGTERM if asked else 0)
 
 
+def _is_over(trainer: TrainingRun[Any]) -> bool:
+    """Whether no step is left, as where a run goes on that had ended."""
+    return trainer.step == trainer.config.train.steps
+
+
 def _due(trainer: TrainingRun[Any], every: int) -> bool:
     """Whether what happens every so many steps, and after the last one, happens now."""
-    return trainer.step % every == 0 or trainer.step == trainer.config.train.steps
+    return trainer.step % every == 0 or _is_over(trainer)
 
 
 def _mean(rows: list[dict[str, float]]) -> dict[str, float]:

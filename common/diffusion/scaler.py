@@ -79,6 +79,11 @@ class Standardizer:
             property_std=np.where(known, former.property_std, self.property_std),
         )
 
+    def agrees(self, other: "Standardizer") -> bool:
+        """Whether the two are the same but for roundings, as those of another processor are."""
+        pairs = zip(self.to_arrays().values(), other.to_arrays().values(), strict=True)
+        return all(np.allclose(one, two, rtol=1e-4, atol=1e-6) for one, two in pairs)
+
     def lattice_center(self, batch: Batch) -> Array:
         """Where standardised zero lies: [B,6]; the fixed value where k is fixed."""
         center = self.lattice_mean[_systems(batch)]

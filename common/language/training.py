@@ -188,6 +188,18 @@ class LanguageTrainer(TrainingRun[TokenBatch]):
         (total,) = self.summed([nats])
         return {"loss": total / counts[0], "answer": total / counts[1]}
 
+    @property
+    def description(self) -> str:
+        """See ``TrainingRun``."""
+        lora = self.config.lora
+        kind = f"LoRA of rank {lora.rank} on a symmetry" if lora else "Symmetry"
+        return f"{kind} language model: names space groups and Wyckoff sites."
+
+    @property
+    def origin(self) -> str:
+        """See ``TrainingRun``."""
+        return self.base or ""
+
     def companions(self) -> dict[str, bytes]:
         """What transformers or peft needs beside the weights."""
         if self.config.lora is None:

@@ -101,13 +101,13 @@ def test_one_thread_and_afterwards_as_before() -> None:
 
 
 def test_a_worker_that_is_killed_is_one_line() -> None:
-    line = "one of several processes was killed, perhaps for want of memory: "
+    line = "a process ended before its work did, perhaps killed for want of memory: "
     with (
         pytest.raises(UserError, match=f"^{line}buy some$"),
         worker_pool(1, advice="buy some") as pool,
     ):
         list(pool.map(os._exit, [9]))
-    with pytest.raises(UserError, match=f"^{line}with fewer"):
+    with pytest.raises(UserError, match=f"^{line}ask for less"):
         apart(os._exit, 9)
 
 

@@ -166,6 +166,23 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
+def test_cached_precedents_are_those_of_the_elements_volumes(
+    index: PrecedentIndex, own_cache: Path
+) -> None:
+    volume = VOLUME.copy()
+    volume[12] *= 2  # magnesium, in one of the perovskites
+    other = PrecedentIndex.of_crystals(
+        [r.crystal for r in RECORDS], [r.material_id for r in RECORDS], volume
+    )
+    volumes = []
+    for one in (index, other, index):
+        items = training_items(RECORDS, one, "print", workers=1)
+        known = [item.precedent.crystal for item in items if item.precedent]
+        volumes.append([abs(np.linalg.det(crystal.lattice)) for crystal in known])
+    assert not np.allclose(volumes[0], volumes[1])
+    np.testing.assert_array_equal(volumes[0], volumes[2])
+
+
 def test_training_rows_are_described_near_their_precedents(
     index: PrecedentIndex, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -385,6 +385,13 @@ def test_peft_reads_the_adapter(trained: Path, adapter: Path) -> None:
     assert np.abs(found - before).max() > 1e-3
 
 
+def test_card_of_an_adapter(adapter: Path) -> None:
+    card = (adapter / "final/README.md").read_text()
+    size = sum(array.size for array in load_checkpoint(adapter / "final").model.values())
+    assert "\nLoRA of rank 4 on a symmetry language model: " in card
+    assert f" {size:,} parameters.\n" in card
+
+
 def test_adapter_has_seen_what_its_base_has(parquet: Path, adapter: Path) -> None:
     rows = len(read_records(parquet))
     for folder in (adapter / "final", adapter / "step_00000003"):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -286,14 +287,17 @@ def test_log_and_finished_checkpoint(parquet: Path, records: list[Record], tmp_p
         parameter.numel() for parameter in load(tmp_path / "final", "cpu").model.parameters()
     )
     for part in (
-        f"# {run.name}\n\nCrystal DiT, {size:,} parameters: ",
-        "; told space group, Wyckoff sites, band_gap (eV), formation_energy (eV/atom).",
+        f"# {run.name}\n\nCrystal DiT: ",
+        ", told space group, Wyckoff sites, band_gap (eV), formation_energy (eV/atom). ",
+        f" {size:,} parameters.\n",
         f"learned from {parquet}, {len(records)} rows, fingerprint `{final.fingerprint}`.",
         "**Budget:** 6 steps, ",
         "; from random weights.",
         f": loss {validated[-1]['loss']:.4f}.",
     ):
         assert part in card
+    train(run, tmp_path, device="cpu", resume=True)  # has no step left, and says as much
+    assert f": loss {validated[-1]['loss']:.4f}." in (tmp_path / "final/README.md").read_text()
 
 
 def test_settings_of_a_finished_run_make_the_same_run(parquet: Path, tmp_path: Path) -> None:
@@ -306,11 +310,11 @@ def test_settings_of_a_finished_run_make_the_same_run(parquet: Path, tmp_path: P
 
 def test_a_warm_up_longer_than_the_run_is_told(records: list[Record]) -> None:
     model = {"properties": ["band_gap"]}
-    assert trainer_of(records, tiny_run(model=model, steps=6, warmup=5)).remarks == []
+    assert trainer_of(records, tiny_run(model=model, steps=6, warmup=6)).remarks == []
     run = tiny_run(model=model, steps=6, warmup=12, learning_rate=1e-3)
     (line,) = trainer_of(records, run).remarks
-    assert "train.warmup: 12 steps for a run of 6, in which" in line
-    assert "gets to 0.0005, not to 0.001" in line
+    assert line.startswith("train.warmup: 12 steps are more than the 6 of the run, ")
+    assert "gets to 50.0% of 0.001;" in line
 
 
 def test_noise_levels_are_told_apart(records: list[Record]) -> None:
@@ -393,6 +397,26 @@ def test_weights_go_on_with_the_statistics_they_were_learned_with(
     for name, array in other.model_arrays().items():
         if not name.startswith("standardizer.property"):
             np.testing.assert_array_equal(array, saved[name])
+    save_checkpoint(tmp_path / "second", **other.final())
+    third = trainer_of(
+        records[:5], tiny_run(model=dict(run.model), init_from=str(tmp_path / "second"))
+    )
+    for name, value in third.standardizer.to_arrays().items():
+        np.testing.assert_allclose(value, other.standardizer.to_arrays()[name], rtol=1e-6)
+
+
+def test_a_run_does_not_go_on_with_other_statistics(records: list[Record], tmp_path: Path) -> None:
+    """As when what it starts from has been trained anew in between."""
+    start = tmp_path / "start"
+    save_checkpoint(start, **trainer_of(records, tiny_run()).final())
+    trainer = trainer_of(records[:5], tiny_run(init_from=str(start)))
+    steps(trainer, 1)
+    save_step(tmp_path / "run", trainer.step, **trainer.checkpoint())
+    trainer_of(records[:5], tiny_run(init_from=str(start))).resume(tmp_path / "run")
+    shutil.rmtree(start)
+    save_checkpoint(start, **trainer_of(records[:9], tiny_run()).final())
+    with pytest.raises(UserError, match="made with other scales of lattices and properties than"):
+        trainer_of(records[:5], tiny_run(init_from=str(start))).resume(tmp_path / "run")
 
 
 # Data
