@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from common.backend import backend_name, load_backend
-from common.checkpoint import FINAL, MANIFEST, latest, load_checkpoint, verify
+from common.checkpoint import CONFIG, FINAL, MANIFEST, latest, load_checkpoint, verify
 from common.config import AnyRunConfig, RunConfig, parse_as, parse_config, read_settings
 from common.errors import Interrupted, UserError
 from common.files import alone_in, output_folder, refused, unused
@@ -16,6 +16,8 @@ from common.machine import cpu_share, launched_by
 
 #: Settings of `train` that may change when a run goes on, for they do not change its result.
 FREE_SETTINGS = {"validation_every", "checkpoint_every", "log_every"}
+#: Settings of a network that its weights fit whatever they are; of properties the number counts.
+_FREE_OF_WEIGHTS = {"cell", "target", "properties"}
 #: What a language model's run imports beside the framework.
 LANGUAGE_PACKAGES = {
     "torch": ("transformers", "peft"),
@@ -129,6 +131,7 @@ def check_start(run: AnyRunConfig) -> None:
         return
     if isinstance(run, RunConfig):
         verify(folder)
+        _check_network(run, folder)
         return
     from common.language.config import LanguageRunConfig  # what it needs may not be installed
     from common.language.foreign import FolderWeights, is_foreign, network_config, refuse_adapter
@@ -140,6 +143,22 @@ def check_start(run: AnyRunConfig) -> None:
     else:
         refuse_adapter(folder)
         verify(folder)
+
+
+def _check_network(run: RunConfig, folder: Path) -> None:
+    """Raises UserError if the weights of a checkpoint are of a network that is built otherwise."""
+    config = load_checkpoint(folder).config
+    if config.get("kind"):
+        raise UserError(f"{folder} is a {config['kind']} model; give a Crystal DiT's checkpoint")
+    theirs, ours = parse_config(config, f"{folder}/{CONFIG}").model, run.model
+    names = [name for name in type(ours).model_fields if name not in _FREE_OF_WEIGHTS]
+    pairs = [(name, getattr(theirs, name), getattr(ours, name)) for name in names]
+    pairs.append(("properties", len(theirs.properties), len(ours.properties)))
+    if differ := [f"{name} {there}, not {here}" for name, there, here in pairs if there != here]:
+        raise UserError(
+            f"{folder} has another network: model.{', model.'.join(differ)}; "
+            "give the configuration that it was trained with, or another train.init_from"
+        )
 
 
 def prepare(

@@ -7,7 +7,7 @@ import pytest
 
 from common.checkpoint import latest, save_checkpoint, save_step, shipped, shipped_language
 from common.cli import run
-from common.commands.train import prepare
+from common.commands.train import check_start, prepare
 from common.config import AnyRunConfig, RunConfig
 from common.errors import UserError
 from common.files import alone_in
@@ -150,6 +150,22 @@ def test_absent_weights_are_told_before_data_are_read(
     assert start in line
     assert "does not exist" in line
     assert not Path("runs/x").exists()
+
+
+def test_weights_of_another_network_are_told_before_data_are_read() -> None:
+    def starting(start: str, **model: object) -> RunConfig:
+        data = changed(init_from=start).model_dump()
+        data["model"] |= {"precedents": True} | model
+        return RunConfig.model_validate(data)
+
+    small = "crystal_dit_small_fm"
+    check_start(starting(small))
+    check_start(starting(small, properties=["band_gap"], target="difference"))
+    line = f"{small} has another network: model.width 128, not 64, model.properties 1, not 2; "
+    with pytest.raises(UserError, match=line + "give the configuration"):
+        check_start(starting(small, width=64, properties=["band_gap", "formation_energy"]))
+    with pytest.raises(UserError, match="is a language model; give a Crystal DiT's"):
+        check_start(starting(str(shipped_language()["glm4_tiny"])))
 
 
 def test_a_shipped_name_is_a_folder_to_start_from() -> None:
