@@ -33,8 +33,13 @@ _WHOLE = (
     "a hydrate has * or \N{MIDDLE DOT}, CuSO4*5H2O"
 )
 _DOTS = re.compile(r"[*\N{MIDDLE DOT}\N{BULLET}\N{BULLET OPERATOR}\N{DOT OPERATOR}]")
-#: An oxidation state, which would be read as iodine and vanadium.
-_OXIDATION_STATE = re.compile(r"\((?:I{1,3}|IV|VI{0,3})\)(?![0-9])")
+#: An oxidation state, which would be read as iodine and vanadium; pymatgen writes Ca(VI)2, though.
+_OXIDATION_STATE = re.compile(
+    r"[(\[][ \t]*(?:"
+    r"(?:I{2,3}|IV|VI{2,3})[ \t]*[)\]]"
+    r"|(?:I|VI?)[ \t]*[)\]](?![ \t]*[0-9])"
+    r")"
+)
 _TOKEN = re.compile(r"(?P<element>[A-Z][a-z]*)|(?P<bracket>[()\[\]])|(?P<space>[ \t]+)")
 _COUNT = re.compile(r"[0-9]+")
 _SITE = re.compile(r"(?P<element>[A-Za-z]+):(?P<multiplicity>[0-9]{0,4})(?P<letter>[a-zA])")

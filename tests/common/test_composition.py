@@ -59,8 +59,8 @@ def test_hydrates_have_dots(dot: str) -> None:
 
 
 def test_iodine_in_brackets_is_iodine() -> None:
-    assert parse_formula("Pb(I)2") == parse_formula("PbI2")
-    assert parse_formula("Pb(II)2") == parse_formula("PbI4")
+    assert parse_formula("Pb(I)2") == parse_formula("Pb[ I ]2") == parse_formula("PbI2")
+    assert parse_formula("Ca(VI)2").text == "Ca(VI)2"
 
 
 @pytest.mark.parametrize(
@@ -92,6 +92,14 @@ def test_iodine_in_brackets_is_iodine() -> None:
         ("K(CaO·SiO2)2", "never closed"),
         ("Fe(II)O", "oxidation states are not part of it; leave (II) out"),
         ("V(V)OCl3", "leave (V) out"),
+        ("Fe(III)2O3", "leave (III) out"),
+        ("Fe[III]2O3", "leave [III] out"),
+        ("Fe(II)3O4", "leave (II) out"),
+        ("V(IV)₂O4", "leave (IV) out"),
+        ("Mn(VII)2O7", "leave (VII) out"),
+        ("Pb( II )O", "leave ( II ) out"),
+        ("Cu[I]Cl", "leave [I] out"),
+        ("Pb(I) 2", "must follow"),
         ("Ca(OH", "never closed"),
         ("Ca)OH", "closes nothing"),
         ("Ca()2", "closes nothing"),
