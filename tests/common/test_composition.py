@@ -51,7 +51,9 @@ def test_units_are_what_the_text_counts(text: str, units: int, name: str) -> Non
     assert (parsed.units, parsed.text) == (units, name)
 
 
-@pytest.mark.parametrize("dot", ["·", "*", "•", "⋅", "∙", " · "])
+@pytest.mark.parametrize(
+    "dot", [*"·*•⋅∙‧･", "\N{ASTERISK OPERATOR}", "\N{MULTIPLICATION SIGN}", " · ", "\t·\t"]
+)
 def test_hydrates_have_dots(dot: str) -> None:
     assert parse_formula(f"CuSO4{dot}5H2O") == parse_formula("CuSO4(H2O)5")
     assert parse_formula(f"Ca2(SO4)2{dot}H2O") == parse_formula("Ca2S2O8H2O")
@@ -108,6 +110,8 @@ def test_iodine_in_brackets_is_iodine() -> None:
         ("Na99999999999Cl", "too large"),
         ("Na" * 300, "characters"),
         ("Na\nCl", "cannot read"),
+        ("CuSO4\n·5H2O", "cannot read '\\n'"),
+        ("CuSO4·\x1c5H2O", "cannot read '\\x1c5H2O'"),
         ("Na٣", "cannot read"),
     ],
 )
