@@ -32,9 +32,17 @@ _WHOLE = (
     "counts must be whole numbers, for a site has one element: LiCo2O4, not Li0.5CoO2; "
     "a hydrate has * or \N{MIDDLE DOT}, CuSO4*5H2O"
 )
-_DOTS = re.compile(r"[*\N{MIDDLE DOT}\N{BULLET}\N{BULLET OPERATOR}\N{DOT OPERATOR}]")
-#: An oxidation state, which would be read as iodine and vanadium.
-_OXIDATION_STATE = re.compile(r"\((?:I{1,3}|IV|VI{0,3})\)(?![0-9])")
+_DOTS = re.compile(
+    r"[*\N{MIDDLE DOT}\N{BULLET}\N{BULLET OPERATOR}\N{DOT OPERATOR}\N{ASTERISK OPERATOR}"
+    r"\N{HYPHENATION POINT}\N{HALFWIDTH KATAKANA MIDDLE DOT}\N{MULTIPLICATION SIGN}]"
+)
+#: An oxidation state, which would be read as iodine and vanadium; pymatgen writes Ca(VI)2, though.
+_OXIDATION_STATE = re.compile(
+    r"[(\[][ \t]*(?:"
+    r"(?:I{2,3}|IV|VI{2,3})[ \t]*[)\]]"
+    r"|(?:I|VI?)[ \t]*[)\]](?![ \t]*[0-9])"
+    r")"
+)
 _TOKEN = re.compile(r"(?P<element>[A-Z][a-z]*)|(?P<bracket>[()\[\]])|(?P<space>[ \t]+)")
 _COUNT = re.compile(r"[0-9]+")
 _SITE = re.compile(r"(?P<element>[A-Za-z]+):(?P<multiplicity>[0-9]{0,4})(?P<letter>[a-zA])")
@@ -117,7 +125,7 @@ def _count_parts(parts: Sequence[str], text: str) -> Counter[int]:
     """Atoms of each element in ``CuSO4`` and ``5H2O``, what dots part; the first has no count."""
     counts: Counter[int] = Counter()
     for index, part in enumerate(parts):
-        part = part.strip()
+        part = part.strip(" \t")
         number, start = _read_count(part, 0, text) if index else (1, 0)
         if start == len(part):
             raise UserError(f"formula {_shown(text)}: nothing stands on one side of a dot or star")

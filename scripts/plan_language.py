@@ -35,6 +35,7 @@ from common.language.config import GlmConfig, LanguageRunConfig, LoraConfig
 from common.language.examples import Examples, fixed_shape, rows_asked
 from common.language.parameters import lora_parameters, parameters
 from common.language.tokenizer import SymmetryTokenizer, compact_tokenizer, load_tokenizer
+from common.training import start_folder
 from torch_impl.glm4 import add_adapter, build
 
 #: Width, feed-forward width, and that of keys: three for the law, one to check it.
@@ -225,7 +226,8 @@ def main(
     run = parse_run(read_settings(config), str(config))
     if not isinstance(run, LanguageRunConfig) or run.lora is None:
         raise UserError(f"{config}: a plan is for language models' runs with lora")
-    folder = tokenizer or Path(run.train.init_from or "")
+    folder = tokenizer or start_folder(run)
+    assert folder is not None  # lora without a base is no run
     padded = padding(run, load_tokenizer(folder), dataset(run.train.data), devices)
     torch.manual_seed(0)
     needs = {shape: block(shape, run.lora) for shape in SHAPES}

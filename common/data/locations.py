@@ -62,11 +62,17 @@ def check_dataset(name: str) -> None:
 
 
 def _parts(name: str) -> list[str]:
-    """The data sets that a plus joins; a file or address may have one in its own name."""
-    parts = name.split("+")
+    """The data sets that a plus joins; a file or address may have one in its own name.
+
+    An address ends where the text ends, and is not joined.
+    """
     if is_url(name) or Path(name).exists():
         return [name]
-    return parts if any(part in DATASETS or Path(part).is_file() for part in parts) else [name]
+    parts = name.split("+")
+    if any(map(is_url, parts)):
+        raise UserError(f"{name}: an address cannot be joined; import it, and name the file")
+    known = any(part in DATASETS or Path(part).is_file() for part in parts)
+    return parts if known and all(parts) else [name]
 
 
 def _location(name: str) -> Path:

@@ -196,6 +196,9 @@ class CifFolderSource:
             for row in filter(any, rows):
                 cells = dict(zip(header, row, strict=False))
                 name = cells.get("material_id", "").strip().removesuffix(".cif")
+                if not name:
+                    shown = ",".join(row)[:60]
+                    raise UserError(f"{listed}: a row without material_id: {shown!r}; name its CIF")
                 if name in table:
                     raise UserError(f"{listed}: {name!r} is there twice; keep one")
                 table[name] = {key: cells.get(c) for key, c in columns.items()}

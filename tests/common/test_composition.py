@@ -51,7 +51,9 @@ def test_units_are_what_the_text_counts(text: str, units: int, name: str) -> Non
     assert (parsed.units, parsed.text) == (units, name)
 
 
-@pytest.mark.parametrize("dot", ["·", "*", "•", "⋅", "∙", " · "])
+@pytest.mark.parametrize(
+    "dot", [*"·*•⋅∙‧･", "\N{ASTERISK OPERATOR}", "\N{MULTIPLICATION SIGN}", " · ", "\t·\t"]
+)
 def test_hydrates_have_dots(dot: str) -> None:
     assert parse_formula(f"CuSO4{dot}5H2O") == parse_formula("CuSO4(H2O)5")
     assert parse_formula(f"Ca2(SO4)2{dot}H2O") == parse_formula("Ca2S2O8H2O")
@@ -59,8 +61,8 @@ def test_hydrates_have_dots(dot: str) -> None:
 
 
 def test_iodine_in_brackets_is_iodine() -> None:
-    assert parse_formula("Pb(I)2") == parse_formula("PbI2")
-    assert parse_formula("Pb(II)2") == parse_formula("PbI4")
+    assert parse_formula("Pb(I)2") == parse_formula("Pb[ I ]2") == parse_formula("PbI2")
+    assert parse_formula("Ca(VI)2").text == "Ca(VI)2"
 
 
 @pytest.mark.parametrize(
@@ -92,6 +94,14 @@ def test_iodine_in_brackets_is_iodine() -> None:
         ("K(CaO·SiO2)2", "never closed"),
         ("Fe(II)O", "oxidation states are not part of it; leave (II) out"),
         ("V(V)OCl3", "leave (V) out"),
+        ("Fe(III)2O3", "leave (III) out"),
+        ("Fe[III]2O3", "leave [III] out"),
+        ("Fe(II)3O4", "leave (II) out"),
+        ("V(IV)₂O4", "leave (IV) out"),
+        ("Mn(VII)2O7", "leave (VII) out"),
+        ("Pb( II )O", "leave ( II ) out"),
+        ("Cu[I]Cl", "leave [I] out"),
+        ("Pb(I) 2", "must follow"),
         ("Ca(OH", "never closed"),
         ("Ca)OH", "closes nothing"),
         ("Ca()2", "closes nothing"),
@@ -100,6 +110,8 @@ def test_iodine_in_brackets_is_iodine() -> None:
         ("Na99999999999Cl", "too large"),
         ("Na" * 300, "characters"),
         ("Na\nCl", "cannot read"),
+        ("CuSO4\n·5H2O", "cannot read '\\n'"),
+        ("CuSO4·\x1c5H2O", "cannot read '\\x1c5H2O'"),
         ("Na٣", "cannot read"),
     ],
 )

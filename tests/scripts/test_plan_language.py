@@ -2,11 +2,14 @@
 
 import importlib.util
 from itertools import islice
+from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
+import yaml
 
+from common.data.store import write_records
 from common.language.config import LanguageRunConfig
 from common.language.examples import fixed_shape
 from common.language.tokenizer import compact_tokenizer
@@ -56,3 +59,19 @@ def test_memory_is_that_of_the_largest_graph(script: ModuleType) -> None:
         assert getattr(large, name) == pytest.approx(3 * getattr(small, name))
     assert large.operations == pytest.approx(2 * small.operations)
     assert (large.weights, large.additions) == (small.weights, small.additions)
+
+
+def test_base_that_is_shipped_goes_by_its_name(
+    script: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As for a training, which is what is planned."""
+    rows, config = tmp_path / "rows.parquet", tmp_path / "run.yaml"
+    write_records(textbook_records(), rows)
+    data = language_run(rows, init_from="glm4_tiny").model_dump(mode="json")
+    config.write_text(yaml.safe_dump(data | {"lora": {"rank": 2}}))
+    monkeypatch.chdir(tmp_path)
+    script.main(config)
+    assert "mean of a step" in capsys.readouterr().out

@@ -1,5 +1,6 @@
 """Data sets by name or path, and the commands of `uni-mdm data`."""
 
+import re
 import warnings
 from pathlib import Path
 
@@ -58,6 +59,17 @@ def test_data_sets_joined_by_a_plus(csv_file: Path, tmp_path: Path) -> None:
             locations.check_dataset(wrong)
     with pytest.raises(UserError, match=r"no data set at x\+y\.csv"):
         locations.check_dataset("x+y.csv")
+    for empty in ("val+", "+val", f"{mine}++val"):
+        with pytest.raises(UserError, match=re.escape(f"no data set at {empty}: ")):
+            locations.check_dataset(empty)
+
+
+def test_addresses_are_not_joined(csv_file: Path) -> None:
+    for whole in ("https://host/a+b.csv", "https://host/a.csv+val"):
+        locations.check_dataset(whole)
+    joined = "val+https://host/a+b.csv"
+    with pytest.raises(UserError, match=re.escape(f"{joined}: an address cannot be joined")):
+        locations.check_dataset(joined)
 
 
 def test_missing_data_sets_are_user_errors(csv_file: Path) -> None:

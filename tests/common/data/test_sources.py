@@ -117,6 +117,12 @@ def test_folder_says_what_fits_not(tmp_path: Path) -> None:
     listed.write_text("material_id,band_gap\na,1\na.cif,2\n")
     with pytest.raises(UserError, match="'a' is there twice"):
         CifFolderSource(tmp_path)
+    for rows in ("a,1\n,2\n", ",2\n,3\n", " ,2\n", ".cif,2\n"):
+        listed.write_text(f"material_id,band_gap\n{rows}")
+        with pytest.raises(UserError, match=r"properties\.csv: a row without material_id: '.*,2'"):
+            CifFolderSource(tmp_path)
+    listed.write_text("material_id,band_gap\na,1\n,\n")
+    assert CifFolderSource(tmp_path).unmatched == []
 
 
 def test_name_that_is_not_utf8(tmp_path: Path) -> None:
