@@ -130,8 +130,8 @@ def check_start(run: AnyRunConfig) -> None:
     if folder is None:
         return
     if isinstance(run, RunConfig):
-        verify(folder)
-        _check_network(run, folder)
+        checkpoint, _ = verify(folder)
+        _check_network(run, checkpoint)
         return
     from common.language.config import LanguageRunConfig  # what it needs may not be installed
     from common.language.foreign import FolderWeights, is_foreign, network_config, refuse_adapter
@@ -147,7 +147,7 @@ def check_start(run: AnyRunConfig) -> None:
 
 def _check_network(run: RunConfig, folder: Path) -> None:
     """Raises UserError if the weights of a checkpoint are of a network that is built otherwise."""
-    config = load_checkpoint(folder).config
+    config = read_settings(folder / CONFIG)
     if config.get("kind"):
         raise UserError(f"{folder} is a {config['kind']} model; give a Crystal DiT's checkpoint")
     theirs, ours = parse_config(config, f"{folder}/{CONFIG}").model, run.model

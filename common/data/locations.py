@@ -64,7 +64,7 @@ def check_dataset(name: str) -> None:
 def _parts(name: str) -> list[str]:
     """The data sets that a plus joins; a file or address may have one in its own name.
 
-    An address ends where the text ends, and is not joined.
+    Raises UserError where an address is among several.
     """
     if is_url(name) or Path(name).exists():
         return [name]

@@ -85,6 +85,12 @@ def check_disagreement(rank: int, shard: Shard) -> None:
     trainer.step = 7 * rank  # as if only one had found a checkpoint
     with pytest.raises(UserError, match="the processes differ"):
         check_agreement(trainer)
+    trainer.step = 0
+    check_agreement(trainer)
+    with pytest.MonkeyPatch.context() as patch:  # as if train.init_from held other weights there
+        patch.setattr(type(trainer), "origin", f"weights {rank}")
+        with pytest.raises(UserError, match=r"the same CONFIG, data and train\.init_from"):
+            check_agreement(trainer)
 
 
 def check_timeout(rank: int, gave_up: Event) -> None:
