@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from pymatgen.core import Element, Lattice, Structure
-from pymatgen.core.operations import SymmOp
 
 from common.crystal.lattice import standard_orientation
 from common.crystal.symmetry import SpaceGroup, WyckoffPosition, space_group
@@ -139,10 +138,7 @@ class Crystal:
             " _symmetry_equiv_pos_site_id",
             " _symmetry_equiv_pos_as_xyz",
         ]
-        operations = zip(self.group.rotations, self.group.translations, strict=True)
-        for index, (rotation, translation) in enumerate(operations, start=1):
-            operation = SymmOp.from_rotation_and_translation(rotation, translation)
-            lines.append(f"  {index}  '{operation.as_xyz_str()}'")
+        lines += [f"  {i}  '{xyz}'" for i, xyz in enumerate(self.group.operations_xyz, start=1)]
         lines.append("loop_")
         lines += [
             f" _atom_site_{key}"

@@ -25,6 +25,7 @@ from string import ascii_lowercase
 import numpy as np
 import spglib
 from numpy.typing import NDArray
+from pymatgen.core.operations import SymmOp
 
 Array = NDArray[np.float64]
 
@@ -193,6 +194,12 @@ class SpaceGroup:
     def general(self) -> WyckoffPosition:
         """The general position."""
         return next(reversed(self.wyckoff.values()))
+
+    @cached_property
+    def operations_xyz(self) -> tuple[str, ...]:
+        """All operations as CIF writes them, such as ``-x, y+1/2, -z``."""
+        pairs = zip(self.rotations, self.translations, strict=True)
+        return tuple(SymmOp.from_rotation_and_translation(*pair).as_xyz_str() for pair in pairs)
 
 
 def _centering(rotations: Array, translations: Array) -> Array:
