@@ -302,6 +302,11 @@ def load_precedents(folder: Path, trained_on: str, element_volume: Array) -> Pre
         records = read_records(path)
         names = [record.material_id for record in records]
         return PrecedentIndex.of_crystals([r.crystal for r in records], names, element_volume)
+    return PrecedentIndex.of_prior(_shipped_table(folder, trained_on), element_volume)
+
+
+def _shipped_table(folder: Path, trained_on: str) -> TemplatePrior:
+    """The rows of a checkpoint that has none of its own beside it."""
     prior = load_prior()
     if not trained_on:
         raise UserError(
@@ -313,20 +318,50 @@ def load_precedents(folder: Path, trained_on: str, element_volume: Array) -> Pre
             f"{folder}: {PRECEDENTS} is missing, and the shipped table {SHIPPED.name} holds other "
             "crystals than it was trained on: copy the file from the run that made the checkpoint"
         )
-    return PrecedentIndex.of_prior(prior, element_volume)
+    return prior
 
 
-def precedents_file(records: Sequence[Record], trained_on: str) -> dict[str, bytes]:
-    """What must lie beside a checkpoint: its training rows, unless the shipped table holds them.
+def with_former(records: Sequence[Record], folder: Path, trained_on: str) -> list[Record]:
+    """Training rows, and behind them the crystals that a checkpoint starts from.
+
+    These without those of a row's formula and space group, which could be the row itself.
 
     Args:
-        records: the training rows.
-        trained_on: their fingerprint.
+        records: the rows.
+        folder: the checkpoint.
+        trained_on: fingerprint of its training rows.
+
+    Raises:
+        UserError: as ``load_precedents``.
+    """
+    path = folder / PRECEDENTS
+    if path.exists():
+        former = read_records(path)
+    else:
+        known = _shipped_table(folder, trained_on).reference
+        former = [Record(known.material_id(i), known.crystal(i)) for i in range(len(known))]
+    own = {_formula_and_group(record) for record in records}
+    return [*records, *(one for one in former if _formula_and_group(one) not in own)]
+
+
+def _formula_and_group(record: Record) -> tuple[str, int]:
+    return record.reduced_formula, record.crystal.space_group
+
+
+def precedents_file(
+    records: Sequence[Record], indexed: str, trained_on: str
+) -> dict[str, bytes]:
+    """What must lie beside a checkpoint: what it starts from, unless the shipped table holds that.
+
+    Args:
+        records: crystals that it starts from.
+        indexed: their fingerprint.
+        trained_on: fingerprint of its training rows.
 
     Returns:
         at most one file by its name.
     """
-    if load_prior().metadata["source"].get("fingerprint") == trained_on:
+    if load_prior().metadata["source"].get("fingerprint") == indexed == trained_on:
         return {}
     with TemporaryDirectory() as folder:
         path = Path(folder, PRECEDENTS)
@@ -337,7 +372,7 @@ def precedents_file(records: Sequence[Record], trained_on: str) -> dict[str, byt
 def training_items(
     records: Sequence[Record],
     index: PrecedentIndex,
-    trained_on: str,
+    indexed: str,
     count: int = 1,
     workers: int | None = None,
 ) -> list[BatchItem]:
@@ -345,12 +380,12 @@ def training_items(
 
     Args:
         records: a row never is its own precedent.
-        index: of the training rows.
-        trained_on: their fingerprint.
+        index: of the crystals to start from.
+        indexed: fingerprint of these.
         count: items for every row, with another precedent each as far as there are.
         workers: processes; one per CPU without it.
     """
-    key = f"{_CACHE_VERSION} {trained_on} {count} {_labels_sha256(records)} {index.volumes_sha256}"
+    key = f"{_CACHE_VERSION} {indexed} {count} {_labels_sha256(records)} {index.volumes_sha256}"
     name = hashlib.sha256(key.encode()).hexdigest()[:16]
     path = cache_dir() / "precedents" / f"{name}.json.gz"
     rows = _read_cached(path)

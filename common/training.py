@@ -52,7 +52,7 @@ from common.errors import Interrupted, UserError
 from common.files import alone_in
 from common.language.hub import weights_folder
 from common.model_card import model_card
-from common.precedents import PrecedentIndex, precedents_file, training_items
+from common.precedents import PrecedentIndex, precedents_file, training_items, with_former
 from common.properties import TARGETS
 from common.stopping import StopRequest, stop_requests
 from common.weights import MODEL_PREFIX, STANDARDIZER_PREFIX, Arrays, statistics
@@ -388,14 +388,18 @@ class BaseTrainer(TrainingRun[TrainingBatch]):
         self.start = load_checkpoint(self.start_folder) if self.start_folder else None
         self.standardizer = self._statistics(known)
         self.precedents: PrecedentIndex | None = None
+        self._indexed = self.fingerprint
         self._companions: dict[str, bytes] = {}
         if config.model.precedents:
+            known_rows = self._with_former(train_records)
+            if self.start is not None:
+                self._indexed = fingerprint(known_rows)
             self.precedents = PrecedentIndex.of_crystals(
-                [record.crystal for record in train_records],
-                [record.material_id for record in train_records],
+                [record.crystal for record in known_rows],
+                [record.material_id for record in known_rows],
                 self.standardizer.element_volume,
             )
-            self._companions = precedents_file(train_records, self.fingerprint)
+            self._companions = precedents_file(known_rows, self._indexed, self.fingerprint)
         self.data = self._bucketed(known, settings.precedents)
         watched = small_enough(validation_records[: settings.validation_rows])
         if not watched:
@@ -412,6 +416,12 @@ class BaseTrainer(TrainingRun[TrainingBatch]):
         learned = parse_config(self.start.config, str(self.start.path)).model.properties
         former = own.of_former(statistics(self.start.model, self.start.path), learned)
         return own if own.agrees(former) else former
+
+    def _with_former(self, records: list[Record]) -> list[Record]:
+        """Rows, and what the weights that it starts from start their samples from."""
+        if self.start is None:
+            return records
+        return with_former(records, self.start.path, self.start.fingerprint)
 
     @property
     def description(self) -> str:
@@ -438,7 +448,7 @@ class BaseTrainer(TrainingRun[TrainingBatch]):
         settings = self.config.train
         items = batch_items(records)
         if self.precedents is not None:
-            items = training_items(records, self.precedents, self.fingerprint, precedents)
+            items = training_items(records, self.precedents, self._indexed, precedents)
         return BucketedData(
             items, self.config.model.cell, settings.batch_size, settings.edge_budget
         )

@@ -25,6 +25,7 @@ from common.precedents import (
     load_precedents,
     precedents_file,
     training_items,
+    with_former,
 )
 from common.prior import TemplatePrior
 from common.sampling import read_checkpoint
@@ -263,13 +264,41 @@ def test_a_cache_that_cannot_be_written(
 
 def test_a_checkpoint_finds_its_precedents(tmp_path: Path) -> None:
     shipped = TemplatePrior.load().metadata["source"]["fingerprint"]
-    assert precedents_file(RECORDS, shipped) == {}
+    assert precedents_file(RECORDS, shipped, shipped) == {}
+    for indexed, trained_on in (("others", shipped), (shipped, "others")):
+        assert precedents_file(RECORDS, indexed, trained_on)
     assert load_precedents(tmp_path, shipped, VOLUME).find(RECORDS[3].crystal)
     with pytest.raises(UserError, match=r"precedents\.parquet is missing"):
         load_precedents(tmp_path, "others", VOLUME)
-    (tmp_path / PRECEDENTS).write_bytes(precedents_file(RECORDS, "others")[PRECEDENTS])
+    (tmp_path / PRECEDENTS).write_bytes(precedents_file(RECORDS, "others", "others")[PRECEDENTS])
     found = load_precedents(tmp_path, "others", VOLUME).find(RECORDS[3].crystal)
     assert [one.material_id for one in found] == ["TiO2"]
+
+
+def test_rows_to_learn_anew_from_stand_before_those_learned_from_formerly(tmp_path: Path) -> None:
+    """Of which those that could be the same crystals, under another name, are left out."""
+    (tmp_path / PRECEDENTS).write_bytes(precedents_file(RECORDS, "others", "others")[PRECEDENTS])
+    own = [
+        Record("my rutile", rutile(22, 8, 0.31)),
+        Record("my BaTiO3", Crystal(99, perovskite(56, 22, 8, 4.0).sites, np.eye(3))),
+    ]
+    found = with_former(own, tmp_path, "others")
+    former = ["SrTiO3", "BaTiO3", "KMgF3", "MnF2"]
+    assert [record.material_id for record in found] == ["my rutile", "my BaTiO3", *former]
+    assert with_former(RECORDS, tmp_path, "others") == RECORDS
+
+
+def test_the_rows_of_the_shipped_table_are_learned_from_formerly(tmp_path: Path) -> None:
+    prior = TemplatePrior.load()
+    known = prior.reference
+    own = [Record("mine", known.crystal(0))]
+    found = with_former(own, tmp_path, prior.metadata["source"]["fingerprint"])
+    assert found[0] is own[0]
+    names = {record.material_id for record in found}
+    for row in known.rows_of_formula(known.crystal(0).formula_counts):
+        another = known.crystal(row).space_group != known.crystal(0).space_group
+        assert (known.material_id(row) in names) == another
+    assert len(known) - 9 < len(found) < 1 + len(known)
 
 
 @pytest.mark.parametrize("folder", [*shipped().values(), *shipped_language().values()])
@@ -302,7 +331,7 @@ def test_a_run_folder_finds_those_of_its_latest_step(tmp_path: Path) -> None:
         config=saved.config,
         model=saved.model,
         fingerprint="others",
-        companions=precedents_file(RECORDS, "others"),
+        companions=precedents_file(RECORDS, "others", "others"),
     )
     _, _, index, _ = read_checkpoint(tmp_path)
     assert index is not None

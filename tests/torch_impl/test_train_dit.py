@@ -17,10 +17,12 @@ from common.checkpoint import (
     save_step,
 )
 from common.config import RunConfig, load_config
+from common.crystal.structure import Crystal, Site
 from common.data.batch import PROPERTY_NAMES
-from common.data.store import Record, read_records, write_records
+from common.data.store import Record, fingerprint, read_records, write_records
 from common.errors import UserError
 from common.files import alone_in
+from common.sampling import read_checkpoint
 from common.training import (
     LOSS_SCALE,
     LOSS_SCALE_STEPS,
@@ -403,6 +405,33 @@ def test_weights_go_on_with_the_statistics_they_were_learned_with(
     )
     for name, value in third.standardizer.to_arrays().items():
         np.testing.assert_allclose(value, other.standardizer.to_arrays()[name], rtol=1e-6)
+
+
+def test_a_fine_tuned_network_keeps_what_it_starts_its_samples_from(
+    records: list[Record], tmp_path: Path
+) -> None:
+    """New rows get precedents from it and stand beside it; and so on along a chain."""
+    salt, *former = records
+    lattice = salt.crystal.lattice
+    fluoride, bromide = (
+        Record(name, Crystal(225, (Site(metal, "a"), Site(halogen, "b")), lattice))
+        for name, metal, halogen in (("LiF", 3, 9), ("KBr", 19, 35))
+    )
+    run = {"precedents": True, "properties": ()}
+    folders = [str(tmp_path / name) for name in ("first", "second", "third")]
+    for folder, rows, start in zip(
+        folders, ([salt, *former], [fluoride], [bromide]), ("", *folders), strict=False
+    ):
+        trainer = trainer_of(rows, tiny_run(model=run, init_from=start))
+        save_checkpoint(Path(folder), **trainer.final())
+    _, _, index, _ = read_checkpoint(Path(folders[-1]))
+    assert index is not None
+    names = [one.material_id for one in index.find(fluoride.crystal, 3)]
+    assert names == ["LiF", salt.material_id, "KBr"]
+    assert index.find(former[-1].crystal)
+    (bucket,) = trainer.data.buckets
+    assert bucket.batch.precedent_mask.all()
+    assert trainer.fingerprint == fingerprint([bromide])
 
 
 def test_a_run_does_not_go_on_with_other_statistics(records: list[Record], tmp_path: Path) -> None:
