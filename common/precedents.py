@@ -348,9 +348,7 @@ def _formula_and_group(record: Record) -> tuple[str, int]:
     return record.reduced_formula, record.crystal.space_group
 
 
-def precedents_file(
-    records: Sequence[Record], indexed: str, trained_on: str
-) -> dict[str, bytes]:
+def precedents_file(records: Sequence[Record], indexed: str, trained_on: str) -> dict[str, bytes]:
     """What must lie beside a checkpoint: what it starts from, unless the shipped table holds that.
 
     Args:

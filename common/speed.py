@@ -18,10 +18,10 @@ from common.data.label import label_structure
 from common.data.loader import BatchPlan
 from common.data.store import Record
 from common.diffusion.score import score_process
+from common.diffusion.training import BaseTrainer
 from common.machine import apart
 from common.sampling import BaseGenerator
 from common.size_cost import SizeCost
-from common.training import BaseTrainer
 
 #: Sizes inside the network: its time embedding, images and radial features of an edge.
 TIME_WIDTH = 128

@@ -1,6 +1,7 @@
-"""Training as far as it needs no gradient: schedules and the loop; data and noise of Crystal DiT.
+"""Training as far as it needs no gradient: schedules, the loop, checkpoints and logs of any run.
 
-A backend's ``Trainer`` adds the network, the optimiser and the moving of arrays.
+``common.diffusion.training`` and ``common.language.training`` add what is learned from; a backend's
+``Trainer`` the network, the optimiser and the moving of arrays.
 """
 
 import hashlib
@@ -8,10 +9,9 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise, starmap
 from pathlib import Path
 from signal import SIGTERM
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -38,24 +38,15 @@ from common.checkpoint import (
     save_step,
     shipped_language,
 )
-from common.config import AnyRunConfig, RunConfig, parse_config
-from common.data.batch import Batch, BatchItem, collate
-from common.data.loader import BatchPlan, Bucket, BucketedData
+from common.config import AnyRunConfig, RunConfig
 from common.data.locations import dataset
-from common.data.store import Record, fingerprint, is_fingerprint, lacking_lines
-from common.diffusion.draws import TrainingDraws
-from common.diffusion.flow import error_units, make_path, starting_points
-from common.diffusion.noisy import LossWeights, NoisyCrystals
-from common.diffusion.scaler import Standardizer
-from common.diffusion.score import score_process
+from common.data.store import Record, fingerprint, is_fingerprint
 from common.errors import Interrupted, UserError
 from common.files import alone_in
 from common.language.hub import weights_folder
 from common.model_card import model_card
-from common.precedents import PrecedentIndex, precedents_file, training_items, with_former
-from common.properties import TARGETS
 from common.stopping import StopRequest, stop_requests
-from common.weights import MODEL_PREFIX, STANDARDIZER_PREFIX, Arrays, statistics
+from common.weights import Arrays
 
 if TYPE_CHECKING:
     from common.training_log import TrainingLog
@@ -63,9 +54,6 @@ if TYPE_CHECKING:
 #: AdamW, in every framework.
 ADAM_BETAS = (0.9, 0.99)
 ADAM_EPS = 1e-8
-#: Atoms in the primitive cell, at most; larger crystals are left out of training.
-MAX_ATOMS = 52
-NOISE_BINS = 5
 #: Seconds in which a signal may reach one of several processes more than once.
 ECHO = 10.0
 
@@ -91,41 +79,6 @@ class Shard:
         share = -(-size // self.count)
         positions = np.arange(self.rank * share, (self.rank + 1) * share)
         return positions.clip(max=size - 1), positions < size
-
-
-@dataclass(frozen=True)
-class TrainingBatch:
-    """What one process works on in one step."""
-
-    batch: Batch
-    noisy: NoisyCrystals
-    weights: LossWeights
-
-    def shares(self, count: int) -> list["TrainingBatch"]:
-        """Its crystals in as many parts of nearly equal size, or in fewer if they are fewer.
-
-        Losses and gradients of the parts add up to those of the whole.
-        """
-        size = self.batch.size
-        bounds = np.linspace(0, size, min(count, size) + 1).astype(int).tolist()
-        shares = []
-        for rows in starmap(slice, pairwise(bounds)):
-            noisy = {name: array[rows] for name, array in vars(self.noisy).items()}
-            weights = {name: array[rows] for name, array in vars(self.weights).items()}
-            shares.append(
-                TrainingBatch(self.batch.take(rows), NoisyCrystals(**noisy), LossWeights(**weights))
-            )
-        return shares
-
-
-@dataclass(frozen=True)
-class LossValues:
-    """The loss of one batch, in numbers; ``per_crystal`` [B] is the coordinates' mean square."""
-
-    total: float
-    coordinate: float
-    lattice: float
-    per_crystal: NDArray[np.float32]
 
 
 class LossScale:
@@ -353,222 +306,6 @@ class TrainingRun(ABC, Generic[Data]):
         self.restore(saved)
 
 
-class BaseTrainer(TrainingRun[TrainingBatch]):
-    """One training run of the Crystal DiT.
-
-    Args:
-        config: of the run.
-        train_records: what to learn from.
-        validation_records: whose loss is watched.
-        shard: this process's share of every batch.
-
-    Attributes:
-        start: the checkpoint whose weights it starts from, if any.
-        standardizer: statistics of the training rows, or where those of the start differ, these,
-            for its weights were learned with them.
-    """
-
-    config: RunConfig
-
-    def __init__(
-        self,
-        config: RunConfig,
-        train_records: list[Record],
-        validation_records: list[Record],
-        shard: Shard,
-    ) -> None:
-        settings = config.train
-        known = small_enough(train_records)
-        if not known:
-            raise UserError(f"{settings.data}: no crystal of at most {MAX_ATOMS} atoms to train on")
-        super().__init__(config, train_records, len(known), shard)
-        self.remarks += lacking_lines(
-            settings.data, known, config.model.properties, "learned without it"
-        )
-        self.start = load_checkpoint(self.start_folder) if self.start_folder else None
-        self.standardizer = self._statistics(known)
-        self.precedents: PrecedentIndex | None = None
-        self._indexed = self.fingerprint
-        self._companions: dict[str, bytes] = {}
-        if config.model.precedents:
-            known_rows = self._with_former(train_records)
-            if self.start is not None:
-                self._indexed = fingerprint(known_rows)
-            self.precedents = PrecedentIndex.of_crystals(
-                [record.crystal for record in known_rows],
-                [record.material_id for record in known_rows],
-                self.standardizer.element_volume,
-            )
-            self._companions = precedents_file(known_rows, self._indexed, self.fingerprint)
-        self.data = self._bucketed(known, settings.precedents)
-        watched = small_enough(validation_records[: settings.validation_rows])
-        if not watched:
-            what = f"no crystal of at most {MAX_ATOMS} atoms to watch"
-            raise UserError(f"{settings.validation}: {what}")
-        self.validation = self._bucketed(watched, 1)
-        self.score_process = score_process(config.diffusion)
-
-    def _statistics(self, known: list[Record]) -> Standardizer:
-        """Of the rows, or what the weights that it starts from are used to, if that is another."""
-        own = Standardizer.fit(collate(batch_items(known), "asymmetric"))
-        if self.start is None:
-            return own
-        learned = parse_config(self.start.config, str(self.start.path)).model.properties
-        former = own.of_former(statistics(self.start.model, self.start.path), learned)
-        return own if own.agrees(former) else former
-
-    def _with_former(self, records: list[Record]) -> list[Record]:
-        """Rows, and what the weights that it starts from start their samples from."""
-        if self.start is None:
-            return records
-        return with_former(records, self.start.path, self.start.fingerprint)
-
-    @property
-    def description(self) -> str:
-        """See ``TrainingRun``."""
-        told = [f"{name} ({TARGETS[name][0]})" for name in self.config.model.properties]
-        given = ", ".join(["space group", "Wyckoff sites", *told])
-        return f"Crystal DiT: samples free coordinates and lattices, told {given}."
-
-    @property
-    def origin(self) -> str:
-        """See ``TrainingRun``."""
-        return self.start.hash if self.start else ""
-
-    def _check(self, saved: Checkpoint, folder: Path) -> None:
-        """Steps made with other statistics, as ``init_from`` had them then, do not fit."""
-        if not self.standardizer.agrees(statistics(saved.model, folder)):
-            start = self.config.train.init_from
-            raise UserError(
-                f"{folder}: made with other scales of lattices and properties than "
-                f"{start or 'the rows'} gives now; {self.advice}"
-            )
-
-    def _bucketed(self, records: list[Record], precedents: int) -> BucketedData:
-        settings = self.config.train
-        items = batch_items(records)
-        if self.precedents is not None:
-            items = training_items(records, self.precedents, self._indexed, precedents)
-        return BucketedData(
-            items, self.config.model.cell, settings.batch_size, settings.edge_budget
-        )
-
-    def companions(self) -> dict[str, bytes]:
-        """The precedents, if there are any that are not in the shipped table."""
-        return self._companions
-
-    # What a framework adds
-
-    @abstractmethod
-    def losses(self, data: TrainingBatch) -> LossValues:
-        """Of the current weights."""
-
-    @abstractmethod
-    def averaged(self) -> AbstractContextManager[None]:
-        """Within it the network has its averaged weights."""
-
-    # Data
-
-    def batches(self) -> Iterator[TrainingBatch]:
-        """The training batches from the current step on."""
-        step = self.step
-        for plan in self.data.batches(self.config.train.seed, step):
-            yield self.prepare(self.data, plan, "train", step)
-            step += 1
-
-    def prepare(self, data: BucketedData, plan: BatchPlan, stream: str, step: int) -> TrainingBatch:
-        """This process's share of a batch, with the noise of a step.
-
-        Args:
-            data: the training or the validation data.
-            plan: which rows of it.
-            stream: ``train`` or ``validation``; names the noise.
-            step: of the noise.
-        """
-        settings, diffusion = self.config.train, self.config.diffusion
-        group = data.buckets[plan.bucket]
-        size, sites = len(plan.rows), group.batch.site_mask.shape[1]
-        share, real = self.shard.rows(size)
-        draws = TrainingDraws.of_step(
-            settings.seed, stream, step, (size, sites), diffusion.origin_tries
-        ).take(share)
-        masks = group.batch.free_mask[plan.rows], group.batch.k_mask[plan.rows]
-        rows = plan.rows[share]
-        batch = group.batch.take(rows)
-        if stream == "train" and settings.descriptions == "random":
-            anew = group.descriptions.anew(rows, draws.origins[:, 0], draws.first_atoms)
-            known = batch.precedent_mask[:, None, None]
-            batch = batch.replace(
-                free_params=np.where(known, anew[0], batch.free_params),
-                precedent_params=np.where(known, anew[1], batch.precedent_params),
-            )
-        if stream == "train":
-            keep = draws.keep_property >= settings.property_dropout
-            keep_precedent = draws.keep_precedent >= settings.precedent_dropout
-            batch = batch.replace(
-                property_mask=batch.property_mask & keep[:, None],
-                precedent_mask=batch.precedent_mask & keep_precedent,
-            )
-        known = batch.precedent_mask
-        later = (draws.t - settings.at_precedent) / (1 - settings.at_precedent)
-        draws = replace(draws, t=np.where(known, later.clip(0), draws.t).astype(np.float32))
-        bend = np.where(known, diffusion.precedent_bend or np.inf, np.inf).astype(np.float32)
-        units = error_units(known, draws.t, self.config.model.target)
-        return TrainingBatch(
-            batch,
-            self._add_noise(group, batch, rows, draws),
-            LossWeights.of(*masks).take(share, real).in_units(*units, bend),
-        )
-
-    def _add_noise(
-        self, group: Bucket, batch: Batch, rows: NDArray[np.int64], draws: TrainingDraws
-    ) -> NoisyCrystals:
-        diffusion, lattice = self.config.diffusion, self.standardizer.lattice(batch)
-        if self.score_process is not None:
-            return self.score_process.make_noisy(
-                batch.free_params, lattice, draws.free_normal, draws.lattice, draws.t
-            )
-        start = starting_points(
-            batch, self.standardizer, diffusion, draws.free, draws.free_normal, draws.lattice
-        )
-        free = batch.free_params.copy()  # with a precedent already as near to it as can be
-        rest = np.flatnonzero(~batch.precedent_mask)
-        free[rest] = group.descriptions.nearest(rows[rest], draws.free[rest], draws.origins[rest])
-        return make_path(free, lattice, *start, draws.t)
-
-    def validate(self) -> dict[str, float]:
-        """Losses of the averaged weights, the coordinate's also per noise level.
-
-        Every process takes its share, and all of them get the whole.
-        """
-        sums = np.zeros(3)
-        levels = np.zeros((NOISE_BINS, 2))
-        plans = self.validation.epoch(0, 0)
-        with self.averaged():
-            for index, plan in enumerate(plans):
-                data = self.prepare(self.validation, plan, "validation", index)
-                found = self.losses(data)
-                sums += np.array([found.total, found.coordinate, found.lattice]) / len(plans)
-                bins = (data.noisy.t * NOISE_BINS).astype(int).clip(max=NOISE_BINS - 1)
-                counted = data.weights.coordinate.any(axis=(1, 2))  # not those without free ones
-                for column, values in enumerate((found.per_crystal * counted, counted)):
-                    levels[:, column] += np.bincount(bins, values, NOISE_BINS)
-        total = self.summed([*sums.tolist(), *levels.ravel().tolist()])
-        means = dict(zip(("loss", "coordinate", "lattice"), total, strict=False))
-        for index, (value, count) in enumerate(np.reshape(total[3:], levels.shape).tolist()):
-            means[f"coordinate_t{index / NOISE_BINS:.1f}"] = value / max(count, 1)
-        return means
-
-    # Checkpoints
-
-    def model_arrays(self) -> Arrays:
-        """Averaged weights and statistics, as a checkpoint keeps them."""
-        arrays = {MODEL_PREFIX + name: array for name, array in self.average_arrays().items()}
-        for name, array in self.standardizer.to_arrays().items():
-            arrays[STANDARDIZER_PREFIX + name] = array.astype(np.float32)
-        return arrays
-
-
 def check_agreement(trainer: TrainingRun[Any]) -> None:
     """Makes sure that the processes train the same run, from the same step on.
 
@@ -602,36 +339,9 @@ def start_folder(config: AnyRunConfig) -> Path | None:
     return weights_folder(checkpoint_folder(start, shipped_language()))
 
 
-def small_enough(records: list[Record]) -> list[Record]:
-    """Records without those too large to train on."""
-    return [record for record in records if record.crystal.num_primitive_atoms <= MAX_ATOMS]
-
-
-def batch_items(records: list[Record]) -> list[BatchItem]:
-    """Records as a network sees them."""
-    return [BatchItem(record.crystal, record.properties) for record in records]
-
-
 def records_of(config: AnyRunConfig) -> tuple[list[Record], list[Record]]:
-    """Training and validation rows that a run names.
-
-    Raises:
-        UserError: if they cannot be read, or do not tell a property that the network is to learn.
-    """
-    known = dataset(config.train.data)
-    if isinstance(config, RunConfig):
-        _check_properties(config, small_enough(known))
-    return known, dataset(config.train.validation)
-
-
-def _check_properties(config: RunConfig, known: list[Record]) -> None:
-    """What is not told is not learned, and has no scale, but a sample can be asked for it."""
-    for name in config.model.properties:
-        if known and len({record.properties[name] for record in known} - {None}) < 2:
-            raise UserError(
-                f"{config.train.data}: no row has a {name}, or all have the same, so that nothing "
-                "is learned of it; leave it out of model.properties"
-            )
+    """Training and validation rows that a run names; UserError if they cannot be read."""
+    return dataset(config.train.data), dataset(config.train.validation)
 
 
 def run_training(trainer: TrainingRun[Any], out: Path, resume: bool) -> None:

@@ -8,7 +8,7 @@ from mindspore import dataset
 
 from common.data.batch import Batch
 from common.diffusion.noisy import LossWeights, NoisyCrystals
-from common.training import TrainingBatch
+from common.diffusion.training import TrainingBatch
 
 #: Batches that wait for the network, at most.
 AHEAD = 2

@@ -13,16 +13,8 @@ from numpy.typing import NDArray
 from common.checkpoint import Checkpoint
 from common.config import RunConfig
 from common.data.store import Record
-from common.training import (
-    ADAM_BETAS,
-    ADAM_EPS,
-    BaseTrainer,
-    LossValues,
-    Shard,
-    TrainingBatch,
-    records_of,
-    run_training,
-)
+from common.diffusion.training import BaseTrainer, LossValues, TrainingBatch, checked_records
+from common.training import ADAM_BETAS, ADAM_EPS, Shard, run_training
 from common.weights import MODEL_PREFIX, MOMENTS, WEIGHT_PREFIX, Arrays, model_weights
 from ms_impl.crystal_dit import CrystalDiT
 from ms_impl.device import PerBucket, say_unheeded, set_precision, use_device
@@ -37,7 +29,7 @@ _CLIP_EPS = 1e-6
 
 
 class Trainer(BaseTrainer):
-    """One training run with MindSpore; see ``common.training.BaseTrainer``."""
+    """One training run with MindSpore; see ``common.diffusion.training.BaseTrainer``."""
 
     def __init__(
         self,
@@ -197,4 +189,4 @@ def train(
     """
     device = use_device(device)
     with joined(device) as shard:
-        run_training(Trainer(config, *records_of(config), device, shard), out, resume)
+        run_training(Trainer(config, *checked_records(config), device, shard), out, resume)

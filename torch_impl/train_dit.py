@@ -8,14 +8,8 @@ from torch import Tensor
 
 from common.config import RunConfig
 from common.data.store import Record
-from common.training import (
-    BaseTrainer,
-    LossValues,
-    Shard,
-    TrainingBatch,
-    records_of,
-    run_training,
-)
+from common.diffusion.training import BaseTrainer, LossValues, TrainingBatch, checked_records
+from common.training import Shard, run_training
 from common.weights import MODEL_PREFIX, Arrays, model_weights
 from torch_impl.adamw import AUTOCAST, AveragedAdamW, as_tensor
 from torch_impl.crystal_dit import CrystalDiT
@@ -27,7 +21,7 @@ from torch_impl.threads import MAX_PARALLEL_CALLS, SideBySide
 
 
 class Trainer(AveragedAdamW, BaseTrainer):
-    """One training run with torch; see ``common.training.BaseTrainer``."""
+    """One training run with torch; see ``common.diffusion.training.BaseTrainer``."""
 
     prefix = MODEL_PREFIX
     #: Each takes a share of a step's crystals; without them torch splits single operations.
@@ -148,4 +142,4 @@ def train(
     device = available_device(device)
     torch.set_num_threads(threads)
     with joined(device) as shard:
-        run_training(Trainer(config, *records_of(config), device, shard), out, resume)
+        run_training(Trainer(config, *checked_records(config), device, shard), out, resume)

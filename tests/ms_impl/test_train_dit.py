@@ -19,8 +19,10 @@ from numpy.typing import NDArray
 from common.checkpoint import load_checkpoint, save_step
 from common.config import RunConfig
 from common.data.store import Record, write_records
+from common.diffusion.training import BaseTrainer, TrainingBatch
 from common.errors import UserError
-from common.training import LOSS_SCALE, MODEL_PREFIX, BaseTrainer, Shard, TrainingBatch
+from common.training import LOSS_SCALE, Shard
+from common.weights import MODEL_PREFIX
 from ms_impl.backend import load, train
 from ms_impl.layers import Linear
 from ms_impl.train_dit import Trainer

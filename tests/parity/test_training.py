@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ckpt_convert.convert import convert
 from common.checkpoint import save_step
-from common.training import BaseTrainer, TrainingBatch
+from common.diffusion.training import BaseTrainer, TrainingBatch
 from common.weights import MODEL_PREFIX, MOMENTS, WEIGHT_PREFIX
 from ms_impl.optimizer import AdamW
 from ms_impl.train_dit import Trainer as MindSporeTrainer

@@ -17,6 +17,7 @@ from common.crystal.structure import Crystal, Site
 from common.data.batch import BatchItem, Sizes, collate, symmetry_only
 from common.data.loader import BatchPlan
 from common.data.store import Record
+from common.diffusion.training import TrainingBatch
 from common.size_cost import Law, requests_by_size
 from common.speed import (
     DIFFCSP_PP,
@@ -30,7 +31,6 @@ from common.speed import (
     step_costs,
     training_flops,
 )
-from common.training import TrainingBatch
 from tests.networks import fitted, noise_of, random_items
 from torch_impl.bench import benchmark, benchmark_sizes, gemm_peak
 from torch_impl.crystal_dit import CrystalDiT

@@ -20,19 +20,12 @@ from common.config import RunConfig, load_config
 from common.crystal.structure import Crystal, Site
 from common.data.batch import PROPERTY_NAMES
 from common.data.store import Record, fingerprint, read_records, write_records
+from common.diffusion.training import MAX_ATOMS, TrainingBatch, small_enough
 from common.errors import UserError
 from common.files import alone_in
 from common.sampling import read_checkpoint
-from common.training import (
-    LOSS_SCALE,
-    LOSS_SCALE_STEPS,
-    MAX_ATOMS,
-    MODEL_PREFIX,
-    LossScale,
-    Shard,
-    TrainingBatch,
-    small_enough,
-)
+from common.training import LOSS_SCALE, LOSS_SCALE_STEPS, LossScale, Shard
+from common.weights import MODEL_PREFIX
 from tests.crystals import TEXTBOOK
 from tests.networks import fill_value
 from tests.training import textbook_records, tiny_run

@@ -15,13 +15,13 @@ from common.backend import SampleRequest
 from common.config import RunConfig
 from common.crystal.structure import Crystal
 from common.data.store import write_records
+from common.diffusion.training import BaseTrainer
 from common.errors import UserError
 from common.evaluate import contest
 from common.evaluate.comparison import notes, paired_tests, to_markdown, write_comparison
 from common.evaluate.contest import Machine, Plan, compare, contestants, make_plan, within_budget
 from common.evaluate.rows import EvaluationRow
 from common.speed import StepCost, network_calls, sampling_flops
-from common.training import BaseTrainer
 from tests.training import textbook_records, tiny_run
 from torch_impl.generator import Generator
 
