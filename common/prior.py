@@ -11,8 +11,7 @@ import hashlib
 import json
 import math
 import os
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -25,24 +24,20 @@ from numpy.typing import NDArray
 
 from common.crystal.structure import Crystal
 from common.crystal.wyckoff import Sites, SymmetryKey, symmetry_key, wyckoff_summary
-from common.data.batch import PROPERTY_NAMES
 from common.data.store import reduced_formula
-from common.elements import PAIR_FEATURES, element_table, pair_differences
+from common.elements import PAIR_FEATURES
 from common.errors import UserError
 from common.evaluate.match import cell_problem
 from common.files import atomic_path
-from common.legal_sites import SiteStatistics, enumerate_sites, legal_units, size_class
+from common.legal_sites import SiteStatistics, enumerate_sites, legal_units
+from common.prior_classes import Likeness, StoredTemplate, structure_classes
 from common.reference import (
     MAX_COMPARED,
     MAX_COMPARED_ATOMS,
-    REFERENCE_SCHEMA,
     Nearest,
     ReferenceIndex,
-    reference_columns,
 )
 from common.templates import (
-    RoleLetters,
-    Stoichiometry,
     Template,
     assign,
     ordered_sites,
@@ -53,7 +48,7 @@ from common.templates import (
 )
 
 if TYPE_CHECKING:
-    from common.prior_fit import Comparison
+    pass
 
 Array = NDArray[np.float64]
 
@@ -67,8 +62,6 @@ ATTRIBUTION = (
 _METADATA_KEY = b"uni_mdm_prior"
 #: So many are always ranked, lest order and probabilities depend on how many are shown.
 _FEWEST = 20
-_COMPARISONS_PER_CLASS = 120_000
-_QUERIES_PER_CLASS = 150
 
 
 @dataclass(frozen=True)
@@ -114,63 +107,6 @@ class Vote:
 
 
 @dataclass(frozen=True)
-class _Entry:
-    """A template as the prior stores it: with the letters that training crystals mostly have."""
-
-    template: Template
-    letters: RoleLetters
-    automorphisms: tuple[tuple[int, ...], ...]
-
-    def to_list(self) -> list[Any]:
-        t = self.template
-        same = [list(p) for p in self.automorphisms[1:]]
-        return [t.stoichiometry, t.space_group, t.units, t.letters, self.letters, same]
-
-    @classmethod
-    def from_list(cls, row: Sequence[Any]) -> "_Entry":
-        template = Template(tuple(row[0]), row[1], row[2], tuple(row[3]))
-        identity = tuple(range(len(template.stoichiometry)))
-        return cls(template, tuple(row[4]), (identity, *(tuple(p) for p in row[5])))
-
-
-@dataclass(frozen=True)
-class _Class:
-    """Training structures of one anonymous formula.
-
-    Attributes:
-        entries: their templates.
-        template: [N], index into entries.
-        roles: [N,R], atomic number in each role of the template.
-        properties: [N,2], band gap (eV) and formation energy (eV/atom), NaN where unknown.
-    """
-
-    entries: tuple[_Entry, ...]
-    template: NDArray[np.int64]
-    roles: NDArray[np.int64]
-    properties: Array
-
-    @cached_property
-    def orbits(self) -> NDArray[np.int64]:
-        """[E,P]: the first of the role permutations that give an entry the same symmetry."""
-        permutations = role_permutations(self.entries[0].template.stoichiometry)
-        place = {permutation: index for index, permutation in enumerate(permutations)}
-        return np.array(
-            [
-                [min(place[tuple(p[i] for i in a)] for a in e.automorphisms) for p in permutations]
-                for e in self.entries
-            ]
-        )
-
-    def summed(self, mass: Array) -> Array:
-        """[E,P]: mass [P,N] by entry and distinct way to give it the elements, else zero."""
-        sums = np.zeros(self.orbits.shape)
-        for way, row in enumerate(mass):
-            by_entry = np.bincount(self.template, row, len(self.entries))
-            np.add.at(sums, (np.arange(len(sums)), self.orbits[:, way]), by_entry)
-        return sums
-
-
-@dataclass(frozen=True)
 class _Weights:
     """Fitted numbers: of the features, and ln of background and novelty."""
 
@@ -180,17 +116,16 @@ class _Weights:
 
 
 class TemplatePrior:
-    """See the module. Made by ``fit`` or ``load``."""
+    """See the module. Made by ``common.prior_fit.fit_prior`` or ``load``."""
 
     def __init__(self, table: pa.Table, metadata: dict[str, Any]) -> None:
         self.metadata = metadata
         self._table = table
-        self._elements = np.array(metadata["elements"])
-        self._pairs = pair_differences(self._elements)
+        self._likeness = Likeness(np.array(metadata["elements"]))
         self._statistics = SiteStatistics.from_dict(metadata["statistics"])
-        entries = [_Entry.from_list(row) for row in metadata["templates"]]
-        self._classes = _classes(table, entries)
-        self._template_index = {entry.template: i for i, entry in enumerate(entries)}
+        templates = [StoredTemplate.from_list(row) for row in metadata["templates"]]
+        self._classes = structure_classes(table, templates)
+        self._template_index = {stored.template: i for i, stored in enumerate(templates)}
         self._weights = {
             name: _Weights(np.array(w["features"]), w["log_background"], w["log_novelty"])
             for name, w in metadata["weights"].items()
@@ -228,42 +163,6 @@ class TemplatePrior:
             template: order[starts[i] : starts[i + 1]].tolist()
             for template, i in self._template_index.items()
         }
-
-    @classmethod
-    def fit(
-        cls, records: Iterable[Any], source: Mapping[str, Any] | None = None
-    ) -> "TemplatePrior":
-        """Learns from training records (``common.data.store.Record``); the same rows, same prior.
-
-        Args:
-            records: of the training split only.
-            source: JSON-able, says where they came from (name, fingerprint).
-
-        Raises:
-            UserError: if there is no record.
-        """
-        rows = sorted(records, key=lambda record: record.material_id)
-        if not rows:
-            raise UserError("the template prior needs at least one training structure")
-        assignments = [assign(record.crystal) for record in rows]
-        entries, index = _entries(assignments)
-        columns = reference_columns(rows)
-        columns["template"] = [index[a.template] for a in assignments]
-        columns["roles"] = [list(a.roles) for a in assignments]
-        metadata: dict[str, Any] = {
-            "schema_version": SCHEMA_VERSION,
-            "attribution": ATTRIBUTION,
-            "rows": len(rows),
-            "source": dict(source or {}),
-            "elements": np.round(element_table(), 4).tolist(),
-            "templates": [entry.to_list() for entry in entries],
-            "statistics": _statistics(rows).to_dict(),
-            "weights": {},
-        }
-        table = pa.Table.from_pydict(columns, schema=_SCHEMA)
-        prior = cls(table, metadata)
-        metadata["weights"] = prior._fit_all()
-        return cls(table, metadata)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the prior as one Parquet file; the same prior gives the same bytes.
@@ -398,7 +297,9 @@ class TemplatePrior:
             return []
         elements = np.array(order)[np.array(role_permutations(stoichiometry))]
         weights = self._parameters({})
-        mass = self._kernel(structures, elements, {}) + math.exp(weights.log_background)
+        mass = self._likeness.kernel(structures, elements, {}, weights.features) + math.exp(
+            weights.log_background
+        )
         mass[:, (structures.roles == elements[:, None]).all(axis=2).any(axis=0)] = 0.0
         total = mass.sum() + math.exp(weights.log_novelty)
         sums = structures.summed(mass)
@@ -407,9 +308,9 @@ class TemplatePrior:
         for number, way in zip(*np.unravel_index(listed, sums.shape), strict=True):
             if not sums[number, way]:
                 break
-            t = structures.entries[number].template
+            t = structures.templates[number].template
             sites = template_sites(
-                elements[way].tolist(), structures.entries[number].letters, t.space_group
+                elements[way].tolist(), structures.templates[number].letters, t.space_group
             )
             votes = mass * (structures.template == number)
             votes[structures.orbits[number] != way] = 0.0
@@ -468,7 +369,7 @@ class TemplatePrior:
         assignment = assign(crystal)
         if assignment.template not in self._template_index:
             return [], []
-        pairs = self._pairs @ self._weights["none"].features[: len(PAIR_FEATURES)]
+        pairs = self._likeness.pairs @ self._weights["none"].features[: len(PAIR_FEATURES)]
         ranked = []
         for row in self.rows_of_template[assignment.template]:
             roles = self.reference.roles(row)
@@ -562,134 +463,17 @@ class TemplatePrior:
         permutations = role_permutations(stoichiometry)
         elements = np.array(order)[np.array(permutations)]
         weights = self._parameters(properties)
-        mass = self._kernel(structures, elements, properties) + math.exp(weights.log_background)
+        mass = self._likeness.kernel(structures, elements, properties, weights.features) + math.exp(
+            weights.log_background
+        )
         found = []
         sums = structures.summed(mass)
-        for entry, row, orbits in zip(structures.entries, sums, structures.orbits, strict=True):
-            t = entry.template
+        for stored, row, orbits in zip(structures.templates, sums, structures.orbits, strict=True):
+            t = stored.template
             for index in np.unique(orbits).tolist():
-                sites = template_sites(elements[index].tolist(), entry.letters, t.space_group)
+                sites = template_sites(elements[index].tolist(), stored.letters, t.space_group)
                 found.append((t.space_group, sites, t.units, float(row[index])))
         return found
-
-    def _kernel(
-        self, structures: _Class, elements: NDArray[np.int64], properties: Mapping[str, float]
-    ) -> Array:
-        """How alike a query in each permutation [P,R] and each training structure are: [P,N]."""
-        weights = self._parameters(properties).features
-        width = len(PAIR_FEATURES)
-        distance = np.zeros((len(elements), len(structures.template)))
-        tables = self._pairs @ weights[:width], self._pairs @ weights[width : 2 * width]
-        anion = self._anion(elements)
-        for role in range(elements.shape[1]):
-            wanted, present = elements[:, role], structures.roles[:, role]
-            plain, anionic = (table[wanted][:, present] for table in tables)
-            distance += np.where(anion[:, role, None], anionic, plain)
-        if properties:
-            distance += self._property_differences(structures, properties) @ weights[2 * width :]
-        kernel: Array = np.exp(-distance)
-        return kernel
-
-    def _anion(self, elements: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Which role of each row holds the most electronegative element: [P,R]."""
-        negativity = self._elements[elements, 3]
-        most: NDArray[np.bool_] = negativity == negativity.max(axis=1, keepdims=True)
-        return most
-
-    @staticmethod
-    def _property_differences(structures: _Class, properties: Mapping[str, float]) -> Array:
-        """[N,2]: saturating distance of the property, and metal against non-metal for gaps."""
-        ((name, value),) = properties.items()
-        known = structures.properties[:, PROPERTY_NAMES.index(name)]
-        distance = np.abs(known - value)
-        scale = 1.0 if name == "band_gap" else 0.3
-        other_kind = (known > 0.05) != (value > 0.05) if name == "band_gap" else distance > 1.0
-        features = np.stack([distance / (scale + distance), other_kind.astype(float)], axis=1)
-        return np.where(np.isnan(known)[:, None], 0.5, features)
-
-    def _fit_all(self) -> dict[str, Any]:
-        """Weights without a property and with either; a property that no structure has weighs none.
-
-        With too few structures to compare the others stay where they start, and no likelihood is
-        known.
-        """
-        from common.prior_fit import fit_weights
-
-        fitted = {}
-        start = unfitted = np.concatenate([np.full(2 * len(PAIR_FEATURES), 0.5), [-6.0, 0.0]])
-        for name in ("none", *PROPERTY_NAMES):
-            comparisons = self._comparisons(None if name == "none" else name)
-            parameters, likelihood = unfitted, None
-            if comparisons:
-                parameters, reached = fit_weights(comparisons, start)
-                likelihood = round(reached, 4)
-            features = parameters[:-2]
-            fitted[name] = {
-                "features": features.tolist(),
-                "log_background": float(parameters[-2]),
-                "log_novelty": float(parameters[-1]),
-                "mean_log_likelihood": likelihood,
-            }
-            if name == "none":
-                start, unfitted = (
-                    np.concatenate([features, [weight, weight], parameters[-2:]])
-                    for weight in (0.5, 0.0)
-                )
-        return fitted
-
-    def _comparisons(self, name: str | None) -> list["Comparison"]:
-        comparisons = []
-        for stoichiometry in sorted(self._classes):
-            comparison = self._compare(stoichiometry, self._classes[stoichiometry], name)
-            if comparison is not None:
-                comparisons.append(comparison)
-        return comparisons
-
-    def _compare(
-        self, stoichiometry: Stoichiometry, structures: _Class, name: str | None
-    ) -> "Comparison | None":
-        """Evenly chosen structures of a class, which have the property, against all of it."""
-        from common.prior_fit import Comparison
-
-        size = len(structures.template)
-        permutations = np.array(role_permutations(stoichiometry))
-        limit = max(4, _COMPARISONS_PER_CLASS // (size * len(permutations)))
-        asked = np.arange(size)
-        if name is not None:
-            asked = np.flatnonzero(~np.isnan(structures.properties[:, PROPERTY_NAMES.index(name)]))
-        if size < 2 or len(permutations) > 24 or not len(asked):
-            return None
-        count = min(len(asked), limit, _QUERIES_PER_CLASS)
-        chosen = asked[np.unique(np.linspace(0, len(asked) - 1, count).astype(int))]
-        parts = [self._compare_one(structures, i, permutations, name) for i in chosen]
-        differences, allowed, correct = (np.stack(x) for x in zip(*parts, strict=True))
-        return Comparison(differences, allowed, correct, len(asked) / len(chosen))
-
-    def _compare_one(
-        self, structures: _Class, index: int, permutations: NDArray[np.int64], name: str | None
-    ) -> tuple[NDArray[np.float32], NDArray[np.bool_], NDArray[np.bool_]]:
-        """One structure as the query: see ``Comparison``."""
-        own = structures.roles[index]
-        elements = own[permutations]
-        pairs = self._pairs[elements[:, None, :], structures.roles[None]]
-        anion = self._anion(elements)[:, None, :, None]
-        parts = [(pairs * ~anion).sum(axis=2), (pairs * anion).sum(axis=2)]
-        if name is not None:
-            value = float(structures.properties[index, PROPERTY_NAMES.index(name)])
-            by_structure = self._property_differences(structures, {name: value})
-            parts.append(np.broadcast_to(by_structure, (len(elements), *by_structure.shape)))
-        differences = np.concatenate(parts, axis=-1)
-        allowed = (np.sort(structures.roles, axis=1) != np.sort(own)).any(axis=1)
-        entry = structures.entries[structures.template[index]]
-        right_roles = [
-            permutation in entry.automorphisms for permutation in map(tuple, permutations.tolist())
-        ]
-        correct = np.array(right_roles)[:, None] & (
-            structures.template == structures.template[index]
-        )
-        allowed = np.broadcast_to(allowed, correct.shape)
-        flat = differences.reshape(-1, differences.shape[-1]).astype(np.float32)
-        return flat, allowed.ravel(), correct.ravel()
 
 
 def load_prior(path: Path = SHIPPED) -> TemplatePrior:
@@ -700,67 +484,6 @@ def load_prior(path: Path = SHIPPED) -> TemplatePrior:
 @lru_cache(maxsize=2)
 def _read_prior(path: Path, changed: int) -> TemplatePrior:
     return TemplatePrior.load(path)
-
-
-_SCHEMA = pa.schema(
-    [
-        *REFERENCE_SCHEMA,
-        pa.field("template", pa.int32(), nullable=False),
-        pa.field("roles", pa.list_(pa.uint8()), nullable=False),
-    ]
-)
-
-
-def _entries(assignments: Sequence[Any]) -> tuple[list[_Entry], dict[Template, int]]:
-    """All templates with the labelling that most of their crystals have."""
-    labellings: dict[Template, Counter[RoleLetters]] = defaultdict(Counter)
-    for assignment in assignments:
-        labellings[assignment.template][assignment.as_labelled] += 1
-    ordered = sorted(labellings, key=lambda t: (t.stoichiometry, t.space_group, t.units, t.letters))
-    entries = [
-        _Entry(
-            template,
-            min(labellings[template].items(), key=lambda item: (-item[1], item[0]))[0],
-            template.automorphisms,
-        )
-        for template in ordered
-    ]
-    return entries, {template: index for index, template in enumerate(ordered)}
-
-
-def _statistics(records: Sequence[Any]) -> SiteStatistics:
-    groups: dict[int, Counter[int]] = defaultdict(Counter)
-    letters: dict[int, Counter[str]] = defaultdict(Counter)
-    atoms: Counter[int] = Counter()
-    for record in records:
-        number = record.crystal.space_group
-        letters[number].update(site.letter for site in record.crystal.sites)
-        formula, _ = reduce_counts(record.crystal.formula_counts)
-        groups[size_class(sum(formula.values()))][number] += 1
-        atoms[record.crystal.num_primitive_atoms] += 1
-    return SiteStatistics(groups, atoms, letters)
-
-
-def _classes(table: pa.Table, entries: Sequence[_Entry]) -> dict[Stoichiometry, _Class]:
-    template = table["template"].to_numpy()
-    gaps = [table[name].to_numpy(zero_copy_only=False) for name in PROPERTY_NAMES]
-    properties = np.stack(gaps, axis=1).astype(float)
-    roles = table["roles"].combine_chunks()
-    values, offsets = roles.values.to_numpy(), roles.offsets.to_numpy()
-    members: dict[Stoichiometry, list[int]] = defaultdict(list)
-    for row, number in enumerate(template.tolist()):
-        members[entries[number].template.stoichiometry].append(row)
-    classes = {}
-    for stoichiometry, rows in members.items():
-        used, local = np.unique(template[rows], return_inverse=True)
-        columns = offsets[np.array(rows)][:, None] + np.arange(len(stoichiometry))
-        classes[stoichiometry] = _Class(
-            tuple(entries[number] for number in used),
-            local,
-            values[columns].astype(np.int64),
-            properties[rows],
-        )
-    return classes
 
 
 def _fits(

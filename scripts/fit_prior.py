@@ -16,7 +16,8 @@ from common.data.locations import dataset
 from common.data.store import fingerprint
 from common.errors import UserError
 from common.evaluate.symmetry_prediction import evaluate_prior
-from common.prior import SHIPPED, TemplatePrior
+from common.prior import SHIPPED
+from common.prior_fit import fit_prior
 
 
 def main(
@@ -26,9 +27,7 @@ def main(
 ) -> None:
     """Fits the prior on `data` and measures it on `validation`."""
     records = dataset(data)
-    prior = TemplatePrior.fit(
-        records, {"name": Path(data).name, "fingerprint": fingerprint(records)}
-    )
+    prior = fit_prior(records, {"name": Path(data).name, "fingerprint": fingerprint(records)})
     prior.save(out)
     for name, weights in prior.metadata["weights"].items():
         print(f"{name}: mean log-likelihood {weights['mean_log_likelihood']}")

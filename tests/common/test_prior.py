@@ -29,7 +29,7 @@ from common.language.analogues import AnalogueIndex
 from common.legal_sites import SiteStatistics, enumerate_sites
 from common.precedents import load_precedents
 from common.prior import SHIPPED, SymmetryCandidate, TemplatePrior, load_prior
-from common.prior_fit import Comparison, _log_likelihood
+from common.prior_fit import Comparison, _log_likelihood, fit_prior
 from common.templates import (
     MAX_PERMUTATIONS,
     assign,
@@ -68,7 +68,7 @@ def textbook() -> list[Record]:
 
 @pytest.fixture(scope="module")
 def prior() -> TemplatePrior:
-    return TemplatePrior.fit(textbook(), {"name": "textbook"})
+    return fit_prior(textbook(), {"name": "textbook"})
 
 
 @pytest.fixture(scope="module")
@@ -238,7 +238,7 @@ def test_every_formula_gets_an_answer(counts: dict[int, int]) -> None:
 
 
 def test_file_is_faithful_and_order_free(prior: TemplatePrior, tmp_path: Path) -> None:
-    again = TemplatePrior.fit(reversed(textbook()), {"name": "textbook"})
+    again = fit_prior(reversed(textbook()), {"name": "textbook"})
     for name, each in (("a", prior), ("b", again)):
         each.save(tmp_path / f"{name}.parquet")
     assert (tmp_path / "a.parquet").read_bytes() == (tmp_path / "b.parquet").read_bytes()
@@ -251,8 +251,8 @@ def test_file_is_faithful_and_order_free(prior: TemplatePrior, tmp_path: Path) -
 def test_hash_names_what_was_learned(prior: TemplatePrior) -> None:
     """Not what the rows were called."""
     rows = textbook()
-    assert TemplatePrior.fit(rows, {"name": "other"}).hash == prior.hash
-    assert TemplatePrior.fit(rows[1:], {"name": "textbook"}).hash != prior.hash
+    assert fit_prior(rows, {"name": "other"}).hash == prior.hash
+    assert fit_prior(rows[1:], {"name": "textbook"}).hash != prior.hash
 
 
 def without_gap(record: Record) -> Record:
@@ -263,7 +263,7 @@ def without_gap(record: Record) -> Record:
 def test_rows_without_a_property_are_no_queries_of_its_fit(prior: TemplatePrior) -> None:
     """Only as many as there are of those that have it; the other fits are as ever."""
     rows = [without_gap(record) if index % 3 else record for index, record in enumerate(textbook())]
-    weights = TemplatePrior.fit(rows).metadata["weights"]
+    weights = fit_prior(rows).metadata["weights"]
     whole = prior.metadata["weights"]
     assert np.isfinite(weights["band_gap"]["mean_log_likelihood"])
     assert weights["band_gap"]["features"] != [*weights["none"]["features"], 0.5, 0.5]
@@ -272,7 +272,7 @@ def test_rows_without_a_property_are_no_queries_of_its_fit(prior: TemplatePrior)
 
 
 def test_a_property_that_no_row_has_changes_nothing() -> None:
-    prior = TemplatePrior.fit(map(without_gap, textbook()))
+    prior = fit_prior(map(without_gap, textbook()))
     for formula in ("NaBr", "BaHfO3", "Ca3Al2Si3O12"):
         counts = parse_formula(formula).counts
         assert prior.rank(counts, {"band_gap": 2.0}) == prior.rank(counts)
@@ -281,7 +281,7 @@ def test_a_property_that_no_row_has_changes_nothing() -> None:
 @pytest.mark.parametrize("rows", [1, len(textbook())])
 def test_metadata_are_json(rows: int, tmp_path: Path) -> None:
     """Which knows no infinity; of a single row, too, of which no likelihood is known."""
-    prior = TemplatePrior.fit(map(without_gap, textbook()[:rows]))
+    prior = fit_prior(map(without_gap, textbook()[:rows]))
     prior.save(tmp_path / "p.parquet")
     (text,) = pq.read_schema(tmp_path / "p.parquet").metadata.values()
     weights = json.loads(text, parse_constant=pytest.fail)["weights"]
@@ -292,10 +292,10 @@ def test_metadata_are_json(rows: int, tmp_path: Path) -> None:
 def test_a_prior_that_is_written_anew_is_read_anew(tmp_path: Path) -> None:
     path = tmp_path / "prior.parquet"
     rows = textbook()
-    TemplatePrior.fit(rows[:4]).save(path)
+    fit_prior(rows[:4]).save(path)
     first = load_prior(path)
     assert load_prior(path) is first
-    TemplatePrior.fit(rows[4:]).save(path)
+    fit_prior(rows[4:]).save(path)
     assert load_prior(path).hash == TemplatePrior.load(path).hash != first.hash
 
 
@@ -410,7 +410,7 @@ def test_prior_of_crystals_with_many_equal_roles() -> None:
         Crystal(1, tuple(Site(z, "a", (z / 40, 0.1, 0.2)) for z in zs), 8 * np.eye(3))
         for zs in (range(20, 32), range(21, 33))
     )
-    prior = TemplatePrior.fit([Record("x", known)])
+    prior = fit_prior([Record("x", known)])
     first = prior.rank(wanted.formula_counts)[0]
     assert (first.source, first.key) == ("template", wanted.symmetry_key)
     nearest = prior.nearest(known)
@@ -487,7 +487,7 @@ def test_of_equally_near_crystals_the_first_is_named() -> None:
     """Which are the most alike in their elements, not those that rounding favours."""
     salts = [(11, 17), (19, 35), (12, 8), (3, 9), (20, 34)]
     known = [cubic(225, 4 + 0.3 * i, (a, "a"), (b, "b")) for i, (a, b) in enumerate(salts)]
-    prior = TemplatePrior.fit([Record(str(i), crystal) for i, crystal in enumerate(known)])
+    prior = fit_prior([Record(str(i), crystal) for i, crystal in enumerate(known)])
     asked = cubic(225, 5.9, (11, "a"), (35, "b")).to_structure(primitive=True)
     for rows in ([0, 1, 2, 3, 4], [4, 3, 2, 1, 0], [2, 0, 4]):
         replace = [{salts[row][0]: 11, salts[row][1]: 35} for row in rows]
@@ -534,7 +534,7 @@ def test_nearest_sees_distortions_in_larger_cells(prior: TemplatePrior, distorte
     assert (nearest.space_group, nearest.kind) == (221, "same composition")
     assert nearest.distance == pytest.approx(expected, rel=5e-3, abs=1e-6)
     assert (nearest.distance > 0.001) == (share > 0)
-    itself = TemplatePrior.fit([Record("x", distorted(share))]).nearest(distorted(share))
+    itself = fit_prior([Record("x", distorted(share))]).nearest(distorted(share))
     assert itself is not None
     assert itself.distance < 1e-4
 
@@ -547,7 +547,7 @@ def test_nearest_of_a_larger_cell_of_the_same_crystal(
     large = cubic_cell * scaling
     sites = [Site(atom.specie.Z, "a", tuple(atom.frac_coords.tolist())) for atom in large]
     crystal = Crystal(1, tuple(sites), large.lattice.matrix)
-    for known, query in ((prior, crystal), (TemplatePrior.fit([Record("x", crystal)]), cubic_cell)):
+    for known, query in ((prior, crystal), (fit_prior([Record("x", crystal)]), cubic_cell)):
         asked = query if isinstance(query, Crystal) else label_structure(query)
         nearest = known.nearest(asked)
         assert nearest is not None

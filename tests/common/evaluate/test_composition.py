@@ -15,7 +15,8 @@ from common.evaluate.controls import fit_standardizer, random_draw
 from common.evaluate.rows import EvaluationRow
 from common.evaluate.run import Evaluation, Told
 from common.evaluate.statistics import Rate
-from common.prior import SymmetryCandidate, TemplatePrior
+from common.prior import SymmetryCandidate
+from common.prior_fit import fit_prior
 from common.ranking import Ranker
 
 SALT = Crystal(225, (Site(19, "a"), Site(35, "b")), np.eye(3) * 6.6)
@@ -142,7 +143,7 @@ def test_property_may_be_hidden() -> None:
 
 def test_prior_and_controls() -> None:
     """Each says at most so many, legal ones, and what it is."""
-    prior = TemplatePrior.fit(REFERENCES, {"name": "three"})
+    prior = fit_prior(REFERENCES, {"name": "three"})
     evaluation = Evaluation(REFERENCES, "textbook", REFERENCES, "textbook", workers=1)
     told = Told.of(REFERENCES, ("formation_energy",), "true", 0)
     asked = CompositionEvaluation(evaluation, told, 3)

@@ -23,6 +23,7 @@ from common.language.prompt import (
 from common.language.tokenizer import UNKNOWN, SymmetryTokenizer
 from common.legal_sites import legal_units
 from common.prior import TemplatePrior
+from common.prior_fit import fit_prior
 from common.templates import reduce_counts
 from common.training import Shard
 from tests.training import textbook_records
@@ -88,7 +89,7 @@ def test_what_is_told_is_legal_ordered_and_comes_back(
 def test_a_crystal_is_not_told_of_itself() -> None:
     """With itself left out nothing is known of a composition that has one crystal."""
     records = textbook_records()
-    index = AnalogueIndex(TemplatePrior.fit(records), 4)
+    index = AnalogueIndex(fit_prior(records), 4)
     alone = [
         r for r in records if [s.reduced_formula for s in records].count(r.reduced_formula) < 2
     ]
@@ -119,7 +120,7 @@ def test_votes_are_those_of_other_compositions() -> None:
 
 def test_examples_alternate_between_what_is_known(compact: SymmetryTokenizer) -> None:
     records = textbook_records()
-    index = AnalogueIndex(TemplatePrior.fit(records), 3)
+    index = AnalogueIndex(fit_prior(records), 3)
     examples = Examples(records, compact, ("none", "band_gap"), 2000, index)
     plain = Examples(records, compact, ("none", "band_gap"), 2000)
     told, asked = [texts(e, records, compact) for e in (examples, plain)]

@@ -25,7 +25,7 @@ from common.language.dataset import (
     write_prompts,
 )
 from common.language.prompt import INSTRUCTION, Symmetry, parse_answer, parse_question
-from common.prior import TemplatePrior
+from common.prior_fit import fit_prior
 
 ALKALI, HALOGEN = (3, 11, 19, 37, 55), (9, 17, 35, 53)
 
@@ -66,7 +66,7 @@ def test_rows_come_back() -> None:
 def test_rows_with_analogues() -> None:
     """Every second question tells of the other polymorph, and none of its own answer."""
     records = salts()
-    index = AnalogueIndex(TemplatePrior.fit(records), 2)
+    index = AnalogueIndex(fit_prior(records), 2)
     for place, row in enumerate(prompt_rows(records, None, index)):
         told = parse_question(row["input"]).analogues
         other = Symmetry.of_crystal(records[place ^ 1].crystal)
