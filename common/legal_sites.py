@@ -1,8 +1,9 @@
-"""Which sites of a space group add up to a formula: exact enumeration, likely ones first.
+"""Which sites of a space group add up to a formula: the likeliest ones first.
 
-How likely: the frequency of the group for formula units of this size, of the number of atoms in
-the primitive cell, and of every letter in its group, all counted in the training set (smoothed)
-and taken to be independent.
+A beam over the elements looks for these; whether anything is legal at all is decided exactly. How
+likely: the frequency of the group for formula units of this size, of the number of atoms in the
+primitive cell, and of every letter in its group, all counted in the training set (smoothed) and
+taken to be independent.
 """
 
 import bisect
@@ -139,16 +140,18 @@ def enumerate_sites(
     statistics: SiteStatistics,
     *,
     space_group: int | None = None,
-    units: Sequence[int] | None = None,
+    units: int | None = None,
+    z: int | None = None,
     top: int = 20,
 ) -> list[LegalSites]:
-    """The likeliest legal site assignments of a formula unit.
+    """The likeliest legal site assignments of a formula unit, as far as a beam finds them.
 
     Args:
         counts: atoms of each atomic number in one formula unit.
         statistics: of the training set.
         space_group: only this one.
-        units: only these numbers of formula units per primitive or conventional cell.
+        units: only so many formula units per primitive or conventional cell.
+        z: only so many per conventional cell.
         top: how many.
 
     Returns:
@@ -156,10 +159,10 @@ def enumerate_sites(
         ``MAX_PRIMITIVE_ATOMS`` in the primitive cell, or with the given units.
     """
     limit = max(_USUAL_ATOMS, sum(counts.values()))
-    found = _within(limit, counts, statistics, space_group, units, top)
-    while not found and units is None and limit < MAX_PRIMITIVE_ATOMS:
+    found = _within(limit, counts, statistics, space_group, units, z, top)
+    while not found and units is None and z is None and limit < MAX_PRIMITIVE_ATOMS:
         limit = min(2 * limit, MAX_PRIMITIVE_ATOMS)
-        found = _within(limit, counts, statistics, space_group, units, top)
+        found = _within(limit, counts, statistics, space_group, units, z, top)
     return found
 
 
@@ -168,7 +171,8 @@ def _within(
     counts: Mapping[int, int],
     statistics: SiteStatistics,
     space_group: int | None,
-    units: Sequence[int] | None,
+    units: int | None,
+    z: int | None,
     top: int,
 ) -> list[LegalSites]:
     """See ``enumerate_sites``, with so many atoms in the primitive cell unless units are given."""
@@ -176,7 +180,7 @@ def _within(
     places = []
     for number in [space_group] if space_group else range(1, 231):
         centering = wyckoff_summary(number).centering
-        for choice in unit_choices(counts, centering, units, limit):
+        for choice in unit_choices(counts, centering, units, z, limit):
             atoms = formula_atoms * choice // centering
             bound = statistics.log_group(number, formula_atoms) + statistics.log_atoms(atoms)
             places.append((bound, number, choice))
@@ -193,23 +197,24 @@ def _within(
 
 
 def unit_choices(
-    counts: Mapping[int, int], centering: int, units: Sequence[int] | None, most: int
+    counts: Mapping[int, int], centering: int, units: int | None, z: int | None, most: int
 ) -> list[int]:
     """Formula units per conventional cell that are to be tried in a group.
 
     Args:
         counts: atoms of each atomic number in one formula unit.
         centering: lattice points of the conventional cell.
-        units: only these per primitive or conventional cell.
-        most: atoms in the primitive cell, if no units are given.
+        units: only so many per primitive or conventional cell.
+        z: only so many per conventional cell.
+        most: atoms in the primitive cell, if neither is given.
     """
     formula_atoms = sum(counts.values())
-    if units is not None:
-        both = set(units) | {u * centering for u in units}
-        limit = MAX_GIVEN_ATOMS * centering // formula_atoms
-        return sorted(u for u in both if u <= max(limit, 1))
-    largest = most * centering // formula_atoms
-    return [u for u in range(1, largest + 1) if u * formula_atoms % centering == 0]
+    if units is None and z is None:
+        largest = most * centering // formula_atoms
+        return [u for u in range(1, largest + 1) if u * formula_atoms % centering == 0]
+    given = {z} if units is None else {units, units * centering}
+    limit = max(MAX_GIVEN_ATOMS * centering // formula_atoms, 1)
+    return sorted(u for u in given if u is not None and u <= limit and z in (None, u))
 
 
 def _in_group(

@@ -2,9 +2,9 @@
 
 Training structures of the same anonymous formula vote for their template, each in proportion to how
 alike its elements are to the query's in the same roles (and its property to the wanted one). What
-has no precedent shares a remainder, the novelty, which is spread over an exact enumeration of legal
-sites. Every candidate has exactly the composition asked for. The control for learned symmetry
-models.
+has no precedent shares a remainder, the novelty, which is spread over the likeliest legal sites
+that a search gives. Every candidate has exactly the composition asked for. The control for learned
+symmetry models.
 """
 
 import hashlib
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -34,6 +35,7 @@ from common.prior_classes import Likeness, StoredTemplate, structure_classes
 from common.reference import (
     MAX_COMPARED,
     MAX_COMPARED_ATOMS,
+    MAX_POLYMORPHS,
     Nearest,
     ReferenceIndex,
 )
@@ -139,8 +141,10 @@ class TemplatePrior:
     def hash(self) -> str:
         """Names the prior: 12 hex digits of the SHA-256 of what was learned, not of the source."""
         learned = {key: value for key, value in self.metadata.items() if key != "source"}
-        text = json.dumps(learned, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
+        digest = hashlib.sha256(json.dumps(learned, sort_keys=True).encode())
+        for name in sorted(self._table.column_names):
+            digest.update(_content(self._table[name]))
+        return digest.hexdigest()[:12]
 
     @cached_property
     def known_elements(self) -> frozenset[int]:
@@ -224,10 +228,12 @@ class TemplatePrior:
 
         Returns:
             at most `top` candidates, the likeliest first, each with exactly this composition; empty
-            if nothing legal fits what was fixed. Probabilities are of all candidates, so those
-            returned may sum to less than one. Where `top` is above 20 the first 20 may be others
-            than without: more symmetries without precedent share the novelty, and they are looked
-            for where templates alone would have filled the 20.
+            if nothing legal fits what was fixed. There are more than those returned, so that their
+            probabilities may sum to less than one; the novelty is shared by those without precedent
+            that are found, so that the probability of one of these is an upper bound. Where `top`
+            is above 20 the first 20 may be others than without: more symmetries without precedent
+            share the novelty, and they are looked for where templates alone would have filled the
+            20.
         """
         most = max(top, _FEWEST)
         formula, _ = reduce_counts(counts)
@@ -344,7 +350,7 @@ class TemplatePrior:
         structure = crystal.to_structure(primitive=True)
         if len(structure) > MAX_COMPARED_ATOMS or cell_problem(structure):
             return None
-        rows = self.reference.rows_of_formula(crystal.formula_counts)[:MAX_COMPARED]
+        rows = self.reference.rows_of_formula(crystal.formula_counts)[:MAX_POLYMORPHS]
         same = [{z: z for z in crystal.formula_counts} for _ in rows]
         found = self.reference.closest(structure, rows, same)
         kind = "same composition"
@@ -398,15 +404,13 @@ class TemplatePrior:
         """Legal symmetries without precedent, which share a probability."""
         if sites is not None:
             return self._given_sites(formula, share, seen, sites, space_group, z, units)
-        choices = [z] if z else [units] if units else None
         known = {symmetry_key(n, s) for n, s in seen}
         legal = [
             x
             for x in enumerate_sites(
-                formula, self._statistics, space_group=space_group, units=choices, top=2 * top
+                formula, self._statistics, space_group=space_group, units=units, z=z, top=2 * top
             )
-            if _fits(x.space_group, x.units, space_group, z, units)
-            and symmetry_key(x.space_group, x.sites) not in known
+            if symmetry_key(x.space_group, x.sites) not in known
         ]
         if not legal:
             return []
@@ -484,6 +488,16 @@ def load_prior(path: Path = SHIPPED) -> TemplatePrior:
 @lru_cache(maxsize=2)
 def _read_prior(path: Path, changed: int) -> TemplatePrior:
     return TemplatePrior.load(path)
+
+
+def _content(column: pa.ChunkedArray) -> bytes:
+    """The values of a column, the same for all ways to keep them in memory."""
+    if pa.types.is_list(column.type):
+        lengths, values = pc.list_value_length(column), pc.list_flatten(column)
+        return _content(lengths) + _content(values)
+    if pa.types.is_string(column.type):
+        return json.dumps(column.to_pylist()).encode()
+    return column.to_numpy().tobytes()  # NaN where a property is not known
 
 
 def _fits(

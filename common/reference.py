@@ -19,8 +19,10 @@ from common.templates import reduce_counts
 
 #: Free coordinates are kept to a 65,536th of the cell, about 0.0002 A.
 _STEPS = 65536
-#: Training structures compared at most with one crystal, and their atoms.
+#: Training structures compared at most with one crystal: of its prototype, of its composition (of
+#: which MP-20 has 24 at most), and their atoms.
 MAX_COMPARED = 10
+MAX_POLYMORPHS = 100
 MAX_COMPARED_ATOMS = 60
 
 REFERENCE_SCHEMA = (

@@ -30,6 +30,7 @@ from common.legal_sites import SiteStatistics, enumerate_sites
 from common.precedents import load_precedents
 from common.prior import SHIPPED, SymmetryCandidate, TemplatePrior, load_prior
 from common.prior_fit import Comparison, _log_likelihood, fit_prior
+from common.reference import MAX_COMPARED
 from common.templates import (
     MAX_PERMUTATIONS,
     assign,
@@ -194,18 +195,28 @@ def brute_force(counts: dict[int, int], number: int, units: int) -> set:
 )
 def test_enumeration_is_complete(formula: str, number: int, units: int) -> None:
     counts = parse_formula(formula).counts
-    legal = enumerate_sites(counts, STATISTICS, space_group=number, units=[units], top=1000)
+    legal = enumerate_sites(counts, STATISTICS, space_group=number, units=units, top=1000)
     found = {wyckoff_summary(number).canonical(x.sites) for x in legal if x.units == units}
     expected = brute_force(counts, number, units)
     assert expected
     assert found == expected
 
 
+def test_as_many_as_are_asked_for_with_the_formula_units_given() -> None:
+    """Cells of as many formula units per lattice point are not looked for and left out later."""
+    prior, counts = TemplatePrior.load(), parse_formula("SrTiO3").counts
+    assert [c.z for c in prior.rank(counts, z=1)] == [1] * 20
+    for number, z, units in ((5, 4, None), (5, 4, 2), (5, 4, 4)):
+        ranked = prior.rank(parse_formula("SiO2").counts, space_group=number, z=z, units=units)
+        assert [c.z for c in ranked] == [z] * 20
+    assert prior.rank(counts, z=4, units=3) == []
+
+
 @pytest.mark.parametrize(("formula", "number", "units"), [("NaCl", 227, 3), ("SrTiO3", 230, 1)])
 def test_nothing_legal_is_seen(formula: str, number: int, units: int) -> None:
     counts = parse_formula(formula).counts
     assert brute_force(counts, number, units) == set()
-    legal = enumerate_sites(counts, STATISTICS, space_group=number, units=[units])
+    legal = enumerate_sites(counts, STATISTICS, space_group=number, units=units)
     assert [x for x in legal if x.units == units] == []
 
 
@@ -248,11 +259,38 @@ def test_file_is_faithful_and_order_free(prior: TemplatePrior, tmp_path: Path) -
         assert loaded.rank(counts) == prior.rank(counts)
 
 
+def test_every_polymorph_is_known_again() -> None:
+    """Of SiO2 there are more than of any other formula."""
+    prior = TemplatePrior.load()
+    rows = prior.reference.rows_of_formula(parse_formula("SiO2").counts)
+    assert len(rows) > 2 * MAX_COMPARED
+    for row in rows:
+        nearest = prior.nearest(prior.reference.crystal(row))
+        assert nearest is not None
+        assert (nearest.material_id, nearest.kind) == (
+            prior.reference.material_id(row),
+            "same composition",
+        )
+
+
 def test_hash_names_what_was_learned(prior: TemplatePrior) -> None:
     """Not what the rows were called."""
     rows = textbook()
     assert fit_prior(rows, {"name": "other"}).hash == prior.hash
     assert fit_prior(rows[1:], {"name": "textbook"}).hash != prior.hash
+
+
+def test_hash_tells_elements_coordinates_and_properties(tmp_path: Path) -> None:
+    """Of priors with the same weights, too."""
+    known = [cubic(225, edge, (z, "a"), (8, "b")) for edge, z in ((4.2, 12), (4.2, 20), (4.3, 12))]
+    records = [Record("x", crystal) for crystal in known]
+    records.append(Record("x", known[0], properties={"band_gap": 4.8, "formation_energy": None}))
+    priors = [fit_prior([record]) for record in records]
+    assert all(prior.metadata["weights"] == priors[0].metadata["weights"] for prior in priors)
+    assert len({prior.hash for prior in priors}) == 4
+    for prior in priors:
+        prior.save(tmp_path / "prior.parquet")
+        assert TemplatePrior.load(tmp_path / "prior.parquet").hash == prior.hash
 
 
 def without_gap(record: Record) -> Record:

@@ -32,7 +32,7 @@ def characters(lines: list[str]) -> Counter[str]:
 def test_nothing_is_cut_off() -> None:
     lines = [
         ["assignment @1", *["64.35 (63.4 to 65.3)"] * len(METHODS)],
-        ["model", *["1c8b949ef624, bfea962ef70e"] * len(METHODS)],
+        ["model", *["1c8b949ef624, 82bb42238bc4"] * len(METHODS)],
     ]
     markdown = table(["", *METHODS], lines)
     narrow, wide = lines_of(markdown, 80), lines_of(markdown, 500)
