@@ -50,7 +50,7 @@ from common.templates import (
 Array = NDArray[np.float64]
 
 #: Of the cached descriptions; another number makes them anew.
-_CACHE_VERSION = 4
+_CACHE_VERSION = 5
 #: Rows that are tried, for each precedent that is asked for, until one takes the letters.
 _TRIES = 4
 #: Crystals per process below which none is started.
@@ -101,7 +101,11 @@ class PrecedentIndex:
     def __init__(
         self, known: Known, rows: Mapping[Template, Sequence[int]], element_volume: Array
     ) -> None:
-        self._known, self._rows = known, rows
+        self._known = known
+        # Of equally similar ones the first is taken, which is not to hang on the order of rows.
+        self._rows = {
+            template: sorted(members, key=known.material_id) for template, members in rows.items()
+        }
         self._volume = element_volume
         self._difference = pair_differences(element_table()).mean(axis=-1)
         self._sequences: dict[int, dict[str, list[Template]]] = {}
@@ -196,8 +200,8 @@ class PrecedentIndex:
         ranked = []
         for row in self._without(rows, exclude):
             cost, elements = self._cheapest(crystal, self._known.crystal(row))
-            ranked.append((cost, row, elements))
-        for _, row, elements in sorted(ranked):
+            ranked.append((cost, self._known.material_id(row), row, elements))
+        for _, _, row, elements in sorted(ranked):
             yield row, elements
 
     def _cheapest(self, crystal: Crystal, known: Crystal) -> tuple[float, tuple[int, ...]]:

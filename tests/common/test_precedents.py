@@ -74,6 +74,22 @@ def test_the_most_similar_elements_come_first(index: PrecedentIndex) -> None:
     assert index.find(Crystal(225, (Site(11, "a"), Site(17, "b")), np.eye(3))) == []
 
 
+def test_the_order_of_rows_decides_nothing() -> None:
+    """Two equally similar crystals."""
+    rows = [("mp-2", perovskite(38, 22, 8, 3.9)), ("mp-1", perovskite(38, 22, 8, 3.8))]
+    for known in (rows, rows[::-1]):
+        names, crystals = zip(*known, strict=True)
+        index = PrecedentIndex.of_crystals(crystals, names, VOLUME)
+        found = index.find(perovskite(20, 22, 8, 1.0), 2)
+        assert [one.material_id for one in found] == ["mp-1", "mp-2"]
+    rows = [("mp-2", wurtzite_order(30, 30, 8)), ("mp-1", wurtzite_order(30, 30, 8, z=0.12))]
+    for known in (rows, rows[::-1]):  # isopointal
+        names, crystals = zip(*known, strict=True)
+        index = PrecedentIndex.of_crystals(crystals, names, VOLUME)
+        found = index.find(wurtzite_order(30, 12, 8), 2)
+        assert [one.material_id for one in found] == ["mp-1", "mp-2"]
+
+
 def test_many_equal_roles_get_the_most_similar_elements() -> None:
     """Twelve elements on the same letter, of whose permutations there are 479 million."""
     known, wanted = (
