@@ -1,9 +1,9 @@
-"""Makes the template prior; its few weights are fitted leaving out one formula at a time.
+"""Makes the template prior; its few weights are fitted leaving out one set of elements at a time.
 
-Maximised is the likelihood of every training structure's symmetry given the structures of all other
-formulas. With k_i = exp(-w . D_i) the kernel between the query and training structure i, whose
-elements are matched one to one, e the background and c the novelty, a symmetry that the structures
-I realise has
+Maximised is the likelihood of every training structure's symmetry given the structures of its
+anonymous formula that have other elements. With k_i = exp(-w . D_i) the kernel between the query
+and training structure i, whose elements are matched one to one, e the background and c the novelty,
+a symmetry that the structures I realise has
 
     P = sum_{i in I} (k_i + e) / (c + sum_i (k_i + e))
 
@@ -127,7 +127,7 @@ class Comparison:
 
     Attributes:
         differences: [Q,M,F], M runs over matchings (training structure and role permutation).
-        allowed: [Q,M], false for structures of the query's own formula.
+        allowed: [Q,M], false for structures of the query's own elements, in whichever roles.
         correct: [Q,M], the matching gives the query's own symmetry.
         weight: how many structures each query stands for.
     """

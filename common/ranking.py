@@ -96,7 +96,7 @@ class Ranker:
         top: int,
         progress: "Progress | None" = None,
         *,
-        known: bool = False,
+        only_new: bool = False,
     ) -> list[list["SymmetryCandidate"]]:
         """Rankings of many compositions, nothing else fixed.
 
@@ -107,9 +107,9 @@ class Ranker:
             rows: counts by atomic number, and at most one property, of each.
             top: symmetries of each.
             progress: called with the compositions that are done, and all.
-            known: whether symmetries are wanted that no known polymorph has.
+            only_new: whether symmetries are wanted that no known polymorph has.
         """
-        (rankings,) = self._rank(rows, top, (known,), progress)
+        (rankings,) = self._rank(rows, top, (only_new,), progress)
         return rankings
 
     def rank_both(
@@ -118,7 +118,7 @@ class Ranker:
         top: int,
         progress: "Progress | None" = None,
     ) -> tuple[list[list["SymmetryCandidate"]], list[list["SymmetryCandidate"]]]:
-        """``rank`` with and without `known`; the language model is asked once."""
+        """``rank`` with and without `only_new`; the language model is asked once."""
         new, of_any = self._rank(rows, top, (True, False), progress)
         return new, of_any
 
@@ -129,15 +129,15 @@ class Ranker:
         kinds: Sequence[bool],
         progress: "Progress | None",
     ) -> list[list[list["SymmetryCandidate"]]]:
-        """The rankings with `known` true or false, in this order."""
+        """The rankings with `only_new` true or false, in this order."""
         searched = max(top, _SEARCHED)
         first = self._asked(rows, searched, progress)
         rankings: list[list[list[SymmetryCandidate]]] = [[] for _ in kinds]
         for done, ((counts, properties), found) in enumerate(zip(rows, first, strict=True), 1):
-            for known, listed in zip(kinds, rankings, strict=True):
-                rank = self.prior.rank_new if known else self.prior.rank
+            for only_new, listed in zip(kinds, rankings, strict=True):
+                rank = self.prior.rank_new if only_new else self.prior.rank
                 others = rank(counts, properties, top=searched)
-                polymorphs = () if known else self.prior.known_symmetries(counts)
+                polymorphs = () if only_new else self.prior.known_symmetries(counts)
                 listed.append(self.combined(found, others, polymorphs)[:top])
             if progress is not None and self.model is None:
                 progress(done, len(rows))
@@ -147,18 +147,18 @@ class Ranker:
         self,
         found: Sequence["SymmetryCandidate"],
         ranked: Sequence["SymmetryCandidate"],
-        known: Collection[SymmetryKey] = (),
+        polymorphs: Collection[SymmetryKey] = (),
     ) -> list["SymmetryCandidate"]:
         """The language model's ranking and the prior's as one.
 
         Args:
             found: by the language model, if it has one.
             ranked: by the prior.
-            known: symmetries of known polymorphs, if these are wanted as well. They keep what the
+            polymorphs: symmetries of known ones, if these are wanted as well. They keep what the
                 prior gives them, where the model was told of them.
         """
         told = self.model is not None and self.model.analogues
-        return beside_known(found, ranked, known if told else (), self.share, self.sharpness)
+        return beside_known(found, ranked, polymorphs if told else (), self.share, self.sharpness)
 
     def _asked(
         self,
@@ -183,7 +183,13 @@ class Ranker:
             return found
         questions, grammars = zip(*asked.values(), strict=True)
         rankings = rank_questions(
-            self.model, questions, top=searched, grammars=grammars, known=True, progress=progress
+            self.model,
+            questions,
+            top=searched,
+            grammars=grammars,
+            known=True,
+            prior=self.prior,
+            progress=progress,
         )
         for index, ranking in zip(asked, rankings, strict=True):
             found[index] = self.prior.labelled(rows[index][0], ranking.candidates)
@@ -398,7 +404,12 @@ def _language_candidates(query: "Query", ranker: Ranker) -> list["SymmetryCandid
     # Alone and in one thread: other rows or threads would change the last digits.
     with one_thread():
         (ranking,) = rank_questions(
-            ranker.model, [question], top=_SEARCHED, grammars=[grammar], known=True
+            ranker.model,
+            [question],
+            top=_SEARCHED,
+            grammars=[grammar],
+            known=True,
+            prior=ranker.prior,
         )
     given = _plain_sites(query)
     if given is not None:

@@ -2,13 +2,14 @@
 
 An analogue is a symmetry that training crystals of the same anonymous formula have, with their
 elements replaced. It is weighed as the template prior weighs it (``common.prior``), by how alike
-the elements are. Polymorphs of the composition itself are told apart from it: who asks for a
-crystal beside them does not want them again, who asks for any crystal is not told of them.
+the elements are. Polymorphs of the composition itself are told apart: the answer is then a
+symmetry beside them. Who wants any crystal asks so, too, and puts the known ones back
+(``common.ranking``).
 """
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache
+from functools import lru_cache
 
 from common.language.prompt import Analogue, Analogues, Question, Symmetry
 from common.prior import TemplatePrior, Vote, load_prior
@@ -33,10 +34,15 @@ class AnalogueIndex:
         self._rows = {prior.reference.material_id(row): row for row in range(len(prior.reference))}
 
     @classmethod
-    @cache
+    @lru_cache(maxsize=4)
+    def of(cls, prior: TemplatePrior, count: int) -> "AnalogueIndex":
+        """The index of a prior's crystals, made once."""
+        return cls(prior, count)
+
+    @classmethod
     def shipped(cls, count: int) -> "AnalogueIndex":
         """With the shipped prior's crystals, those of MP-20's training set."""
-        return cls(load_prior(), count)
+        return cls.of(load_prior(), count)
 
     def tell(self, question: Question, *, known: bool, leave_out: str | None = None) -> Question:
         """A question that tells of analogues.

@@ -9,6 +9,7 @@ from common.language.grammar import AnswerGrammar, TokenGrammar
 from common.language.prompt import Question
 from common.language.search import Progress, Ranking, Scorer, SearchRequest, rank_answers
 from common.language.tokenizer import SymmetryTokenizer
+from common.prior import TemplatePrior, load_prior
 
 #: Questions that are searched side by side; what bounds memory.
 _CHUNK = 64
@@ -41,7 +42,10 @@ class LanguageModel(Scorer, Protocol):
 
 
 def as_trained(
-    model: LanguageModel, questions: Iterable[Question], known: bool = False
+    model: LanguageModel,
+    questions: Iterable[Question],
+    known: bool = False,
+    prior: TemplatePrior | None = None,
 ) -> list[Question]:
     """Questions with what the model was trained to be told of known crystals.
 
@@ -49,10 +53,11 @@ def as_trained(
         model: of whatever training; where it was without analogues, questions stay as they are.
         questions: without any.
         known: whether a symmetry is wanted that no known polymorph has.
+        prior: of the known crystals; the shipped one without it.
     """
     if not model.analogues:
         return list(questions)
-    index = AnalogueIndex.shipped(model.analogues)
+    index = AnalogueIndex.of(prior or load_prior(), model.analogues)
     return [index.tell(question, known=known) for question in questions]
 
 
@@ -86,6 +91,7 @@ def rank_questions(
     max_atoms: int = MAX_PRIMITIVE_ATOMS,
     grammars: Sequence[AnswerGrammar] | None = None,
     known: bool = False,
+    prior: TemplatePrior | None = None,
     progress: Progress | None = None,
 ) -> list[Ranking]:
     """The likeliest symmetries that the compositions of some questions can legally have.
@@ -96,12 +102,12 @@ def rank_questions(
         top, temperature: as in ``rank_answers``.
         max_atoms: in the primitive cell.
         grammars: of the answers to each question, where not all legal ones will do.
-        known: as in ``as_trained``.
+        known, prior: as in ``as_trained``.
         progress: called with the questions that are answered, and all.
     """
     rankings: list[Ranking] = []
     allowed: Sequence[AnswerGrammar | None] = grammars or [None] * len(questions)
-    rows = list(zip(as_trained(model, questions, known), allowed, strict=True))
+    rows = list(zip(as_trained(model, questions, known, prior), allowed, strict=True))
     for begin in range(0, len(rows), _CHUNK):
         chunk = rows[begin : begin + _CHUNK]
         requests = [search_request(model.tokenizer, q, max_atoms, g) for q, g in chunk]

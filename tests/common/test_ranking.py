@@ -5,16 +5,20 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from common import ranking
 from common.cli import run
 from common.commands import evaluate
+from common.crystal.structure import Crystal, Site
 from common.crystal.wyckoff import wyckoff_summary
+from common.data.store import Record
 from common.errors import UserError
 from common.language.config import LanguageRunConfig
 from common.pipeline import make_query
 from common.prior import SymmetryCandidate, TemplatePrior
+from common.prior_fit import fit_prior
 from common.ranking import (
     PRIOR,
     PRIOR_NAME,
@@ -252,7 +256,7 @@ def test_one_composition_too_large_takes_no_other_with_it(ranker: Ranker) -> Non
 def test_new_and_any_at_once(ranker: Ranker) -> None:
     rows: list[Row] = [({38: 1, 22: 1, 8: 3}, {"band_gap": 1.8}), ({11: 1, 17: 1}, {})]
     new, of_any = ranker.rank_both(rows, 5)
-    assert new == ranker.rank(rows, 5, known=True)
+    assert new == ranker.rank(rows, 5, only_new=True)
     assert of_any == ranker.rank(rows, 5)
     assert new[0] != of_any[0], "SrTiO3 has a known polymorph"
 
@@ -277,16 +281,30 @@ def test_shipped_model_is_told_of_known_polymorphs() -> None:
     assert company == pytest.approx(alone, rel=1e-3)
 
 
+def test_a_model_beside_ones_own_prior_is_told_of_its_crystals() -> None:
+    """Here not of cubic SrTiO3, which the shipped prior knows, and which it would not name then."""
+    sites = tuple(Site(z, letter) for z, letter in ((19, "b"), (12, "a"), (9, "c")))
+    own = fit_prior([Record("KMgF3", Crystal(221, sites, 4.0 * np.eye(3)))])
+    shipped = load_ranker([], "glm4")
+    counts = {38: 1, 22: 1, 8: 3}
+    (ranked,) = replace(shipped, prior=own, share=1.0).rank([(counts, {})], 5)
+    assert ranked[0].space_group == 221
+    ((told, *_),) = replace(shipped, share=1.0).rank([(counts, {})], 5, only_new=True)
+    assert told.space_group != 221
+    query = make_query("SrTiO3")
+    assert rank_symmetries(query, replace(shipped, prior=own, share=1.0), 5)[0].key == ranked[0].key
+
+
 def test_known_polymorphs_are_left_out(ranker: Ranker) -> None:
     """Where they are told of, and another symmetry is wanted."""
     counts = {38: 1, 22: 1, 8: 3}
     prior = ranker.prior
     rows = [(counts, {})]
     ((first, *_),) = Ranker(prior).rank(rows, 20)
-    (others,) = Ranker(prior).rank(rows, 20, known=True)
+    (others,) = Ranker(prior).rank(rows, 20, only_new=True)
     assert first.space_group == 221
     assert first.key not in [c.key for c in others if c.probability > 0]
-    (both,) = ranker.rank(rows, 20, known=True)
+    (both,) = ranker.rank(rows, 20, only_new=True)
     assert both != ranker.rank(rows, 20)[0]
 
 
