@@ -50,6 +50,8 @@ DEFAULT_SAMPLES = 8
 #: Atoms nearer than this share of the sum of their covalent radii are said to be close. In MP-20's
 #: training and validation rows none are: the smallest share is 0.62.
 CLOSE = 0.6
+#: Relative difference from the volume per atom of a known crystal, on the same sites, that is said.
+OTHER_VOLUME = 0.2
 _LIMITS = {"top": (1, 100), "num_samples": (1, 256), "seed": (0, 2**31 - 1), "steps": (1, 10_000)}
 
 #: Called with what is being done, how much of it is done, and how much there is.
@@ -544,6 +546,7 @@ def _describe(rank: int, sampled: Sampled, prior: "TemplatePrior") -> GeneratedC
     choice = choose_sample(samples)
     crystal = samples[choice.sample]
     structure = crystal.to_structure()
+    nearest = prior.nearest(crystal)
     counts = {z: n * candidate.z for z, n in query.formula.reduced}
     found = found_space_groups(structure)
     return GeneratedCrystal(
@@ -555,12 +558,12 @@ def _describe(rank: int, sampled: Sampled, prior: "TemplatePrior") -> GeneratedC
         settings=sampled.settings,
         choice=choice,
         checkpoint=sampled.checkpoint,
-        nearest=prior.nearest(crystal),
+        nearest=nearest,
         found_groups=found,
         composition_exact=composition_is_exact(structure, counts),
         min_distance=min_distance(structure),
         density=float(structure.density),
-        warnings=_warnings(query, candidate, found, closest_pair(structure), prior),
+        warnings=_warnings(query, candidate, found, closest_pair(structure), nearest, prior),
     )
 
 
@@ -569,9 +572,23 @@ def _warnings(
     candidate: "SymmetryCandidate",
     found: dict[str, int],
     closest: "ClosePair",
+    nearest: "Nearest | None",
     prior: "TemplatePrior",
 ) -> tuple[str, ...]:
+    from common.reference import volume_text
+
     notes = []
+    for name, value in query.properties.items():
+        known = prior.property_range(name)
+        if known is not None and not known[0] <= value <= known[1]:
+            low, high = (float(f"{limit:.3g}") for limit in known)
+            notes.append(
+                f"{name.replace('_', ' ')} {value:g} {TARGETS[name][0]} is beyond the training "
+                f"set's ({low:g} to {high:g}): the cell may be anything"
+            )
+    if nearest is not None and abs(nearest.volume_change or 0) > OTHER_VOLUME:
+        differs = volume_text(nearest.to_dict())
+        notes.append(f"the volume per atom is {differs} off that of {nearest.material_id}")
     if closest.share < CLOSE:
         notes.append(f"{' and '.join(closest.symbols)} are only {closest.distance:.2f} A apart")
     if set(found.values()) != {candidate.space_group}:

@@ -152,6 +152,11 @@ class TemplatePrior:
         values = self._table["roles"].combine_chunks().values.to_numpy()
         return frozenset(np.unique(values).tolist())
 
+    def property_range(self, name: str) -> tuple[float, float] | None:
+        """Smallest and largest value in the training set; None if no structure has one."""
+        limits = pc.min_max(self._table[name]).as_py()
+        return None if limits["min"] is None else (limits["min"], limits["max"])
+
     @cached_property
     def reference(self) -> ReferenceIndex:
         """The training structures, to find the nearest of them."""
@@ -351,8 +356,8 @@ class TemplatePrior:
         if len(structure) > MAX_COMPARED_ATOMS or cell_problem(structure):
             return None
         rows = self.reference.rows_of_formula(crystal.formula_counts)[:MAX_POLYMORPHS]
-        same = [{z: z for z in crystal.formula_counts} for _ in rows]
-        found = self.reference.closest(structure, rows, same)
+        itself = [{z: z for z in crystal.formula_counts} for _ in rows]
+        found = self.reference.closest(structure, rows, itself)
         kind = "same composition"
         if found is None:
             rows, replacements = self._same_template(crystal)
@@ -362,12 +367,14 @@ class TemplatePrior:
             return None
         row, distance = found
         other = self.reference.crystal(row)
+        same = kind == "same composition"
         return Nearest(
             self.reference.material_id(row),
             reduced_formula(other.formula_counts),
             other.space_group,
             distance,
             kind,
+            crystal.volume_per_atom / other.volume_per_atom - 1 if same else None,
         )
 
     def _same_template(self, crystal: Crystal) -> tuple[list[int], list[dict[int, int]]]:

@@ -49,6 +49,8 @@ class Nearest:
             (volume per atom)^(1/3), after scaling to equal volume.
         kind: ``same composition``, or ``same prototype`` where the training structure's elements
             were replaced by the crystal's.
+        volume_change: by how much the crystal's volume per atom is larger than the training
+            structure's, relatively; None where that has other elements.
     """
 
     material_id: str
@@ -56,6 +58,7 @@ class Nearest:
     space_group: int
     distance: float
     kind: str
+    volume_change: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON types."""
@@ -65,7 +68,14 @@ class Nearest:
             "space_group": self.space_group,
             "distance": round(self.distance, 6),
             "kind": self.kind,
+            "volume_change": None if self.volume_change is None else round(self.volume_change, 6),
         }
+
+
+def volume_text(nearest: Mapping[str, Any]) -> str:
+    """``volume_change`` of what ``Nearest.to_dict`` gave, as ``+4 %``; empty if it has none."""
+    change = nearest.get("volume_change")  # results of earlier versions have none
+    return "" if change is None else f"{round(100 * change):+d} %"
 
 
 def reference_columns(records: Sequence[Any]) -> dict[str, list[Any]]:

@@ -179,6 +179,8 @@ def _show_table(console: Console, entry: dict[str, Any]) -> None:
     from rich import box
     from rich.table import Table
 
+    from common.reference import volume_text
+
     table = Table(title=escape(_title(entry["query"])), title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("#", justify="right")
     table.add_column("Space group", no_wrap=True)
@@ -187,6 +189,7 @@ def _show_table(console: Console, entry: dict[str, Any]) -> None:
     table.add_column("g/cm3", justify="right", no_wrap=True)
     table.add_column("Nearest known", no_wrap=True)
     table.add_column("rms", justify="right", no_wrap=True)
+    table.add_column("dV", justify="right", no_wrap=True)
     for row in entry["crystals"]:
         nearest = row["nearest"]
         table.add_row(
@@ -197,6 +200,7 @@ def _show_table(console: Console, entry: dict[str, Any]) -> None:
             f"{row['density']:.2f}",
             "-" if nearest is None else _nearest(nearest, row["formula"]),
             "-" if nearest is None else f"{nearest['distance']:.3f}",
+            "-" if nearest is None else volume_text(nearest) or "-",
         )
     console.print(table)
     for row in entry["crystals"]:

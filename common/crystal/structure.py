@@ -65,6 +65,11 @@ class Crystal:
         return self.num_atoms // len(self.group.centering)
 
     @property
+    def volume_per_atom(self) -> float:
+        """In A^3."""
+        return float(abs(np.linalg.det(self.lattice))) / self.num_atoms
+
+    @property
     def num_free_coords(self) -> int:
         """Free coordinates of all sites together."""
         return sum(position.dof for position in self.positions)

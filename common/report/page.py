@@ -13,6 +13,7 @@ from pymatgen.core import Structure
 from pymatgen.symmetry.groups import sg_symbol_from_int_number
 
 from common.crystal.structure import Crystal
+from common.reference import volume_text
 from common.report.scene import scene
 
 _HERE = Path(__file__).resolve().parent
@@ -149,7 +150,7 @@ def _nearest_html(row: Mapping[str, Any]) -> str:
     kind = "" if nearest["kind"] == "same composition" else f" ({formula_html(nearest['formula'])})"
     return (
         f"{escape(nearest['material_id'])}{kind} "
-        f'<span class="muted num">rms {nearest["distance"]:.3f}</span>'
+        f'<span class="muted num">rms {nearest["distance"]:.3f}{_volume(nearest)}</span>'
     )
 
 
@@ -290,8 +291,13 @@ def _nearest_text(nearest: Mapping[str, Any] | None) -> str:
         return "none within tolerance"
     return (
         f"{nearest['material_id']}, {nearest['formula']}, group {nearest['space_group']}, "
-        f"{nearest['kind']}, rms {nearest['distance']:.4f}"
+        f"{nearest['kind']}, rms {nearest['distance']:.4f}{_volume(nearest)}"
     )
+
+
+def _volume(nearest: Mapping[str, Any]) -> str:
+    text = volume_text(nearest)
+    return f", volume {text}" if text else ""
 
 
 def _choice_text(choice: Mapping[str, Any]) -> str:

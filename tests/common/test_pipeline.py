@@ -27,6 +27,7 @@ from common.crystal.structure import Crystal, Site
 from common.data.store import Record
 from common.errors import UserError
 from common.pipeline import (
+    OTHER_VOLUME,
     Settings,
     answer,
     find_checkpoint,
@@ -36,6 +37,7 @@ from common.pipeline import (
 )
 from common.prior import load_prior
 from common.ranking import rank_symmetries
+from common.reference import volume_text
 from common.requests import read_requests
 from common.runs import Outcome, generate_many
 from common.selection import choose_sample
@@ -122,6 +124,35 @@ def test_atoms_that_are_too_close_are_said(
     (crystal,) = answer(query, ranked, engine, Settings(1, 1))
     assert crystal.min_distance == pytest.approx(length / 2)
     assert [text for text in crystal.warnings if "apart" in text] == ([note] if note else [])
+
+
+@pytest.mark.parametrize("change", [0.0, 0.18, 0.22, -0.18, -0.3])
+def test_another_volume_than_that_of_the_known_crystal(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, change: float
+) -> None:
+    """Of cubic SrTiO3, whose atoms lie where these do."""
+    engine = load_engine(["band_gap"], checkpoint=checkpoint, symmetry_model="prior")
+    query = make_query("SrTiO3", space_group=221, sites="Sr:1a Ti:1b O:3c")
+    ranked = rank_symmetries(query, engine.ranker, 1)
+    known = engine.prior.reference
+    (row,) = known.rows_of_formula(query.formula.counts)
+    lattice = known.crystal(row).lattice * (1 + change) ** (1 / 3)
+    crystal = Crystal(221, tuple(Site(*site) for site in ranked[0].sites), lattice)
+    monkeypatch.setattr(engine.generator, "sample", lambda *_, **__: [crystal])
+    (found,) = answer(query, ranked, engine, Settings(1, 1))
+    nearest = found.to_dict()["nearest"]
+    assert (nearest["kind"], nearest["distance"]) == ("same composition", 0.0)
+    assert nearest["volume_change"] == pytest.approx(change, abs=1e-6)
+    assert volume_text(nearest) == f"{round(100 * change):+d} %"
+    said = any("volume per atom" in text for text in found.warnings)
+    assert said == (abs(change) > OTHER_VOLUME)
+
+
+@pytest.mark.parametrize(("gap", "said"), [(1.8, False), (0.0, False), (20.0, True)])
+def test_a_property_that_training_has_nowhere(checkpoint: Path, gap: float, said: bool) -> None:
+    for crystal in make(checkpoint, band_gap=gap):
+        text = f"band gap {gap:g} eV is beyond the training set's (0 to 17.9)"
+        assert any(note.startswith(text) for note in crystal.warnings) == said
 
 
 def test_unknown_symmetry_model_is_refused_before_anything_is_loaded(

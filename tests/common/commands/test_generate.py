@@ -38,7 +38,7 @@ def shown(rows: int, resumed: int = 0, **query: object) -> list[str]:
 
 def test_crystal_like_none_has_dashes() -> None:
     (line,) = (line for line in shown(1) if "Pm-3m" in line)
-    assert line.split()[-3:] == ["5.00", "-", "-"]
+    assert line.split()[-4:] == ["5.00", "-", "-", "-"]
 
 
 def test_brackets_of_a_formula_are_no_colours() -> None:
