@@ -81,12 +81,15 @@ class CandidateMatch:
         tight_rms: the same at the tight tolerance.
         valid: candidate and reference both pass the validity filter.
         failure: why the comparison could not be made, such as ``timeout``; None if it was made.
+        volume_ratio: of the volumes per atom, candidate to reference, which ``rms`` does not count;
+            None without a match.
     """
 
     rms: float | None
     tight_rms: float | None
     valid: bool
     failure: str | None = None
+    volume_ratio: float | None = None
 
 
 class CpuTimeout(Exception):
@@ -158,7 +161,14 @@ def _match_candidate(
         return CandidateMatch(None, None, valid=False, failure="nothing predicted")
     found, failure = _compare(candidate, reference, (STANDARD, TIGHT), cpu_seconds)
     valid = reference.valid and failure is None and is_valid(candidate)
-    return CandidateMatch(found[0], found[1], valid, failure)
+    ratio = None
+    if found[0] is not None:
+        ratio = _volume_per_atom(candidate) / _volume_per_atom(reference.structure)
+    return CandidateMatch(found[0], found[1], valid, failure, ratio)
+
+
+def _volume_per_atom(structure: Structure) -> float:
+    return float(structure.volume) / len(structure)
 
 
 @contextmanager

@@ -109,7 +109,8 @@ _LEGEND = (
     "Match rates in % of all references, for the candidate ranked first, with Wilson 95 % "
     "intervals. RMSE: mean over matches, in units of (V/N)^(1/3). Valid: prediction and reference "
     "also pass the composition and distance filter. Tight: stol 0.3, 5 degrees, ltol 0.2 instead "
-    "of 0.5, 10 degrees, 0.3. METRe: references matched by any candidate of their composition; "
+    "of 0.5, 10 degrees, 0.3. Volume error: of the volume per atom in %, which RMSE does not "
+    "count, mean over matches. METRe: references matched by any candidate of their composition; "
     "cRMSE: mean best distance of those, unmatched counted as 0.5."
 )
 
@@ -124,6 +125,7 @@ def _results_table(rows: Sequence[EvaluationRow]) -> str:
         ("RMSE valid", lambda row: number(row.metrics.rmse_valid)),
         ("tight", lambda row: percent(row.metrics.match_tight)),
         ("RMSE tight", lambda row: number(row.metrics.rmse_tight)),
+        ("volume error", _volume_error),
         *((("any of k", _any_of_k), ("RMSE any", _rmse_of_any)) if several else ()),
         ("METRe", lambda row: percent(row.metrics.metre)),
         ("cRMSE", lambda row: number(row.metrics.crmse)),
@@ -134,6 +136,11 @@ def _results_table(rows: Sequence[EvaluationRow]) -> str:
     )
     lines = [[name, *(get(row) for row in rows)] for name, get in figures]
     return table(["", *(row.run.name for row in rows)], lines)
+
+
+def _volume_error(row: EvaluationRow) -> str:
+    error = row.metrics.volume_error
+    return "-" if error is None else f"{100 * error:.1f}"
 
 
 def _any_of_k(row: EvaluationRow) -> str:

@@ -144,6 +144,8 @@ class Metrics:
         match_rate, match_valid, match_tight: of the candidate ranked first; valid: it and the
             reference pass the validity filter too; tight: at the tight tolerance.
         rmse, rmse_valid, rmse_tight: mean over the matches of that rate.
+        volume_error: mean over the matches of the first rate of |V / V0 - 1|, V and V0 the volumes
+            per atom; None without a match, or in reports of earlier versions.
         match_at: any of the first n candidates, for n = 1, 2, 5, 10, ... and k (the oracle).
         rmse_at: mean of the best of the first n, over matched references.
         metre: references matched by any candidate of their composition.
@@ -160,6 +162,7 @@ class Metrics:
     rmse: float | None
     rmse_valid: float | None
     rmse_tight: float | None
+    volume_error: float | None
     match_at: dict[int, Rate]
     rmse_at: dict[int, float | None]
     metre: Rate
@@ -289,6 +292,9 @@ def _metrics(outcomes: Sequence[Outcome], k: int) -> Metrics:
         rmse=_mean_found(standard),
         rmse_valid=_mean_found(valid),
         rmse_tight=_mean_found(tight),
+        volume_error=mean(
+            abs(one.volume_ratio - 1) for one in first if one and one.volume_ratio is not None
+        ),
         match_at={n: _found(values) for n, values in at.items()},
         rmse_at={n: _mean_found(values) for n, values in at.items()},
         metre=_found(pooled),

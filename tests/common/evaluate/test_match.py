@@ -209,6 +209,18 @@ def test_absurd_predictions_do_not_match(
     assert result == CandidateMatch(None, None, valid=not failure, failure=failure)
 
 
+@pytest.mark.parametrize("scale", [0.9, 1.0, 1.1])
+def test_the_volume_is_not_in_the_distance_and_told_beside_it(scale: float) -> None:
+    """Per atom: the candidate is a supercell, too."""
+    candidate = rock_salt() * (2, 1, 1)
+    candidate.scale_lattice(2 * rock_salt().volume * scale)
+    missed = Structure(rock_salt().lattice, ["Na", "Cl"], [[0, 0, 0], [0.25, 0.25, 0.25]])
+    found = match_many([MatchItem((candidate, missed), rock_salt())], 1, progress=False)[0]
+    assert found[0].rms == pytest.approx(0.0, abs=1e-6)
+    assert found[0].volume_ratio == pytest.approx(scale)
+    assert (found[1].rms, found[1].volume_ratio) == (None, None)
+
+
 def test_a_missing_prediction_is_a_miss() -> None:
     (result,) = match_many([MatchItem((None,), rock_salt())], 1, progress=False)[0]
     assert result == CandidateMatch(None, None, valid=False, failure="nothing predicted")

@@ -122,3 +122,15 @@ def test_a_file_that_is_no_report_is_one_clear_error(tmp_path: Path, text: str) 
         read_rows(path)
     with pytest.raises(UserError, match="missing"):
         read_rows(tmp_path / "missing")
+
+
+def test_volume_error_is_of_matches_that_come_first() -> None:
+    """And not known of reports that have no volumes."""
+    ratios = (1.1, 0.8, None)
+    outcomes = tuple(
+        Outcome(str(i), "AB", 0, (replace(hit(0.1), volume_ratio=ratio), hit(0.2)))
+        for i, ratio in enumerate(ratios)
+    )
+    row = EvaluationRow(run(), (*outcomes, Outcome("missed", "AB", 0, (MISS, hit(0.3)))))
+    assert row.metrics.volume_error == pytest.approx((0.1 + 0.2) / 2)
+    assert EvaluationRow(run(), five()).metrics.volume_error is None
