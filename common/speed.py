@@ -313,7 +313,8 @@ def training_flops(trainer: BaseTrainer, plans: Sequence[BatchPlan]) -> float:
 def _training_seconds(trainer: BaseTrainer, index: int) -> float:
     """Seconds per structure of a bucket."""
     group = trainer.data.buckets[index]
-    plan = BatchPlan(index, np.arange(group.batch_size) % group.batch.size)
+    row = np.arange(group.batch_size)
+    plan = BatchPlan(index, row % group.batch.size, row < group.batch.size)
     _step_seconds(trainer, plan)
     seconds = sum(_step_seconds(trainer, plan) for _ in range(TIMED_STEPS))
     return seconds / (TIMED_STEPS * group.batch_size)
@@ -322,7 +323,7 @@ def _training_seconds(trainer: BaseTrainer, index: int) -> float:
 def _step_seconds(trainer: BaseTrainer, plan: BatchPlan) -> float:
     """Seconds of a training step on a batch, its preparation included."""
     start = time.perf_counter()
-    trainer.train_step(trainer.prepare(trainer.data, plan, "train", trainer.step))
+    trainer.train_step(trainer.prepare(plan, trainer.step))
     return time.perf_counter() - start
 
 

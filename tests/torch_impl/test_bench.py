@@ -165,7 +165,7 @@ class Clock:
         for index, trainer in enumerate(trainers):
             step = partial(self._step, index, trainer)
             monkeypatch.setattr(trainer, "train_step", step)
-            monkeypatch.setattr(trainer, "prepare", lambda data, plan, *_: plan)
+            monkeypatch.setattr(trainer, "prepare", lambda plan, _: plan)
 
     def _step(self, index: int, trainer: Trainer, plan: BatchPlan) -> None:
         first = index not in self.turns  # when shapes are compiled
