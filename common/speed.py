@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 
 from common.backend import SampleRequest, load_backend
-from common.config import DiffusionConfig, ModelConfig, RunConfig
+from common.config import ModelConfig, RunConfig
 from common.data.batch import FINE, View, bucket, view_sizes
 from common.data.cif import parse_cif
 from common.data.label import label_structure
 from common.data.loader import BatchPlan
 from common.data.store import Record
-from common.diffusion.score import score_process
+from common.diffusion.score import network_calls
 from common.diffusion.training import BaseTrainer
 from common.machine import apart
 from common.sampling import BaseGenerator
@@ -180,18 +180,6 @@ def product_speed(multiply: Callable[[], object]) -> float:
         multiply()
         seconds.append(time.perf_counter() - start)
     return 2 * PEAK_WIDTH**3 / statistics.median(seconds)
-
-
-def network_calls(config: DiffusionConfig, calls: int | None = None) -> int:
-    """Network calls that the sampler makes per structure.
-
-    Args:
-        config: of the run.
-        calls: so many are asked for; the run's own number without it.
-    """
-    process = score_process(config, calls)
-    # The last level has no corrector.
-    return calls or config.steps if process is None else 2 * process.timesteps - 1
 
 
 def diffcsp_pp_flops(records: Sequence[Record]) -> float:
