@@ -13,9 +13,10 @@ from common.backend import SampleRequest
 from common.crystal.structure import Crystal
 from common.data.batch import Precedent
 from common.data.store import Record
+from common.diffusion.score import network_calls
 from common.machine import apart
 from common.sampling import BaseGenerator, Call, Solution
-from common.speed import diffcsp_pp_flops, measured_with, network_calls, network_flops
+from common.speed import diffcsp_pp_flops, measured_with, network_flops
 
 #: Of the noise: that of `uni-mdm evaluate` where none is given.
 SEED = 0

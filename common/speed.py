@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 
 from common.backend import SampleRequest, load_backend
-from common.config import DiffusionConfig, ModelConfig, RunConfig
+from common.config import ModelConfig, RunConfig
 from common.data.batch import FINE, View, bucket, view_sizes
 from common.data.cif import parse_cif
 from common.data.label import label_structure
 from common.data.loader import BatchPlan
 from common.data.store import Record
-from common.diffusion.score import score_process
+from common.diffusion.score import network_calls
 from common.diffusion.training import BaseTrainer
 from common.machine import apart
 from common.sampling import BaseGenerator
@@ -182,18 +182,6 @@ def product_speed(multiply: Callable[[], object]) -> float:
     return 2 * PEAK_WIDTH**3 / statistics.median(seconds)
 
 
-def network_calls(config: DiffusionConfig, calls: int | None = None) -> int:
-    """Network calls that the sampler makes per structure.
-
-    Args:
-        config: of the run.
-        calls: so many are asked for; the run's own number without it.
-    """
-    process = score_process(config, calls)
-    # The last level has no corrector.
-    return calls or config.steps if process is None else 2 * process.timesteps - 1
-
-
 def diffcsp_pp_flops(records: Sequence[Record]) -> float:
     """Operations that DiffCSP++ as published spends on one of the crystals, on average.
 
@@ -313,7 +301,8 @@ def training_flops(trainer: BaseTrainer, plans: Sequence[BatchPlan]) -> float:
 def _training_seconds(trainer: BaseTrainer, index: int) -> float:
     """Seconds per structure of a bucket."""
     group = trainer.data.buckets[index]
-    plan = BatchPlan(index, np.arange(group.batch_size) % group.batch.size)
+    row = np.arange(group.batch_size)
+    plan = BatchPlan(index, row % group.batch.size, row < group.batch.size)
     _step_seconds(trainer, plan)
     seconds = sum(_step_seconds(trainer, plan) for _ in range(TIMED_STEPS))
     return seconds / (TIMED_STEPS * group.batch_size)
@@ -322,7 +311,7 @@ def _training_seconds(trainer: BaseTrainer, index: int) -> float:
 def _step_seconds(trainer: BaseTrainer, plan: BatchPlan) -> float:
     """Seconds of a training step on a batch, its preparation included."""
     start = time.perf_counter()
-    trainer.train_step(trainer.prepare(trainer.data, plan, "train", trainer.step))
+    trainer.train_step(trainer.prepare(plan, trainer.step))
     return time.perf_counter() - start
 
 

@@ -66,7 +66,7 @@ def sum_gradients(model: nn.Module) -> nn.Module:
         return model
     for parameter in model.parameters():
         # One without elements never gets the gradient that the reduction would wait for.
-        parameter.requires_grad_(parameter.numel() > 0)
+        parameter.requires_grad_(parameter.requires_grad and parameter.numel() > 0)
     reduced = DistributedDataParallel(model, forward_sync_buffers=False)
     reduced.register_comm_hook(None, _sum_bucket)
     return reduced

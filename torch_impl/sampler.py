@@ -64,7 +64,7 @@ def sample_predictor_corrector(
 ) -> tuple[Tensor, Tensor]:
     """DiffCSP++'s sampler: per level a Langevin step on the coordinates, then an ancestral step.
 
-    Two network calls per level, 2 T in all (arXiv:2402.03992, algorithm 2).
+    Two network calls per level but one at the last, 2 T - 1 in all (arXiv:2402.03992, algorithm 2).
 
     Args:
         model, batch, free_noise, lattice_noise: as in ``sample_flow``.

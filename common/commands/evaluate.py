@@ -15,7 +15,7 @@ from common.cli import OnceGroup
 from common.config import parse_config
 from common.data.locations import DATASETS, dataset
 from common.data.store import Record
-from common.diffusion.score import own_calls
+from common.diffusion.score import network_calls
 from common.errors import UserError
 from common.files import output_folder, unused
 
@@ -108,7 +108,7 @@ def crystals(
         references = _references(data, limit, workers)
         training = dataset(config.train.data, workers)
         evaluation = Evaluation(references, _split_name(data), training, config.train.data, workers)
-        calls = steps or own_calls(config.diffusion)
+        calls = network_calls(config.diffusion, steps)
         if given == "composition":
             told = Told.of(references, generator.properties[:1], property_kind, seed)
             network = Network(generator, config.name, saved.hash, calls, seed)

@@ -23,10 +23,17 @@ class Bucket:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """Which rows of which bucket make one batch."""
+    """Which rows of which bucket make one batch.
+
+    Attributes:
+        bucket: its index.
+        rows: [B].
+        first: [B], False for the rows that the epoch repeats to fill the batch.
+    """
 
     bucket: int
     rows: Int
+    first: NDArray[np.bool_]
 
 
 class BucketedData:
@@ -56,7 +63,7 @@ class BucketedData:
         """The batches of one epoch in their order.
 
         Every batch of a bucket is full, so that its shape is always the same; rows are repeated to
-        fill the last one.
+        fill the last one. In training the repeats count: crystals of a rare shape come more often.
         """
         random = np.random.Generator(np.random.Philox(key=[seed, epoch]))
         plans = []
@@ -64,7 +71,8 @@ class BucketedData:
             order = random.permutation(group.batch.size)
             count = -(-len(order) // group.batch_size)
             rows = np.resize(order, count * group.batch_size).reshape(count, -1)
-            plans += [BatchPlan(index, row) for row in rows]
+            first = (np.arange(rows.size) < len(order)).reshape(rows.shape)
+            plans += [BatchPlan(index, *batch) for batch in zip(rows, first, strict=True)]
         return [plans[i] for i in random.permutation(len(plans))]
 
     def batches(self, seed: int, step: int) -> Iterator[BatchPlan]:

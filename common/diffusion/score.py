@@ -71,23 +71,33 @@ class ScoreProcess:
         )
 
 
-def own_calls(config: DiffusionConfig) -> int:
-    """Network calls per sample that a run's sampler is said to make: two per level of a score."""
-    return config.steps if config.kind == "flow" else 2 * config.timesteps
-
-
 def score_process(config: DiffusionConfig, calls: int | None = None) -> ScoreProcess | None:
     """The noise levels of score matching, or None for flow matching.
 
     Args:
         config: of the run.
-        calls: network calls of the sampler, two per level, for fewer levels than were trained.
+        calls: network calls of the sampler, for fewer levels than were trained: as many as these
+            calls are enough for, but two at least; see ``network_calls``.
     """
     if config.kind == "flow":
         return None
     trained = config.timesteps
-    levels = trained if calls is None else min(max(2, calls // 2), trained)
+    levels = trained if calls is None else min(max(2, (calls + 1) // 2), trained)
     # The sigma that training had at t = 1 / levels: a network knows a sigma by its t.
     share = (trained / levels - 1) / (trained - 1)
     lowest = config.sigma_min * (config.sigma_max / config.sigma_min) ** share
     return ScoreProcess.of(levels, lowest, config.sigma_max)
+
+
+def network_calls(config: DiffusionConfig, calls: int | None = None) -> int:
+    """Network calls that the sampler makes per sample.
+
+    Those of score matching are an odd number: two per level, but one at the last, which has no
+    corrector. They are 3 at least, and no more than the trained levels need.
+
+    Args:
+        config: of the run.
+        calls: so many are asked for; the run's own number without it.
+    """
+    process = score_process(config, calls)
+    return calls or config.steps if process is None else 2 * process.timesteps - 1

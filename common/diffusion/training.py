@@ -122,6 +122,8 @@ class BaseTrainer(TrainingRun[TrainingBatch]):
             what = f"no crystal of at most {MAX_ATOMS} atoms to watch"
             raise UserError(f"{settings.validation}: {what}")
         self.validation = self._bucketed(watched, 1)
+        batches = [group.batch for group in self.validation.buckets]
+        self._watched = LossWeights.of_crystals((b.free_mask, b.k_mask) for b in batches)
         self.score_process = score_process(config.diffusion)
 
     def _statistics(self, known: list[Record]) -> Standardizer:
@@ -189,52 +191,68 @@ class BaseTrainer(TrainingRun[TrainingBatch]):
         """The training batches from the current step on."""
         step = self.step
         for plan in self.data.batches(self.config.train.seed, step):
-            yield self.prepare(self.data, plan, "train", step)
+            yield self.prepare(plan, step)
             step += 1
 
-    def prepare(self, data: BucketedData, plan: BatchPlan, stream: str, step: int) -> TrainingBatch:
-        """This process's share of a batch, with the noise of a step.
-
-        Args:
-            data: the training or the validation data.
-            plan: which rows of it.
-            stream: ``train`` or ``validation``; names the noise.
-            step: of the noise.
-        """
-        settings, diffusion = self.config.train, self.config.diffusion
-        group = data.buckets[plan.bucket]
-        size, sites = len(plan.rows), group.batch.site_mask.shape[1]
-        share, real = self.shard.rows(size)
-        draws = TrainingDraws.of_step(
-            settings.seed, stream, step, (size, sites), diffusion.origin_tries
-        ).take(share)
-        masks = group.batch.free_mask[plan.rows], group.batch.k_mask[plan.rows]
+    def prepare(self, plan: BatchPlan, step: int) -> TrainingBatch:
+        """This process's share of a training batch, with the noise of a step."""
+        settings = self.config.train
+        group = self.data.buckets[plan.bucket]
+        share, real = self.shard.rows(len(plan.rows))
         rows = plan.rows[share]
+        draws = self._draws("train", step, group, len(plan.rows)).take(share)
+        masks = group.batch.free_mask[plan.rows], group.batch.k_mask[plan.rows]
         batch = group.batch.take(rows)
-        if stream == "train" and settings.descriptions == "random":
+        if settings.descriptions == "random":
             anew = group.descriptions.anew(rows, draws.origins[:, 0], draws.first_atoms)
             known = batch.precedent_mask[:, None, None]
             batch = batch.replace(
                 free_params=np.where(known, anew[0], batch.free_params),
                 precedent_params=np.where(known, anew[1], batch.precedent_params),
             )
-        if stream == "train":
-            keep = draws.keep_property >= settings.property_dropout
-            keep_precedent = draws.keep_precedent >= settings.precedent_dropout
-            batch = batch.replace(
-                property_mask=batch.property_mask & keep[:, None],
-                precedent_mask=batch.precedent_mask & keep_precedent,
-            )
+        keep = draws.keep_property >= settings.property_dropout
+        keep_precedent = draws.keep_precedent >= settings.precedent_dropout
+        batch = batch.replace(
+            property_mask=batch.property_mask & keep[:, None],
+            precedent_mask=batch.precedent_mask & keep_precedent,
+        )
+        weights = LossWeights.of(*masks).take(share, real)
+        return self._noisy(group, batch, rows, draws, weights)
+
+    def prepare_validation(self, plan: BatchPlan) -> TrainingBatch:
+        """This process's share of a validation batch.
+
+        A row has its noise and its weight whatever else is in the batch; repeats weigh nothing.
+        """
+        group = self.validation.buckets[plan.bucket]
+        share, real = self.shard.rows(len(plan.rows))
+        rows = plan.rows[share]
+        draws = self._draws("validation", plan.bucket, group, group.batch.size).take(rows)
+        weights = self._watched[plan.bucket].take(rows, real & plan.first[share])
+        return self._noisy(group, group.batch.take(rows), rows, draws, weights)
+
+    def _draws(self, stream: str, step: int, group: Bucket, size: int) -> TrainingDraws:
+        shape = size, group.batch.site_mask.shape[1]
+        tries = self.config.diffusion.origin_tries
+        return TrainingDraws.of_step(self.config.train.seed, stream, step, shape, tries)
+
+    def _noisy(
+        self,
+        group: Bucket,
+        batch: Batch,
+        rows: NDArray[np.int64],
+        draws: TrainingDraws,
+        weights: LossWeights,
+    ) -> TrainingBatch:
+        """Crystals with noise, the weights of whose squared errors are given."""
+        settings, diffusion = self.config.train, self.config.diffusion
         known = batch.precedent_mask
         later = (draws.t - settings.at_precedent) / (1 - settings.at_precedent)
         draws = replace(draws, t=np.where(known, later.clip(0), draws.t).astype(np.float32))
         bend = np.where(known, diffusion.precedent_bend or np.inf, np.inf).astype(np.float32)
         units = error_units(known, draws.t, self.config.model.target)
-        return TrainingBatch(
-            batch,
-            self._add_noise(group, batch, rows, draws),
-            LossWeights.of(*masks).take(share, real).in_units(*units, bend),
-        )
+        noisy = self._add_noise(group, batch, rows, draws)
+        return TrainingBatch(batch, noisy, weights.in_units(*units, bend))
 
     def _add_noise(
         self, group: Bucket, batch: Batch, rows: NDArray[np.int64], draws: TrainingDraws
@@ -255,18 +273,18 @@ class BaseTrainer(TrainingRun[TrainingBatch]):
     def validate(self) -> dict[str, float]:
         """Losses of the averaged weights, the coordinate's also per noise level.
 
+        They are means over the rows, those without a free coordinate left out of the coordinate's.
         Every process takes its share, and all of them get the whole.
         """
         sums = np.zeros(3)
         levels = np.zeros((NOISE_BINS, 2))
-        plans = self.validation.epoch(0, 0)
         with self.averaged():
-            for index, plan in enumerate(plans):
-                data = self.prepare(self.validation, plan, "validation", index)
+            for plan in self.validation.epoch(0, 0):
+                data = self.prepare_validation(plan)
                 found = self.losses(data)
-                sums += np.array([found.total, found.coordinate, found.lattice]) / len(plans)
+                sums += found.total, found.coordinate, found.lattice
                 bins = (data.noisy.t * NOISE_BINS).astype(int).clip(max=NOISE_BINS - 1)
-                counted = data.weights.coordinate.any(axis=(1, 2))  # not those without free ones
+                counted = data.weights.coordinate.any(axis=(1, 2))  # once, if any is free
                 for column, values in enumerate((found.per_crystal * counted, counted)):
                     levels[:, column] += np.bincount(bins, values, NOISE_BINS)
         total = self.summed([*sums.tolist(), *levels.ravel().tolist()])

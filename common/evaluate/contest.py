@@ -23,14 +23,14 @@ from common.config import RunConfig, load_config
 from common.crystal.structure import Crystal
 from common.data.batch import bucket, symmetry_only
 from common.data.locations import dataset
-from common.diffusion.score import own_calls
+from common.diffusion.score import network_calls
 from common.errors import UserError
 from common.evaluate.rows import EvaluationRow, TrainingCost, read_rows, to_json
 from common.evaluate.run import Evaluation, Told
 from common.files import write_atomic
 from common.machine import apart
 from common.sampling import BaseGenerator
-from common.speed import StepCost, measure_steps_apart, network_calls, sampling_flops
+from common.speed import StepCost, measure_steps_apart, sampling_flops
 from common.weights import MODEL_PREFIX
 
 #: Of the steps, those of the warm-up at most, and those between two checkpoints.
@@ -243,7 +243,7 @@ def measure(
     """
     saved = load_checkpoint(folder / FINAL)
     run = RunConfig.model_validate(saved.config)
-    calls = calls or own_calls(run.diffusion)
+    calls = network_calls(run.diffusion, calls)
     path = folder / f"evaluation-{len(evaluation.references)}-{calls}.json"
     if path.exists():
         (row,) = read_rows(path)
@@ -261,7 +261,7 @@ def measure(
         device=kept.device_name,
         told=Told.of(evaluation.references, kept.properties, "true", run.train.seed),
     )
-    spent = sampling_flops(run.model, network_calls(run.diffusion, calls), evaluation.references)
+    spent = sampling_flops(run.model, calls, evaluation.references)
     info = replace(
         row.run,
         wall_time=kept.seconds,

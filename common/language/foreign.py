@@ -110,7 +110,13 @@ def base_of(adapter: Checkpoint, base: Path | None = None) -> tuple[Path, Checkp
     return folder, saved
 
 
-def check_base(adapter: Path, config: Mapping[str, Any], folder: Path, name: str) -> None:
+def check_base(
+    adapter: Path,
+    config: Mapping[str, Any],
+    folder: Path | str,
+    name: str,
+    advice: str = "give its own base",
+) -> None:
     """Makes sure that an adapter of this project was trained on these weights.
 
     Args:
@@ -118,6 +124,7 @@ def check_base(adapter: Path, config: Mapping[str, Any], folder: Path, name: str
         config: content of its adapter_config.json.
         folder: of the base, for the error.
         name: 12 hex digits that name the base's weights.
+        advice: what to do with another one.
 
     Raises:
         UserError: if it was trained on others.
@@ -125,7 +132,7 @@ def check_base(adapter: Path, config: Mapping[str, Any], folder: Path, name: str
     if name != config.get("revision"):
         raise UserError(
             f"adapter {adapter} belongs to weights {config.get('revision')}, but "
-            f"{folder} holds {name}: give its own base"
+            f"{folder} holds {name}: {advice}"
         )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from common.checkpoint import ADAPTER, load_checkpoint
+from common.checkpoint import ADAPTER, Checkpoint, load_checkpoint
 from common.data.store import Record, lacking_lines
 from common.errors import UserError
 from common.language.analogues import AnalogueIndex
@@ -18,8 +18,10 @@ from common.language.config import LanguageRunConfig
 from common.language.examples import Examples, Int, TokenBatch, Told, rows_asked
 from common.language.foreign import (
     FolderWeights,
+    check_base,
     is_foreign,
     network_config,
+    read_json,
     refuse_adapter,
 )
 from common.language.initial import initial_weights
@@ -105,21 +107,13 @@ class LanguageTrainer(TrainingRun[TokenBatch]):
             )
         self.base, self.start = saved.hash, saved.model
 
-    def resume(self, folder: Path) -> None:
-        """Goes on from a checkpoint; errors as in ``common.training.TrainingRun``, and
-
-        Raises:
-            UserError: if it is an adapter of another base.
-        """
-        adapter = folder / "adapter_config.json"
-        if self.config.lora is not None and adapter.is_file():
-            base = json.loads(adapter.read_text()).get("revision")
-            if base != self.base:
-                raise UserError(
-                    f"{folder} belongs to weights {base}, but {self.config.train.init_from} holds "
-                    f"{self.base}: give --fresh to start anew"
-                )
-        super().resume(folder)
+    def _check(self, saved: Checkpoint, folder: Path) -> None:
+        """An adapter of another base does not fit."""
+        if self.config.lora is not None:
+            assert self.base is not None
+            content = read_json(saved.path / "adapter_config.json")
+            start = str(self.config.train.init_from)
+            check_base(folder, content, start, self.base, self.advice)
 
     def _examples(self, records: list[Record], rehearsals: int) -> Examples:
         settings = self.config.train

@@ -17,6 +17,7 @@ from common.crystal.structure import Crystal, Site
 from common.data.batch import BatchItem, Sizes, collate, symmetry_only
 from common.data.loader import BatchPlan
 from common.data.store import Record
+from common.diffusion.score import network_calls
 from common.diffusion.training import TrainingBatch
 from common.size_cost import Law, requests_by_size
 from common.speed import (
@@ -25,7 +26,6 @@ from common.speed import (
     PEAK_WIDTH,
     NetworkSpeed,
     diffcsp_pp_flops,
-    network_calls,
     network_flops,
     product_speed,
     step_costs,
@@ -165,7 +165,7 @@ class Clock:
         for index, trainer in enumerate(trainers):
             step = partial(self._step, index, trainer)
             monkeypatch.setattr(trainer, "train_step", step)
-            monkeypatch.setattr(trainer, "prepare", lambda data, plan, *_: plan)
+            monkeypatch.setattr(trainer, "prepare", lambda plan, _: plan)
 
     def _step(self, index: int, trainer: Trainer, plan: BatchPlan) -> None:
         first = index not in self.turns  # when shapes are compiled
@@ -209,7 +209,7 @@ def test_preparation_counts_as_training(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize("kind", ["flow", "score"])
-@pytest.mark.parametrize("asked", [None, 1, 6, 7])
+@pytest.mark.parametrize("asked", [None, 1, 5, 6, 7, 20])
 def test_calls_are_those_that_the_sampler_makes(kind: str, asked: int | None) -> None:
     config = run("asymmetric")
     diffusion = DiffusionConfig.model_validate({"kind": kind, "steps": 5, "timesteps": 4})
@@ -220,6 +220,9 @@ def test_calls_are_those_that_the_sampler_makes(kind: str, asked: int | None) ->
     model.register_forward_hook(lambda *_: made.append(1))
     generator.sample([SampleRequest(225, ((11, "a"), (17, "b")))], 0, asked)
     assert network_calls(diffusion, asked) == len(made)
+    of_score = {None: 7, 1: 3, 20: 7, 6: 5}
+    assert len(made) == (of_score.get(asked, asked) if kind == "score" else asked or 5)
+    assert network_calls(diffusion, len(made)) == len(made), "what was made can be asked for"
 
 
 def test_peak_is_the_median(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Two processes that share out a base train LoRA as one does."""
+"""Two processes train LoRA as one does, whether they share out its base or each has all of it."""
 
 from itertools import islice
 from pathlib import Path
@@ -47,9 +47,7 @@ def work(rank: int, port: int, base: Path, expected: list[dict[str, float]]) -> 
         with distributed.joined("cpu") as shard:
             config = run(base, fsdp=True, gradient_checkpointing=True)
             trainer = Trainer(config, records, records, shard=shard)
-            found = losses(trainer)
-            for mine, one in zip(found, expected, strict=True):
-                assert mine == pytest.approx(one, rel=1e-4, abs=1e-6)
+            check_same_training(trainer, expected)
             frozen = [p for p in trainer.model.parameters() if not p.requires_grad]
             assert all(isinstance(p, DTensor) for p in frozen)
             own = sum(p.to_local().numel() for p in frozen)
@@ -59,6 +57,21 @@ def work(rank: int, port: int, base: Path, expected: list[dict[str, float]]) -> 
             # The same bits everywhere.
             total = torch.cat([p.detach().flatten() for p in trainer.parameters]).double()
             assert torch.equal(distributed.sum_values(total.clone()), 2 * total)
+            check_whole_base(Trainer(run(base), records, records, shard=shard), expected)
+
+
+def check_same_training(trainer: Trainer, expected: list[dict[str, float]]) -> None:
+    for mine, one in zip(losses(trainer), expected, strict=True):
+        assert mine == pytest.approx(one, rel=1e-4, abs=1e-6)
+
+
+def check_whole_base(trainer: Trainer, expected: list[dict[str, float]]) -> None:
+    """The base gets no gradient, which the processes would sum in every step."""
+    check_same_training(trainer, expected)
+    for parameter in trainer.model.parameters():
+        trained = any(parameter is one for one in trainer.parameters)
+        assert parameter.requires_grad == trained
+        assert (parameter.grad is not None) == trained
 
 
 def test_two_processes_train_as_one(tmp_path: Path) -> None:

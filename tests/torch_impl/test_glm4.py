@@ -434,9 +434,24 @@ def test_run_goes_on_with_its_own_base_alone(
     other = tmp_path / "final"
     shutil.copytree(trained / "step_00000003", other)
     trainer = Trainer(adapted(parquet, tmp_path), rows, rows)
-    with pytest.raises(UserError, match=r"step_00000003 belongs to weights .*, but .*final holds"):
+    says = r"step_00000003 belongs to weights .*, but .*final holds \w+: give "
+    with pytest.raises(UserError, match=says + "--fresh to start anew$"):
+        trainer.resume(adapter / "step_00000003")
+    trainer.shard = Shard(1, 2)  # several processes know no --fresh
+    with pytest.raises(UserError, match=says + "another --out$"):
         trainer.resume(adapter / "step_00000003")
     Trainer(config, rows, rows).resume(adapter / "step_00000003")
+
+
+def test_damaged_adapter_is_told(
+    parquet: Path, trained: Path, adapter: Path, tmp_path: Path
+) -> None:
+    step = shutil.copytree(adapter / "step_00000003", tmp_path / "step_00000003")
+    path = step / "adapter_config.json"
+    path.write_bytes(b"[" + path.read_bytes()[1:])
+    rows = read_records(parquet)
+    with pytest.raises(UserError, match=r"adapter_config\.json is damaged"):
+        Trainer(adapted(parquet, trained), rows, rows).resume(step)
 
 
 def test_base_with_other_tokens(parquet: Path, trained: Path, tmp_path: Path) -> None:

@@ -175,7 +175,7 @@ def test_descriptions_change_from_epoch_to_epoch() -> None:
     plans = trainer.data.epoch(0, 0)
     group = trainer.data.buckets[plans[0].bucket]
     own = group.batch.take(plans[0].rows)
-    seen = [trainer.prepare(trainer.data, plans[0], "train", step).batch for step in range(6)]
+    seen = [trainer.prepare(plans[0], step).batch for step in range(6)]
     assert any(np.abs(nearest_zero(b.free_params - own.free_params)).max() > 0.01 for b in seen)
     for batch in seen:
         known = batch.precedent_mask[:, None, None] & batch.free_mask
@@ -183,7 +183,9 @@ def test_descriptions_change_from_epoch_to_epoch() -> None:
         after = np.where(known, nearest_zero(batch.precedent_params - batch.free_params), 0)
         # Axes that a first atom exchanges may differ; how far it is all in all, little.
         assert (np.abs(after).max(axis=2) <= 3 * np.abs(before).max(axis=2) + 1e-4).all()
-    kept = trainer.prepare(trainer.data, plans[0], "validation", 3).batch
+    plan = trainer.validation.epoch(0, 0)[0]
+    own = trainer.validation.buckets[plan.bucket].batch.take(plan.rows)
+    kept = trainer.prepare_validation(plan).batch
     np.testing.assert_array_equal(kept.free_params, own.free_params)
     np.testing.assert_array_equal(kept.precedent_params, own.precedent_params)
 

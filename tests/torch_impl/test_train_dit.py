@@ -20,7 +20,7 @@ from common.config import RunConfig, load_config
 from common.crystal.structure import Crystal, Site
 from common.data.batch import PROPERTY_NAMES
 from common.data.store import Record, fingerprint, read_records, write_records
-from common.diffusion.training import MAX_ATOMS, TrainingBatch, small_enough
+from common.diffusion.training import MAX_ATOMS, LossValues, TrainingBatch, small_enough
 from common.errors import UserError
 from common.files import alone_in
 from common.sampling import read_checkpoint
@@ -98,7 +98,7 @@ def test_newborn_loss_is_the_size_of_the_targets(records: list[Record]) -> None:
     """The network says zero at first: the mean square of unit targets, up to sampling noise."""
     free = [record for record in records if record.crystal.num_free_coords]
     run = tiny_run(model={"properties": []}, diffusion=SCORE, batch_size=64, edge_budget=16384)
-    losses = trainer_of(free, run).validate()
+    losses = trainer_of(8 * free, run).validate()
     assert 0.7 < losses["coordinate"] < 1.3
     assert 0.7 < losses["lattice"] < 1.3
     assert np.isclose(losses["loss"], losses["coordinate"] + 0.5 * losses["lattice"])
@@ -116,6 +116,57 @@ def test_validation_changes_nothing(records: list[Record]) -> None:
     before = [p.detach().clone() for p in trainer.parameters]
     assert trainer.validate() == trainer.validate()
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.parameters, strict=True))
+
+
+def filled(trainer: Trainer) -> Trainer:
+    """With averages that are not zero."""
+    for name, average in zip(trainer.names, trainer.average, strict=True):
+        average.copy_(torch.from_numpy(fill_value(name, average.shape)))
+    return trainer
+
+
+@pytest.mark.parametrize("diffusion", [{}, SCORE], ids=["flow", "score"])
+def test_validation_does_not_depend_on_the_batches(
+    records: list[Record], diffusion: dict[str, object]
+) -> None:
+    """Nor on how many processes share them: losses are means over the rows, each with its noise."""
+    found = []
+    for size, edges in ((4, 256), (3, 2048), (64, 65536)):
+        run = tiny_run(diffusion=diffusion, batch_size=size, edge_budget=edges)
+        found.append(filled(trainer_of(records, run)).validate())
+        assert found[-1] == pytest.approx(found[0], rel=1e-5)
+    trainers = [Trainer(run, records, records, shard=Shard(rank, 3)) for rank in range(3)]
+    parts = [filled(trainer).validate() for trainer in trainers]
+    for name in ("loss", "coordinate", "lattice"):
+        assert sum(part[name] for part in parts) == pytest.approx(found[0][name], rel=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{}, {"batch_size": 64, "edge_budget": 65536}], ids=str)
+def test_every_validation_row_counts_alike(
+    records: list[Record], settings: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once, by as much as any other, whatever it has free and however often a batch repeats it."""
+    trainer = trainer_of(records, tiny_run(**settings))
+    seen: list[TrainingBatch] = []
+
+    def noted(data: TrainingBatch) -> LossValues:
+        seen.append(data)
+        return LossValues(1.0, 2.0, 3.0, np.ones(data.batch.size, np.float32))
+
+    monkeypatch.setattr(trainer, "losses", noted)
+    validated = trainer.validate()
+    assert validated["loss"] == len(seen), "the batches' losses add up"
+    levels = {validated[f"coordinate_t{t / 5:.1f}"] for t in range(5)}
+    assert 1 in levels <= {0, 1}, "no crystal at some, perhaps"
+    total = sum(data.batch.size for data in seen)
+    assert total > len(records), "there are repeats"
+    free = sum(record.crystal.num_free_coords > 0 for record in records)
+    assert 0 < free < len(records)
+    for part, counting in (("coordinate", free), ("lattice", len(records))):
+        weights = [getattr(data.weights, part).reshape(data.batch.size, -1) for data in seen]
+        own = np.concatenate([rows.sum(axis=1) for rows in weights])
+        assert np.count_nonzero(own) == counting
+        np.testing.assert_allclose(own[own > 0], 1 / counting, rtol=1e-6)
 
 
 def test_dropped_property_is_not_learned_from(records: list[Record]) -> None:
@@ -320,12 +371,12 @@ def test_noise_levels_are_told_apart(records: list[Record]) -> None:
     per_level: dict[int, list[float]] = {}
     current = [p.detach().clone() for p in trainer.parameters]
     torch._foreach_copy_([p.data for p in trainer.parameters], trainer.average)
-    for index, plan in enumerate(trainer.validation.epoch(0, 0)):
-        data = trainer.prepare(trainer.validation, plan, "validation", index)
+    for plan in trainer.validation.epoch(0, 0):
+        data = trainer.prepare_validation(plan)
         with torch.no_grad():
             loss = trainer.loss(data)
         for row, t in enumerate(data.noisy.t.tolist()):
-            if data.batch.free_mask[row].any():
+            if plan.first[row] and data.batch.free_mask[row].any():
                 per_level.setdefault(int(5 * t), []).append(float(loss.per_crystal[row]))
     torch._foreach_copy_([p.data for p in trainer.parameters], current)
     assert len(per_level) > 2

@@ -60,6 +60,9 @@ def test_epoch_covers_every_row_in_full_batches(data: BucketedData) -> None:
             # Repeated rows only fill the last batch.
             assert sum(counts.values()) - group.batch.size < group.batch_size
             assert max(counts.values()) - min(counts.values()) <= 1
+            own = [plan for plan in plans if plan.bucket == index]
+            first = np.concatenate([plan.rows[plan.first] for plan in own])
+            assert sorted(first) == list(range(group.batch.size))
 
 
 def test_order_is_decided_by_seed_and_epoch(data: BucketedData) -> None:
