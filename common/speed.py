@@ -117,12 +117,12 @@ class StepCost:
     Attributes:
         seconds: per step, data preparation included.
         flops: floating-point operations per step; see ``network_flops``.
-        epoch: steps of an epoch.
+        epoch: steps in which every row comes once, on average.
     """
 
     seconds: float
     flops: float
-    epoch: int
+    epoch: float
 
 
 def network_speed(
@@ -285,17 +285,28 @@ def step_costs(trainers: Sequence[BaseTrainer], steps: int) -> list[StepCost]:
                 seconds[index] += timed * _step_seconds(trainer, plans[index][step])
     costs = []
     for trainer, own, spent in zip(trainers, plans, seconds, strict=True):
-        epoch = trainer.data.epoch(trainer.config.train.seed, 0)
-        flops = training_flops(trainer, epoch) / len(epoch)
-        costs.append(StepCost(spent * flops / training_flops(trainer, own), flops, len(epoch)))
+        epoch = trainer.data.epoch
+        flops = _epoch_flops(trainer) / epoch
+        costs.append(StepCost(spent * flops / training_flops(trainer, own), flops, epoch))
     return costs
 
 
 def training_flops(trainer: BaseTrainer, plans: Sequence[BatchPlan]) -> float:
     """Operations of training steps on some batches, padding included."""
-    shapes = [group.batch.shape for group in trainer.data.buckets]
-    flops = [network_flops(trainer.config.model, *shape) for shape in shapes]
+    flops = _bucket_flops(trainer)
     return PASSES_OF_STEP * sum(len(plan.rows) * flops[plan.bucket] for plan in plans)
+
+
+def _epoch_flops(trainer: BaseTrainer) -> float:
+    """The same where every row comes once."""
+    buckets = zip(trainer.data.buckets, _bucket_flops(trainer), strict=True)
+    return PASSES_OF_STEP * sum(group.batch.size * flops for group, flops in buckets)
+
+
+def _bucket_flops(trainer: BaseTrainer) -> list[float]:
+    """Of the network for a crystal of each bucket."""
+    shapes = [group.batch.shape for group in trainer.data.buckets]
+    return [network_flops(trainer.config.model, *shape) for shape in shapes]
 
 
 def _training_seconds(trainer: BaseTrainer, index: int) -> float:

@@ -1,7 +1,9 @@
-"""Training batches: crystals by padded shape, in an order that seed and epoch decide."""
+"""Batches: crystals by padded shape, for training in an order that the seed decides."""
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +30,7 @@ class BatchPlan:
     Attributes:
         bucket: its index.
         rows: [B].
-        first: [B], False for the rows that the epoch repeats to fill the batch.
+        first: [B], False for rows that only fill the batch.
     """
 
     bucket: int
@@ -59,26 +61,77 @@ class BucketedData:
             size = min(batch_size, max(1, edge_budget // (shape[0] * shape[1])))
             self.buckets.append(Bucket(batch, Descriptions(batch), size))
 
-    def epoch(self, seed: int, epoch: int) -> list[BatchPlan]:
-        """The batches of one epoch in their order.
-
-        Every batch of a bucket is full, so that its shape is always the same; rows are repeated to
-        fill the last one. In training the repeats count: crystals of a rare shape come more often.
-        """
-        random = np.random.Generator(np.random.Philox(key=[seed, epoch]))
+    def once(self) -> list[BatchPlan]:
+        """Every row once, in full batches: rows are repeated to fill a bucket's last one."""
         plans = []
         for index, group in enumerate(self.buckets):
-            order = random.permutation(group.batch.size)
-            count = -(-len(order) // group.batch_size)
-            rows = np.resize(order, count * group.batch_size).reshape(count, -1)
-            first = (np.arange(rows.size) < len(order)).reshape(rows.shape)
-            plans += [BatchPlan(index, *batch) for batch in zip(rows, first, strict=True)]
-        return [plans[i] for i in random.permutation(len(plans))]
+            count = -(-group.batch.size // group.batch_size)
+            for row in np.arange(count * group.batch_size).reshape(count, -1):
+                plans.append(BatchPlan(index, row % group.batch.size, row < group.batch.size))
+        return plans
+
+    @property
+    def epoch(self) -> float:
+        """Batches in which every row comes once, on average."""
+        return sum(group.batch.size / group.batch_size for group in self.buckets)
 
     def batches(self, seed: int, step: int) -> Iterator[BatchPlan]:
-        """Endless batches, from a step on."""
-        length = len(self.epoch(seed, 0))
-        epoch, position = divmod(step, length)
+        """Endless full batches for training, from a step on, in which all rows come equally often.
+
+        A bucket of fewer rows than go into its batches has one in some epochs only, in which a row
+        comes several times.
+        """
+        streams = [
+            _Stream((seed, index), group.batch.size, group.batch_size)
+            for index, group in enumerate(self.buckets)
+        ]
+
+        def begin(epoch: int) -> int:
+            return sum(stream.begin(epoch) for stream in streams)
+
+        latest = int((step + len(streams)) / self.epoch) + 2
+        epoch = bisect_right(range(latest), step, key=begin) - 1
+        skipped = step - begin(epoch)
         while True:
-            yield from self.epoch(seed, epoch)[position:]
-            epoch, position = epoch + 1, 0
+            plans = [
+                BatchPlan(index, stream.rows(number), np.ones(stream.batch_size, bool))
+                for index, stream in enumerate(streams)
+                for number in range(stream.begin(epoch), stream.begin(epoch + 1))
+            ]
+            order = _random(seed, epoch).permutation(len(plans))
+            yield from (plans[i] for i in order[skipped:].tolist())
+            epoch, skipped = epoch + 1, 0
+
+
+@dataclass(frozen=True)
+class _Stream:
+    """The rows of a bucket without end, shuffled anew whenever all have come, in full batches."""
+
+    key: tuple[int, int]
+    size: int
+    batch_size: int
+
+    @cached_property
+    def _phase(self) -> int:
+        """Rows of its first batch that are counted as come before, lest buckets keep step."""
+        return int(_random(*self.key, 0).integers(self.batch_size))
+
+    def begin(self, epoch: int) -> int:
+        """The first batch of an epoch."""
+        return (epoch * self.size + self._phase) // self.batch_size
+
+    def rows(self, number: int) -> Int:
+        """Of a batch."""
+        places = number * self.batch_size + np.arange(self.batch_size)
+        rounds, within = np.divmod(places, self.size)
+        first = int(rounds[0])
+        orders = [
+            _random(*self.key, 1 + each).permutation(self.size)
+            for each in range(first, int(rounds[-1]) + 1)
+        ]
+        rows: Int = np.stack(orders)[rounds - first, within]
+        return rows
+
+
+def _random(*key: int) -> np.random.Generator:
+    return np.random.default_rng(key)

@@ -279,7 +279,7 @@ class BaseTrainer(TrainingRun[TrainingBatch]):
         sums = np.zeros(3)
         levels = np.zeros((NOISE_BINS, 2))
         with self.averaged():
-            for plan in self.validation.epoch(0, 0):
+            for plan in self.validation.once():
                 data = self.prepare_validation(plan)
                 found = self.losses(data)
                 sums += found.total, found.coordinate, found.lattice

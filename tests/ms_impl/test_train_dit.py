@@ -137,7 +137,7 @@ def test_validation_is_that_of_the_average(trainer: Trainer) -> None:
     optimizer.weight.set_data(Tensor(optimizer.average.asnumpy()))
     optimizer.put(optimizer.weight)
     assert trainer.validate()["loss"] == found
-    data = trainer.prepare_validation(trainer.validation.epoch(0, 0)[0])
+    data = trainer.prepare_validation(trainer.validation.once()[0])
     assert np.isclose(trainer.losses(data).total, found, rtol=1e-6)  # there is one batch
 
 

@@ -172,7 +172,7 @@ def test_descriptions_change_from_epoch_to_epoch() -> None:
     """Of crystals and precedents, both alike; validation keeps the records' own."""
     records = alike_records()
     trainer = Trainer(DIFFERENCES, records, records)
-    plans = trainer.data.epoch(0, 0)
+    plans = trainer.data.once()
     group = trainer.data.buckets[plans[0].bucket]
     own = group.batch.take(plans[0].rows)
     seen = [trainer.prepare(plans[0], step).batch for step in range(6)]
@@ -183,7 +183,7 @@ def test_descriptions_change_from_epoch_to_epoch() -> None:
         after = np.where(known, nearest_zero(batch.precedent_params - batch.free_params), 0)
         # Axes that a first atom exchanges may differ; how far it is all in all, little.
         assert (np.abs(after).max(axis=2) <= 3 * np.abs(before).max(axis=2) + 1e-4).all()
-    plan = trainer.validation.epoch(0, 0)[0]
+    plan = trainer.validation.once()[0]
     own = trainer.validation.buckets[plan.bucket].batch.take(plan.rows)
     kept = trainer.prepare_validation(plan).batch
     np.testing.assert_array_equal(kept.free_params, own.free_params)

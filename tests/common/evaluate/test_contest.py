@@ -168,7 +168,7 @@ def test_contest(texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPat
         for line in table.read_text().splitlines()
         if line.startswith("|")
     }
-    assert cells["network calls"] == ["2", "8", "0", "0", "0"]
+    assert cells["network calls"] == ["2", "7", "0", "0", "0"]
     assert cells["training steps"] == ["6", "3", "-", "-", "-"]
     assert cells["training (TFLOP)"] == ["0.0", "0.0", "-", "-", "-"]
     assert cells["match"][0].startswith("100 (")
