@@ -1,7 +1,8 @@
 """Formulas and Wyckoff sites as a user types them.
 
 A formula is either reduced (``SrTiO3``: any number of formula units per cell) or has the cell's
-real count (``Sr2Ti2O6``: two formula units in the primitive or in the conventional cell).
+real count (``Sr2Ti2O6``: two formula units in the primitive or in the conventional cell). What is
+written with the atoms of its molecule (``O2``, ``Na2O2``) is no count: it is reduced (O, NaO).
 Everything that is not such a formula is refused with one line that says why.
 """
 
@@ -9,12 +10,13 @@ import math
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 
 from pymatgen.core import Element
 
 from common.crystal.wyckoff import wyckoff_summary
+from common.elements import formula_text
 from common.errors import UserError
 
 #: Largest number of atoms a formula may count; the networks are trained on cells of up to 20.
@@ -51,6 +53,14 @@ _ATOMIC_NUMBERS: dict[str, int] = {
 }
 
 
+#: Reduced formulas that everybody writes twice: H2, N2, O2, F2, Cl2, Br2, I2, and the peroxides of
+#: H, Li, Na, K, Rb and Cs.
+_DOUBLED = {
+    *(((z, 1),) for z in (1, 7, 8, 9, 17, 35, 53)),
+    *(tuple(sorted([(z, 1), (8, 1)])) for z in (1, 3, 11, 19, 37, 55)),
+}
+
+
 @dataclass(frozen=True)
 class Formula:
     """A parsed formula.
@@ -58,10 +68,12 @@ class Formula:
     Attributes:
         reduced: atomic number and count of every element in one formula unit, by atomic number.
         units: formula units the text counted; 1 means reduced, so any number per cell will do.
+        doubled: whether the text had twice these counts and yet means no cell: O2.
     """
 
     reduced: tuple[tuple[int, int], ...]
     units: int = 1
+    doubled: bool = field(default=False, compare=False)
 
     @cached_property
     def counts(self) -> dict[int, int]:
@@ -75,10 +87,8 @@ class Formula:
 
     @property
     def text(self) -> str:
-        """The reduced formula as pymatgen writes it."""
-        from common.data.store import reduced_formula
-
-        return reduced_formula(self.counts)
+        """The formula of one formula unit."""
+        return formula_text(self.counts)
 
 
 @dataclass(frozen=True)
@@ -118,7 +128,9 @@ def parse_formula(text: str) -> Formula:
             f"at most {MAX_FORMULA_ATOMS} are supported"
         )
     units = math.gcd(*counts.values())
-    return Formula(tuple(sorted((z, n // units) for z, n in counts.items())), units)
+    reduced = tuple(sorted((z, n // units) for z, n in counts.items()))
+    doubled = units == 2 and reduced in _DOUBLED
+    return Formula(reduced, 1 if doubled else units, doubled)
 
 
 def _count_parts(parts: Sequence[str], text: str) -> Counter[int]:

@@ -1,11 +1,13 @@
-"""How alike two elements are in crystals: differences of properties in pymatgen's tables."""
+"""Elements in formulas, and how alike two are in crystals, by properties in pymatgen's tables."""
 
 import warnings
+from collections.abc import Mapping
 from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
 from pymatgen.core import Element
+from pymatgen.core.composition import reduce_formula
 
 Array = NDArray[np.float64]
 
@@ -60,6 +62,17 @@ def electronegativity(atomic_number: int) -> float:
 def formula_order(atomic_number: int) -> tuple[float, int]:
     """Sorts elements as formulas are written, the least electronegative first."""
     return electronegativity(atomic_number), atomic_number
+
+
+def formula_text(counts: Mapping[int, int]) -> str:
+    """The least formula of {atomic number: count}, whose units Z counts.
+
+    It is written as by pymatgen, which doubles some that are molecules (O2, Na2O2): here they are
+    O and NaO, for a cell need not hold an even number of them.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # elements without electronegativity
+        return str(reduce_formula({Element.from_Z(z).symbol: n for z, n in counts.items()})[0])
 
 
 def pair_differences(table: Array) -> Array:

@@ -251,6 +251,9 @@ def make_query(
     requested = None if sites is None else parse_sites(sites)
     written = formula.strip()
     asked = "" if written == parsed.text else written
+    if z is not None and parsed.doubled:
+        counted = f"z = {z} counts {parsed.text}, not {written}"
+        note = f"{note}; {counted}" if note else counted
     query = Query(parsed, properties, group, requested, z, name, note, asked)
     _check_symmetry(query)
     return query

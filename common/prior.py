@@ -25,8 +25,7 @@ from numpy.typing import NDArray
 
 from common.crystal.structure import Crystal
 from common.crystal.wyckoff import Sites, SymmetryKey, symmetry_key, wyckoff_summary
-from common.data.store import reduced_formula
-from common.elements import PAIR_FEATURES
+from common.elements import PAIR_FEATURES, formula_text
 from common.errors import UserError
 from common.evaluate.match import cell_problem
 from common.files import atomic_path
@@ -370,7 +369,7 @@ class TemplatePrior:
         same = kind == "same composition"
         return Nearest(
             self.reference.material_id(row),
-            reduced_formula(other.formula_counts),
+            formula_text(other.formula_counts),
             other.space_group,
             distance,
             kind,

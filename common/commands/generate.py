@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 def command(
     formula: Annotated[
         str | None,
-        typer.Argument(help="SrTiO3, or with the cell's real count Sr2Ti2O6.", show_default=False),
+        typer.Argument(
+            help="SrTiO3, or with the cell's real count Sr2Ti2O6; O2 means O.", show_default=False
+        ),
     ] = None,
     formula_option: Annotated[
         str | None, typer.Option("--formula", help="The formula, if it is not the argument.")
@@ -34,7 +36,8 @@ def command(
     ] = None,
     sites: Annotated[str | None, typer.Option(help='As in "Sr:1a Ti:1b O:3c".')] = None,
     z: Annotated[
-        int | None, typer.Option("--z", help="Formula units in the conventional cell.")
+        int | None,
+        typer.Option("--z", help="Formula units in the conventional cell; atoms, of O2 too."),
     ] = None,
     input_file: Annotated[
         Path | None,

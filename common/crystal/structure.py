@@ -1,5 +1,6 @@
 """Crystals as a space group, its occupied sites and a lattice; to and from pymatgen and CIF."""
 
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,6 +13,7 @@ from pymatgen.core import Element, Lattice, Structure
 from common.crystal.lattice import standard_orientation
 from common.crystal.symmetry import SpaceGroup, WyckoffPosition, space_group
 from common.crystal.wyckoff import SymmetryKey, symmetry_key
+from common.elements import formula_text
 
 Array = NDArray[np.float64]
 
@@ -126,7 +128,7 @@ class Crystal:
         """
         structure = self.to_structure()
         lattice = Lattice(standard_orientation(self.lattice))
-        formula, units = structure.composition.get_reduced_formula_and_factor()
+        formula = formula_text(self.formula_counts)
         lines = [f"data_{name or formula}"]
         lines += [f"_symmetry_space_group_name_H-M   '{self.group.symbol}'"]
         for key, value in zip("abc", lattice.abc, strict=True):
@@ -138,7 +140,7 @@ class Crystal:
             f"_chemical_formula_structural   {formula}",
             f"_chemical_formula_sum   '{structure.composition.formula}'",
             f"_cell_volume   {lattice.volume:.8f}",
-            f"_cell_formula_units_Z   {int(units)}",
+            f"_cell_formula_units_Z   {math.gcd(*self.formula_counts.values())}",
             "loop_",
             " _symmetry_equiv_pos_site_id",
             " _symmetry_equiv_pos_as_xyz",

@@ -9,13 +9,19 @@ import math
 import re
 import warnings
 from collections import Counter
+from collections.abc import Mapping
 from functools import cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from pymatgen.core import Element, Lattice, Structure
 from pymatgen.core.periodic_table import DummySpecies
 from pymatgen.io.cif import CifParser
+
+from common.composition import parse_formula
+from common.elements import formula_text
+from common.errors import UserError
 
 # Of pymatgen's parser: coordinates this near (relatively) to 1/3 or 2/3 are set to it, and cells
 # thinner than this (A) are refused.
@@ -45,6 +51,12 @@ _ATOM = re.compile(
     re.ASCII,
 )
 _COUNT = re.compile(r"([A-Z][a-z]?)(\d+)", re.ASCII)
+#: Where a formula may be stated, the most exact first.
+_FORMULAS = tuple(f"_chemical_formula_{kind}" for kind in ("sum", "structural", "moiety"))
+#: A part of a formula, ``2(H2 O)`` or ``Na 1+``, without its charge.
+_PART = re.compile(r"\s*(\d*)\s*(.+?)(?:\s+\d*[+-])?\s*", re.ASCII)
+#: What pymatgen reads as one atom or none, though it is water, OH, NH4, NO3, or not said.
+_NO_ATOM = re.compile(r"(?i:wat)|OH|NH|NO3|[^A-Za-z]*$", re.ASCII)
 
 
 class CifError(ValueError):
@@ -54,8 +66,9 @@ class CifError(ValueError):
 def parse_cif(text: str) -> Structure:
     """The one structure of a CIF, all atoms of the cell, as pymatgen's parser gives it.
 
-    Raises CifError when there is none or more than one, when an atom is no chemical element, or
-    when the atoms contradict the formula that the text states (as in a truncated text).
+    Raises CifError when there is none or more than one, when an atom is no chemical element or is
+    several (water), or when the atoms contradict the formula that the text states (as in a
+    truncated text).
     """
     structure = _parse_p1(text.replace("\r\n", "\n"))
     return _parse_with_pymatgen(text) if structure is None else structure
@@ -118,6 +131,7 @@ def _parse_with_pymatgen(text: str) -> Structure:
             parser = CifParser.from_str(text)
             structures = parser.parse_structures(primitive=False, on_error="raise")
             problem = parser.check(structures[0])
+            items = next(iter(parser.as_dict().values()))
     # pymatgen's parser lets almost any exception type through on malformed text.
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
@@ -129,7 +143,45 @@ def _parse_with_pymatgen(text: str) -> Structure:
     for specie in structures[0].composition:
         if isinstance(specie, DummySpecies):
             raise CifError(f"no chemical element: {specie}")
+    _check_sites(items)
+    _check_stated(items, structures[0])
     return structures[0]
+
+
+def _check_sites(items: Mapping[str, Any]) -> None:
+    """Refuses sites that are not one atom each."""
+    symbols = items.get("_atom_site_type_symbol", items.get("_atom_site_label", ()))
+    for symbol in symbols:
+        if _NO_ATOM.match(symbol):
+            raise CifError(
+                f"site {symbol[:20]!r} is no single atom: list its atoms, with their elements in "
+                "_atom_site_type_symbol"
+            )
+
+
+def _check_stated(items: Mapping[str, Any], structure: Structure) -> None:
+    """Compares the atoms with the formula that is stated, wherever that is.
+
+    pymatgen knows no moieties, and nothing behind a sum that is ``?``. What has decimals, or
+    anything else that is no plain formula, is not compared.
+    """
+    stated = [str(items[name]) for name in _FORMULAS if name in items]
+    formula = next((text for text in stated if text.strip() not in ("", "?", ".")), None)
+    if formula is None or not structure.is_ordered:
+        return
+    parts = [_PART.fullmatch(part) for part in formula.split(",")]
+    text = "".join(f"({part[2]}){part[1]}" for part in parts if part is not None)
+    try:
+        counts = parse_formula(text).counts
+    except UserError:
+        return
+    found = Counter(structure.atomic_numbers)
+    units = math.gcd(*found.values())
+    if counts != {number: count // units for number, count in found.items()}:
+        raise CifError(
+            f"formula says {' '.join(formula.split())[:100]}, the atoms are "
+            f"{formula_text(found)}: are some, such as H, not listed?"
+        )
 
 
 @cache

@@ -59,7 +59,7 @@ from common.machine import cpu_count, one_thread, start_worker
 from common.properties import TARGETS
 
 #: Part of the key of cached imports: raise it when the same rows give another result.
-IMPORT_VERSION = 3
+IMPORT_VERSION = 4
 #: Why a row can be refused.
 REASONS = (
     "malformed_row",

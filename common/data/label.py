@@ -24,9 +24,12 @@ Cell = tuple[Array, Array, NDArray[np.int64]]
 #: Part of the key of cached labels: raise it when labels change.
 LABEL_VERSION = 3
 #: Why a structure can have no label.
-LABEL_REASONS = ("disorder", "not_finite", "overlap", "symmetry", "sites")
+LABEL_REASONS = ("disorder", "not_finite", "overlap", "volume", "symmetry", "sites")
 #: Atoms nearer than this (A) overlap.
 MIN_DISTANCE = 0.5
+#: More room for an atom (A^3) is that of a cell in other units; MP-20's emptiest has 3,734, and one
+#: in picometres a million times too much.
+MAX_ATOM_VOLUME = 10_000.0
 
 SYMPREC = 0.1
 ANGLE_TOLERANCE = 5.0
@@ -66,7 +69,7 @@ def label_structure(structure: Structure, symprec: float = SYMPREC) -> Crystal:
 
 
 def check_structure(structure: Structure) -> None:
-    """Raises LabelError for disorder, atoms that are no elements or overlap, and NaN."""
+    """Raises LabelError for disorder, atoms that are no elements, overlap or are lost, and NaN."""
     if not structure.is_ordered:
         raise LabelError("disorder", "a site is partially occupied or shared by elements")
     if not all(1 <= number < NUM_ELEMENTS for number in structure.atomic_numbers):
@@ -76,6 +79,13 @@ def check_structure(structure: Structure) -> None:
         raise LabelError("not_finite", "a coordinate or the lattice is not finite")
     if structure.volume <= 0:
         raise LabelError("not_finite", "the lattice has no volume")
+    room = structure.volume / len(structure)
+    if room > MAX_ATOM_VOLUME:
+        raise LabelError(
+            "volume",
+            f"{room:,.0f} A^3 per atom, more than {MAX_ATOM_VOLUME:,.0f}: give lengths in "
+            "angstrom, not in picometres",
+        )
     nearest = _shortest_distance(structure)
     if nearest < MIN_DISTANCE:
         raise LabelError("overlap", f"two atoms are {nearest:.3f} A apart")

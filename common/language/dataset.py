@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from common.crystal.wyckoff import SymmetryKey
-from common.data.store import Record, fingerprint, split_by_formula
+from common.data.store import Record, fingerprint, reduced_formula, split_by_formula
 from common.errors import UserError
 from common.files import write_together
 from common.language.analogues import AnalogueIndex
@@ -94,7 +94,9 @@ def read_ids(path: Path) -> Reference:
     rows = [row for row in rows if row and row[0]]
     if not rows:
         raise UserError(f"{path} holds no id: give one a line, with a formula after a comma")
-    formulas = {parse_formula(row[1]).text for row in rows if len(row) > 1 and row[1]}
+    formulas = {
+        reduced_formula(parse_formula(row[1]).counts) for row in rows if len(row) > 1 and row[1]
+    }
     return Reference(path.name, frozenset(row[0] for row in rows), frozenset(formulas))
 
 

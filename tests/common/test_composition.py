@@ -42,7 +42,16 @@ def test_counts_agree_with_pymatgen(text: str) -> None:
     [
         ("SrTiO3", 1, "SrTiO3"),
         ("Sr2Ti2O6", 2, "SrTiO3"),
-        ("O2", 2, "O2"),
+        ("O2", 1, "O"),
+        ("N2", 1, "N"),
+        ("I2", 1, "I"),
+        ("Na2O2", 1, "NaO"),
+        ("H2O2", 1, "HO"),
+        ("O4", 4, "O"),
+        ("Na4O4", 4, "NaO"),
+        ("Mg2O2", 2, "MgO"),
+        ("S8", 8, "S"),
+        ("C2", 2, "C"),
         (" Sr Ti O₃ ", 1, "SrTiO3"),
     ],
 )

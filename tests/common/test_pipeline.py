@@ -212,6 +212,24 @@ def test_fixed_symmetry_is_obeyed(checkpoint: Path) -> None:
         assert c.symmetry.z in (2, 2 * centering)
 
 
+def test_z_counts_the_formula_that_is_shown(checkpoint: Path) -> None:
+    settings = {"checkpoint": checkpoint, "top": 3, "num_samples": 1}
+    for formula, shown in (("O2", "O"), ("Na2O2", "NaO"), ("S", "S")):
+        for c in generate(formula, **settings):
+            row = c.to_dict()
+            assert row["formula"] == shown
+            held = Composition(shown) * row["z"]
+            assert c.structure.composition == held
+            assert f"_cell_formula_units_Z   {row['z']}\n" in c.to_cif()
+    with pytest.warns(UserWarning, match="z = 1 counts N, not N2"):
+        (one,) = generate("N2", z=1, space_group=221, **settings | {"top": 1})
+    assert (one.formula, len(one.structure), one.query.asked) == ("N", 1, "N2")
+    both = make_query("O2", z=4, space_group="Pbnm").note
+    assert "\n" not in both
+    assert both.endswith("Pnma; z = 4 counts O, not O2")
+    assert make_query("O", z=4).note == make_query("O2").note == ""
+
+
 @pytest.mark.parametrize(
     "given",
     [

@@ -442,6 +442,13 @@ def test_cheapest_automorphism(number: int, letters: str) -> None:
         assert cheapest_automorphism(template, costs) == min(sums, key=sums.__getitem__)
 
 
+def test_nearest_has_the_formula_that_z_counts() -> None:
+    oxygen = cubic(221, 3.0, (8, "a"))
+    nearest = fit_prior([Record("x", oxygen)]).nearest(oxygen)
+    assert nearest is not None
+    assert nearest.formula == "O"
+
+
 def test_prior_of_crystals_with_many_equal_roles() -> None:
     """Of 12 elements there are 479 million permutations."""
     known, wanted = (

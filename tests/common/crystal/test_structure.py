@@ -163,6 +163,18 @@ def test_cif_names_the_group_and_its_sites() -> None:
     assert text.splitlines()[-1].split()[:4] == ["O", "O2", "3", "d"]
 
 
+@pytest.mark.parametrize(
+    ("numbers", "formula", "units"),
+    [((8,), "O", 1), ((8,) * 4, "O", 4), ((11, 8), "NaO", 1), ((22, 8, 8) * 3, "TiO2", 3)],
+)
+def test_z_of_a_cif_counts_its_formula(numbers: tuple[int, ...], formula: str, units: int) -> None:
+    sites = tuple(Site(z, "a", (i / 10, 0.2, 0.3)) for i, z in enumerate(numbers))
+    lines = Crystal(1, sites, 9 * np.eye(3)).to_cif().splitlines()
+    assert lines[0] == f"data_{formula}"
+    assert f"_chemical_formula_structural   {formula}" in lines
+    assert f"_cell_formula_units_Z   {units}" in lines
+
+
 @pytest.mark.filterwarnings("ignore:invalid value")
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_what_is_not_finite_is_refused(bad: float) -> None:

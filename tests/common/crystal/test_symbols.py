@@ -58,6 +58,17 @@ def test_former_cubic_symbols_are_of_one_group_each() -> None:
         ("F23", 196),
         ("R3m", 160),
         ("225.0", 225),
+        ("P2(1)/c", 14),
+        ("P 2(1)2(1)2(1)", 19),
+        ("P6(3)/mmc", 194),
+        ("Fd-3m:2", 227),
+        ("F d -3 m :2", 227),
+        ("Fd-3mZ", 227),
+        ("Fd3m:2", 227),
+        ("R-3m:H", 166),
+        ("R -3 m H", 166),
+        ("R3c:h", 161),
+        ("P21/c:b1", 14),
     ],
 )
 def test_standard_setting(text: str, number: int) -> None:
@@ -73,6 +84,13 @@ def test_standard_setting(text: str, number: int) -> None:
         ("Pbnm", 62, "Pnma"),
         ("P m c n", 62, "Pnma"),
         ("B2/b", 15, "C2/c"),
+        ("P2(1)/n", 14, "P21/c"),
+        ("Fd-3m:1", 227, "Fd-3m:2"),
+        ("F d -3 m S", 227, "Fd-3m:2"),
+        ("R-3m:R", 166, "R-3m:H"),
+        ("R-3mR", 166, "R-3m:H"),
+        ("Pncb:2", 50, "Pban:2"),
+        ("P21/n:b2", 14, "P21/c:b1"),
     ],
 )
 def test_other_setting_is_said(text: str, number: int, usual: str) -> None:
@@ -83,9 +101,27 @@ def test_other_setting_is_said(text: str, number: int, usual: str) -> None:
     assert "\n" not in note
 
 
+def test_every_choice_of_every_group() -> None:
+    """The choices are those of moyopy's table."""
+    for hall in range(1, NUM_HALL_SYMBOLS + 1):
+        entry = moyopy.HallSymbolEntry(hall)
+        if entry.setting:
+            found, note = parse_space_group(f"{entry.hm_short}:{entry.setting}")
+            assert found == entry.number
+            assert bool(note) == (entry.setting not in ("b", "b1", "2", "H"))
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
+        ("Fd-3m:3", "space group 'Fd-3m:3': Fd-3m has no setting '3'; it has 1, 2"),
+        ("Fd-3m:H", "Fd-3m has no setting 'H'; it has 1, 2"),
+        ("P3m1:H", "P3m1 has no setting 'H'; it has only one"),
+        ("R-3m:2", "R-3m has no setting '2'; it has H, R"),
+        ("Fm-3mS", "Fm-3m has no setting 'S'; it has only one"),
+        ("Fd-3m:", "unknown space group 'Fd-3m:'"),
+        ("Fd-3q:1", "unknown space group 'Fd-3q:1'"),
+        ("P2(7)/c", "unknown space group 'P2(7)/c'"),
         (
             "fm-3m",
             "'fm-3m': give a number from 1 to 230, or a symbol such as Fm-3m; like it: Fm-3m",

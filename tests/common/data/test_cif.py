@@ -170,3 +170,54 @@ def test_atoms_that_are_no_element_are_refused() -> None:
     text = written(rutile()).replace("  Ti  Ti", "  Xx  Xx").replace("Ti", "Xx")
     with pytest.raises(CifError):
         parse_cif(text)
+
+
+def atoms(*labels: str, types: tuple[str, ...] = (), head: str = "") -> str:
+    """A CIF of a cubic cell with atoms along its diagonal."""
+    names = ["_atom_site_label", *["_atom_site_type_symbol"] * bool(types)]
+    names += [f"_atom_site_fract_{axis}" for axis in "xyz"]
+    rows = [
+        " ".join([label, *types[i : i + 1], *[f"{i / len(labels):.4f}"] * 3])
+        for i, label in enumerate(labels)
+    ]
+    lengths = [f"_cell_length_{axis} 9" for axis in "abc"]
+    angles = [f"_cell_angle_{name} 90" for name in ("alpha", "beta", "gamma")]
+    group = ["_space_group_name_H-M_alt 'P 1'"]
+    return "\n".join(["data_x", head, *lengths, *angles, *group, "loop_", *names, *rows, ""])
+
+
+@pytest.mark.parametrize("kind", ["moiety", "structural", "sum"])
+def test_atoms_that_the_stated_formula_has_more_of_are_missed(kind: str) -> None:
+    name = f"_chemical_formula_{kind}"
+    for formula in ("Li O H", "Li O2", "Li2 O (H2 O)3"):
+        with pytest.raises(CifError, match="formula"):
+            parse_cif(atoms("Li1", "O1", head=f"{name} '{formula}'"))
+    assert len(parse_cif(atoms("Li1", "O1", head=f"{name} 'Li2 O2'"))) == 2
+
+
+@pytest.mark.parametrize("formula", ["Li O, H2", "Li 1+, O H 1-", "2(H2 O), Li O", "Li +, H2 O"])
+def test_hydrogen_of_the_moiety_alone(formula: str) -> None:
+    with pytest.raises(CifError, match=r"the atoms are LiO: are some, such as H, not listed\?"):
+        parse_cif(atoms("Li1", "O1", head=f"_chemical_formula_moiety '{formula}'"))
+    unknown = f"_chemical_formula_sum ?\n_chemical_formula_moiety '{formula}'"
+    with pytest.raises(CifError, match="formula says"):
+        parse_cif(atoms("Li1", "O1", head=unknown))
+
+
+@pytest.mark.parametrize("formula", ["?", "Li 1+, O 1-", "2(Li O)", "0.5(Li O)", "x(C H2), Li O"])
+def test_moiety_that_agrees_or_is_not_read(formula: str) -> None:
+    assert len(parse_cif(atoms("Li1", "O1", head=f"_chemical_formula_moiety '{formula}'"))) == 2
+
+
+@pytest.mark.parametrize("site", ["Wat1", "WAT", "wat2", "OH1", "NH4", "NO31"])
+def test_site_of_several_atoms(site: str) -> None:
+    with pytest.raises(CifError, match=f"site '{site}' is no single atom: .* elements"):
+        parse_cif(atoms("Li1", site))
+    assert len(parse_cif(atoms("Li1", site, types=("Li", "O")))) == 2
+    with pytest.raises(CifError):
+        parse_cif(atoms("Li1", "X1", types=("Li", site)))
+
+
+def test_site_without_a_type_is_not_left_out() -> None:
+    with pytest.raises(CifError, match=r"site '\?' is no single atom"):
+        parse_cif(atoms("Li1", "O1", types=("Li", "?")))

@@ -133,6 +133,16 @@ def test_overlap() -> None:
     assert reason(thin) == "overlap"
 
 
+def test_a_cell_in_picometres() -> None:
+    salt = Structure.from_spacegroup(225, Lattice.cubic(5.64), ["Na", "Cl"], [[0] * 3, [0.5] * 3])
+    large = Structure(Lattice.cubic(31.02), salt.species, salt.frac_coords)  # 3,731 A^3 per atom
+    assert label_structure(large).space_group == 225
+    salt.scale_lattice(564.0**3)
+    assert reason(salt) == "volume"
+    with pytest.raises(LabelError, match=r"22,425,768 A\^3 per atom, .* not in picometres$"):
+        check_structure(salt)
+
+
 def reason(structure: Structure) -> str:
     """Why neither way labels a structure."""
     reasons = set()

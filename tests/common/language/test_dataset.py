@@ -131,9 +131,10 @@ def test_files(tmp_path: Path) -> None:
 
 def test_ids_of_a_file(tmp_path: Path) -> None:
     path = tmp_path / "test.txt"
-    path.write_text("mp-1, ClNa\n\nmp-2\n")
+    path.write_text("mp-1, ClNa\n\nmp-2\nmp-3,Na2O2\nmp-4,O2\n")
     reference = read_ids(path)
-    assert (reference.ids, reference.formulas) == ({"mp-1", "mp-2"}, {"NaCl"})
+    assert reference.ids == {"mp-1", "mp-2", "mp-3", "mp-4"}
+    assert reference.formulas == {"NaCl", "Na2O2", "O2"}  # as records have them
     assert reference.symmetries is None
     made = make_prompt_set(salts(), [reference])
     assert sum(overlap.formula for overlap in made.overlaps["test.txt"].values()) == 2
