@@ -99,8 +99,9 @@ def generate_many(
 ) -> Outcome:
     """Answers requests into a folder.
 
-    The same call goes on where an interrupted one stopped; a finished run, or another one, is left
-    alone and a new folder (``out-2``, ``out-3``, ...) is taken.
+    The same call, with the same framework on the same kind of device, goes on where an interrupted
+    one stopped; a finished run, or another one, is left alone and a new folder (``out-2``,
+    ``out-3``, ...) is taken.
 
     Args:
         queries: see ``common.pipeline.make_query`` and ``common.requests.read_requests``.
@@ -166,12 +167,17 @@ def _distinct(identities: Iterable[dict[str, str]]) -> list[dict[str, str]]:
 def _describe_run(
     queries: Sequence[Query], settings: Settings, engines: dict[str | None, Engine]
 ) -> dict[str, Any]:
-    """What makes two runs the same: requests, settings, weights, prior and program."""
+    """What makes two runs the same: requests, settings, weights, prior, program and framework.
+
+    Another framework or device computes other last digits.
+    """
     first = next(iter(engines.values()))
     return {
         "format": "uni-mdm run",
         "version": FORMAT_VERSION,
         "created_by": f"uni-mdm {version('uni-mdm')}",
+        "backend": first.backend,
+        "device": first.generator.device,
         "settings": settings.to_dict(),
         "checkpoints": _distinct(engine.checkpoint for engine in engines.values()),
         "symmetry_models": _rankers(engines),

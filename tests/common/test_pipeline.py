@@ -382,6 +382,53 @@ def test_many_requests(
     assert other.folder == tmp_path / "whole-3"
 
 
+def test_a_run_goes_on_where_it_was_begun(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other devices compute other last digits; for frameworks see parity/test_generate.py."""
+    device = "cpu"
+
+    def load(*arguments) -> pipeline.Engine:
+        engine = load_engine(*arguments)
+        engine.generator.device = device
+        return engine
+
+    def made(backend: str = "torch") -> Outcome:
+        return generate_many(
+            [make_query("NaCl"), make_query("KBr")],
+            tmp_path / "out",
+            Settings(1, 1),
+            backend=backend,
+            checkpoint=checkpoint,
+            symmetry_model="prior",
+        )
+
+    original, calls = runs.sample_symmetries, []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    monkeypatch.setattr(runs, "load_engine", load)
+    monkeypatch.setattr(runs, "_BATCH", 1)
+    with monkeypatch.context() as patched:
+        patched.setattr(runs, "sample_symmetries", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            made()
+    device = "cpu:0"
+    other = made()
+    assert (other.folder, other.resumed) == (tmp_path / "out-2", 0)
+    device = "cpu"
+    finished = made("auto")
+    assert (finished.folder, finished.resumed) == (tmp_path / "out", 1)
+    for folder, name in ((tmp_path / "out", "cpu"), (tmp_path / "out-2", "cpu:0")):
+        results = json.loads((folder / "results.json").read_text())
+        assert (results["backend"], results["device"]) == ("torch", name)
+        assert f"torch on {name}" in (folder / "report.html").read_text()
+
+
 def test_progress_of_many_requests(checkpoint: Path, tmp_path: Path) -> None:
     told: dict[str, list[tuple[int, int]]] = {}
 
