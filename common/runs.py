@@ -29,10 +29,13 @@ from common.crystal.structure import Crystal
 from common.errors import UserError
 from common.files import (
     LOCK,
+    TRIAL,
     alone_in,
     append_whole,
     output_folder,
     refused,
+    sweep_files,
+    temporary_pattern,
     write_atomic,
     write_together,
 )
@@ -52,6 +55,10 @@ from common.ranking import Ranker, rank_symmetries
 
 FORMAT_VERSION = 1
 _RUN, _JOURNAL = "run.json", "journal.jsonl"
+_RESULTS = ("results.json", "results.extxyz", "report.html")
+_WRITTEN = (TRIAL, _RUN, *_RESULTS, "*.cif", "*/*.cif")
+#: What a kill leaves in a folder before it is said which run it holds.
+_NOTHING = (LOCK, temporary_pattern(TRIAL), temporary_pattern("run", ".json"))
 #: Crystals sampled together; a kill costs at most so many, or twice as many where the last ones are
 #: compared in other processes meanwhile. A call of the network has one size however few crystals
 #: are in it, so that small batches take a third longer.
@@ -208,6 +215,8 @@ def _open_folder(out: Path, description: dict[str, Any]) -> Iterator[Path]:
         with output_folder(folder, "give another --out"), alone_in(folder) as locked:
             # Between the look and the lock another one may have finished this run.
             if locked and _may_use(folder, description):
+                for pattern in _WRITTEN:
+                    sweep_files(folder, pattern)
                 with _begun(folder, description):
                     yield folder
                 return
@@ -222,7 +231,10 @@ def _check_folder(out: Path) -> None:
 
 
 def _may_use(folder: Path, description: dict[str, Any]) -> bool:
-    """Whether a folder is not there yet, or is empty, or holds this run, interrupted."""
+    """Whether a folder is not there yet, or is empty, or holds this run, interrupted.
+
+    It counts as empty with what a kill leaves there before a run has begun.
+    """
     try:
         if not folder.exists():
             return True
@@ -245,7 +257,7 @@ def _begun(folder: Path, description: dict[str, Any]) -> Iterator[None]:
 
 def _may_resume(folder: Path, description: dict[str, Any]) -> bool:
     """Whether a folder is empty or holds this run, interrupted."""
-    if all(path.name == LOCK for path in folder.iterdir()):
+    if all(any(map(path.match, _NOTHING)) for path in folder.iterdir()):
         return True
     try:
         known = json.loads((folder / _RUN).read_text(encoding="utf-8"))
@@ -443,13 +455,8 @@ def _finish(folder: Path, description: dict[str, Any], entries: list[dict[str, A
 
     results = {**description, "format": "uni-mdm results", "results": entries}
     frames = (_extxyz(entry, row) for entry in entries for row in entry["crystals"])
-    write_together(
-        {
-            folder / "results.json": _dump(results),
-            folder / "results.extxyz": "".join(frames),
-            folder / "report.html": render_report(results),
-        }
-    )
+    contents = (_dump(results), "".join(frames), render_report(results))
+    write_together({folder / name: text for name, text in zip(_RESULTS, contents, strict=True)})
     write_atomic(folder / _RUN, _dump(description | {"status": "finished"}))
 
 

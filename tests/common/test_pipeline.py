@@ -532,6 +532,41 @@ def test_foreign_folder_is_left_alone(checkpoint: Path, tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
 
 
+def test_what_a_kill_leaves_is_no_content(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither of the first write in a folder, nor of later ones; other hidden files are."""
+
+    def made(name: str) -> Outcome:
+        queries = [make_query("NaCl"), make_query("KBr")]
+        arguments = {"checkpoint": checkpoint, "symmetry_model": "prior"}
+        return generate_many(queries, tmp_path / name, Settings(1, 1), **arguments)
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    def leave(*names: str) -> None:
+        for name in names:
+            path = tmp_path / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_text("half of")
+
+    leave("a/.lock", "a/.trial.0123456789ab.tmp", "a/.run.0123456789ab.tmp.json")
+    with monkeypatch.context() as patched:
+        patched.setattr(runs, "_finish", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            made("a")
+    later = ["a/.results.0123456789ab.tmp.json", "a/.report.0123456789ab.tmp.html"]
+    later += ["a/.run.0123456789ab.tmp.json", "a/00002_KBr/.01_KBr_225.0123456789ab.tmp.cif"]
+    leave(*later, "a/00001_NaCl/.mine.cif")
+    finished = made("a")
+    assert (finished.folder, finished.resumed) == (tmp_path / "a", 2)
+    assert list(finished.folder.rglob(".*")) == [tmp_path / "a" / "00001_NaCl" / ".mine.cif"]
+    leave("b/.notes.0123456789ab.tmp.txt")
+    assert made("b").folder == tmp_path / "b-2"
+    assert [path.name for path in (tmp_path / "b").iterdir()] == [".notes.0123456789ab.tmp.txt"]
+
+
 def test_file_in_the_folders_place_is_refused_before_a_network_is_loaded(tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("precious")
     with pytest.raises(UserError, match="mine is a file, not a folder: give another --out"):
