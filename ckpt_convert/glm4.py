@@ -9,7 +9,6 @@ get one for what is written.
 import json
 import math
 import os
-import secrets
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -35,7 +34,7 @@ from common.checkpoint import (
     verify,
 )
 from common.errors import UserError
-from common.files import flush, flush_folder, refused
+from common.files import flush, flush_folder, refused, temporary_name
 from common.language.adapters import check_adapter
 from common.language.foreign import INDEX_SUFFIX, FolderWeights, check_base
 from common.language.parameters import Parameter, check_network, parameters
@@ -330,7 +329,7 @@ def _write(
 def _install(folder: Path, files: Mapping[str, Content]) -> None:
     """Writes files into a temporary sibling folder, then puts it in place."""
     folder = Path(os.path.realpath(folder))
-    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(6)}.tmp")
+    temporary = folder.with_name(temporary_name(folder.name))
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         sweep(folder.parent, escape(folder.name))

@@ -63,7 +63,9 @@ class Generator(Protocol):
 
     #: Names of the properties that the checkpoint was trained with.
     properties: tuple[str, ...]
-    #: What samples, in words, for reports.
+    #: Where it samples, as the framework calls it: ``cpu``, ``cuda``, ``ascend``.
+    device: str
+    #: The same in words, for reports.
     device_name: str
 
     def sample(

@@ -17,7 +17,6 @@ import hashlib
 import json
 import os
 import re
-import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -36,7 +35,14 @@ from safetensors.numpy import load as parse_safetensors
 from safetensors.numpy import save as dump_safetensors
 
 from common.errors import UserError
-from common.files import flush, flush_folder, refused, write_atomic
+from common.files import (
+    flush,
+    flush_folder,
+    refused,
+    temporary_name,
+    temporary_pattern,
+    write_atomic,
+)
 
 FORMAT = "uni-mdm checkpoint"
 FORMAT_VERSION = 1
@@ -75,8 +81,6 @@ SHIPPED_LANGUAGE = SHIPPED.parent / "language"
 _STEP = re.compile(r"step_(\d{8,})")
 #: What is no path to somewhere else, nor a repository with its revision.
 _NAME = re.compile(r"[^/@]+")
-#: What temporary folders have in their names, of `secrets.token_hex(6)`.
-_TOKEN = "[0-9a-f]" * 12
 #: Packages whose versions decide what a checkpoint does.
 _VERSIONED = ("numpy", "safetensors", "pymatgen", "spglib", "moyopy", "torch", "mindspore")
 
@@ -420,7 +424,7 @@ def install(
         UserError: if the folder is something else than a checkpoint, or the system refuses.
     """
     folder = Path(os.path.realpath(folder))
-    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(6)}.tmp")
+    temporary = folder.with_name(temporary_name(folder.name))
     aside = _aside(folder)
     with _reporting(folder):
         if folder.exists() and not (folder / MANIFEST).is_file() and not _is_empty(folder):
@@ -490,7 +494,7 @@ def _aside(folder: Path) -> Path:
 
 def _remove(folder: Path) -> None:
     """Delete a folder so that a kill in between leaves nothing that looks like a checkpoint."""
-    doomed = folder.with_name(f".{folder.name.strip('.')}.{secrets.token_hex(6)}.tmp")
+    doomed = folder.with_name(temporary_name(folder.name.strip(".")))
     folder.rename(doomed)
     shutil.rmtree(doomed, ignore_errors=True)
 
@@ -501,7 +505,7 @@ def sweep(parent: Path, pattern: str) -> None:
     What another process saves beside them, under a name that goes on after a dot, stays.
     """
     for name in (pattern, f"{pattern}.previous"):
-        for rest in parent.glob(f".{name}.{_TOKEN}.tmp"):
+        for rest in parent.glob(temporary_pattern(name)):
             shutil.rmtree(rest, ignore_errors=True)
 
 

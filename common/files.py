@@ -15,8 +15,11 @@ from common.errors import UserError
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 #: Is in a folder while a process is alone at work there.
 LOCK = ".lock"
-#: What `output_folder` writes to see whether there is any room.
-_TRIAL = bytes(4096)
+#: Stem of the temporary file that `output_folder` writes, and what is in it.
+TRIAL = "trial"
+_TRIAL_CONTENT = bytes(4096)
+#: What temporary names have in them, of `secrets.token_hex(6)`, as a pattern.
+_TOKEN = "[0-9a-f]" * 12
 
 
 def refused(
@@ -26,6 +29,27 @@ def refused(
     reason = error.strerror or str(error)
     room = "make room and run again, or " if error.errno in _FULL else ""
     return UserError(f"cannot write {os.fsdecode(path)}: {reason}; {room}{advice}")
+
+
+def temporary_name(stem: str, suffix: str = "") -> str:
+    """A hidden name for what gets its own, ``stem`` with ``suffix``, when it is whole."""
+    return f".{stem}.{secrets.token_hex(6)}.tmp{suffix}"
+
+
+def temporary_pattern(stem: str, suffix: str = "") -> str:
+    """What the names that `temporary_name` gives match; the stem may be a pattern as well."""
+    return f".{stem}.{_TOKEN}.tmp{suffix}"
+
+
+def sweep_files(folder: Path, pattern: str) -> None:
+    """Delete what killed writers of the files in `folder` that match `pattern` have left.
+
+    That is what `atomic_path` makes, and nothing else. Nobody may be writing these files.
+    """
+    place, name = os.path.split(pattern)
+    for rest in folder.glob(os.path.join(place, temporary_pattern(*os.path.splitext(name)))):
+        with suppress(OSError):
+            rest.unlink()
 
 
 @contextmanager
@@ -41,7 +65,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     An OSError that names another file than the temporary one passes unchanged.
     """
     target = Path(os.path.realpath(path))
-    temporary = target.with_name(f".{target.stem[:100]}.{secrets.token_hex(6)}.tmp{target.suffix}")
+    temporary = target.with_name(temporary_name(target.stem[:100], target.suffix))
     try:
         _check_regular(target)
         with _made(target.parent):
@@ -224,10 +248,10 @@ def _check_regular(path: Path) -> None:
 
 
 def _try_writing(folder: Path) -> None:
-    trial = folder / f".{secrets.token_hex(6)}.tmp"
+    trial = folder / temporary_name(TRIAL)
     try:
         with open(trial, "xb") as file:
-            file.write(_TRIAL)
+            file.write(_TRIAL_CONTENT)
             file.flush()
             os.fsync(file.fileno())
     finally:

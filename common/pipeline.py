@@ -18,8 +18,7 @@ from pymatgen.core import Element, Structure
 from common.backend import (
     Generator,
     SampleRequest,
-    available_backends,
-    load_backend,
+    backend_name,
     load_generator,
 )
 from common.checkpoint import checkpoint_folder, load_checkpoint, shipped
@@ -345,11 +344,19 @@ def _known_properties(folder: Path) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Engine:
-    """A loaded network and what ranks symmetries, with what identifies them."""
+    """A loaded network and what ranks symmetries, with what identifies them.
+
+    Attributes:
+        generator: the network.
+        ranker: what ranks symmetries.
+        checkpoint: name and hash of the network's weights.
+        backend: the framework of both, which is not ``auto``.
+    """
 
     generator: Generator
     ranker: Ranker
     checkpoint: dict[str, str]
+    backend: str
 
     @property
     def prior(self) -> "TemplatePrior":
@@ -369,8 +376,7 @@ def load_engine(
     Raises:
         UserError: if a file is missing or damaged, or the backend is not there.
     """
-    if backend not in ("auto", *available_backends()):
-        load_backend(backend)  # says what there is
+    backend = backend_name(backend)
     folder = find_checkpoint(
         properties, None if checkpoint is None else checkpoint_folder(checkpoint)
     )
@@ -384,7 +390,8 @@ def load_engine(
         model_folder(next(iter(properties), None), symmetry_model)  # says what names there are
     # First, for it chooses the device where a process has only one.
     generator = load_generator(folder, backend)
-    return Engine(generator, load_ranker(properties, symmetry_model, prior, backend), identity)
+    ranker = load_ranker(properties, symmetry_model, prior, backend)
+    return Engine(generator, ranker, identity, backend)
 
 
 def generate(

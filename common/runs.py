@@ -29,10 +29,13 @@ from common.crystal.structure import Crystal
 from common.errors import UserError
 from common.files import (
     LOCK,
+    TRIAL,
     alone_in,
     append_whole,
     output_folder,
     refused,
+    sweep_files,
+    temporary_pattern,
     write_atomic,
     write_together,
 )
@@ -52,6 +55,10 @@ from common.ranking import Ranker, rank_symmetries
 
 FORMAT_VERSION = 1
 _RUN, _JOURNAL = "run.json", "journal.jsonl"
+_RESULTS = ("results.json", "results.extxyz", "report.html")
+_WRITTEN = (TRIAL, _RUN, *_RESULTS, "*.cif", "*/*.cif")
+#: What a kill leaves in a folder before it is said which run it holds.
+_NOTHING = (LOCK, temporary_pattern(TRIAL), temporary_pattern("run", ".json"))
 #: Crystals sampled together; a kill costs at most so many, or twice as many where the last ones are
 #: compared in other processes meanwhile. A call of the network has one size however few crystals
 #: are in it, so that small batches take a third longer.
@@ -99,8 +106,9 @@ def generate_many(
 ) -> Outcome:
     """Answers requests into a folder.
 
-    The same call goes on where an interrupted one stopped; a finished run, or another one, is left
-    alone and a new folder (``out-2``, ``out-3``, ...) is taken.
+    The same call, with the same framework on the same kind of device, goes on where an interrupted
+    one stopped; a finished run, or another one, is left alone and a new folder (``out-2``,
+    ``out-3``, ...) is taken.
 
     Args:
         queries: see ``common.pipeline.make_query`` and ``common.requests.read_requests``.
@@ -166,12 +174,17 @@ def _distinct(identities: Iterable[dict[str, str]]) -> list[dict[str, str]]:
 def _describe_run(
     queries: Sequence[Query], settings: Settings, engines: dict[str | None, Engine]
 ) -> dict[str, Any]:
-    """What makes two runs the same: requests, settings, weights, prior and program."""
+    """What makes two runs the same: requests, settings, weights, prior, program and framework.
+
+    Another framework or device computes other last digits.
+    """
     first = next(iter(engines.values()))
     return {
         "format": "uni-mdm run",
         "version": FORMAT_VERSION,
         "created_by": f"uni-mdm {version('uni-mdm')}",
+        "backend": first.backend,
+        "device": first.generator.device,
         "settings": settings.to_dict(),
         "checkpoints": _distinct(engine.checkpoint for engine in engines.values()),
         "symmetry_models": _rankers(engines),
@@ -202,6 +215,8 @@ def _open_folder(out: Path, description: dict[str, Any]) -> Iterator[Path]:
         with output_folder(folder, "give another --out"), alone_in(folder) as locked:
             # Between the look and the lock another one may have finished this run.
             if locked and _may_use(folder, description):
+                for pattern in _WRITTEN:
+                    sweep_files(folder, pattern)
                 with _begun(folder, description):
                     yield folder
                 return
@@ -216,7 +231,10 @@ def _check_folder(out: Path) -> None:
 
 
 def _may_use(folder: Path, description: dict[str, Any]) -> bool:
-    """Whether a folder is not there yet, or is empty, or holds this run, interrupted."""
+    """Whether a folder is not there yet, or is empty, or holds this run, interrupted.
+
+    It counts as empty with what a kill leaves there before a run has begun.
+    """
     try:
         if not folder.exists():
             return True
@@ -239,7 +257,7 @@ def _begun(folder: Path, description: dict[str, Any]) -> Iterator[None]:
 
 def _may_resume(folder: Path, description: dict[str, Any]) -> bool:
     """Whether a folder is empty or holds this run, interrupted."""
-    if all(path.name == LOCK for path in folder.iterdir()):
+    if all(any(map(path.match, _NOTHING)) for path in folder.iterdir()):
         return True
     try:
         known = json.loads((folder / _RUN).read_text(encoding="utf-8"))
@@ -437,13 +455,8 @@ def _finish(folder: Path, description: dict[str, Any], entries: list[dict[str, A
 
     results = {**description, "format": "uni-mdm results", "results": entries}
     frames = (_extxyz(entry, row) for entry in entries for row in entry["crystals"])
-    write_together(
-        {
-            folder / "results.json": _dump(results),
-            folder / "results.extxyz": "".join(frames),
-            folder / "report.html": render_report(results),
-        }
-    )
+    contents = (_dump(results), "".join(frames), render_report(results))
+    write_together({folder / name: text for name, text in zip(_RESULTS, contents, strict=True)})
     write_atomic(folder / _RUN, _dump(description | {"status": "finished"}))
 
 

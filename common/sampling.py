@@ -133,6 +133,8 @@ class BaseGenerator(ABC):
     #: Padded edges in one call of the network. A call always has the same shape for a bucket,
     #: whatever is asked for: a crystal's bytes do not depend on what is sampled beside it.
     edges_per_call = 4096
+    #: Where it samples, as the framework calls it.
+    device: str
 
     def __init__(
         self,

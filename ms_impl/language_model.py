@@ -157,7 +157,7 @@ class LanguageModel:
     Args:
         model: the network.
         tokenizer: its own.
-        name: 12 hex digits that name the weights, or the folder's name.
+        name: 12 hex digits that name the weights.
         analogues: how many of them questions tell of, as in training.
     """
 
@@ -271,8 +271,9 @@ def load_language_model(
         analogues = int(saved.config.get("train", {}).get("analogues", 0))
         weights, config = _weights(saved, base)
     elif path.is_dir():
-        name, config = path.name, read_config(path)
+        config = read_config(path)
         weights = FolderWeights(path)
+        name = weights.name
     else:
         raise UserError(f"no language model at {path}: give a folder with config.json")
     tokenizer = load_tokenizer(path)

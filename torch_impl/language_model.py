@@ -112,7 +112,7 @@ class LanguageModel:
     Args:
         model: the network.
         tokenizer: its own.
-        name: 12 hex digits that name the weights, or the folder's name.
+        name: 12 hex digits that name the weights.
         analogues: how many of them questions tell of, as in training.
     """
 
@@ -260,8 +260,7 @@ def load_language_model(
         else:
             model = _network(saved)
     else:
-        model = _from_huggingface(path)
-        name = path.name
+        model, name = _from_huggingface(path)
     return LanguageModel(model.to(device), load_tokenizer(path), name, analogues)
 
 
@@ -273,7 +272,7 @@ def _network(saved: Checkpoint) -> GlmForCausalLM:
 
 def _base_of(adapter: Checkpoint, base: Path | None) -> GlmForCausalLM:
     folder, saved = base_of(adapter, base)
-    return _from_huggingface(folder) if saved is None else _network(saved)
+    return _from_huggingface(folder)[0] if saved is None else _network(saved)
 
 
 def _with_adapter(model: GlmForCausalLM, saved: Checkpoint) -> GlmForCausalLM:
@@ -294,12 +293,13 @@ def _with_adapter(model: GlmForCausalLM, saved: Checkpoint) -> GlmForCausalLM:
     return merged
 
 
-def _from_huggingface(folder: Path) -> GlmForCausalLM:
-    """Weights as transformers writes them, in one or several safetensors."""
+def _from_huggingface(folder: Path) -> tuple[GlmForCausalLM, str]:
+    """Weights as transformers writes them, in one or several safetensors, and what names them."""
     if not folder.is_dir():
         raise UserError(f"no language model at {folder}: give a folder with config.json")
     read_config(folder)
-    FolderWeights(folder)  # names a file that is damaged or absent, as transformers does not
+    # Tells which file is damaged or absent, as transformers does not.
+    name = FolderWeights(folder).name
     try:
         with _no_bars():
             model, report = GlmForCausalLM.from_pretrained(
@@ -315,7 +315,7 @@ def _from_huggingface(folder: Path) -> GlmForCausalLM:
     wrong = [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]
     if wrong:
         raise UserError(f"{folder}: weights do not belong to this network: {wrong[:5]}")
-    return model
+    return model, name
 
 
 @contextmanager

@@ -171,6 +171,7 @@ class KeptSamples:
 
     def __init__(self, generator: BaseGenerator, folder: Path, checkpoint: str) -> None:
         self.properties = generator.properties
+        self.device = generator.device
         self.device_name = generator.device_name
         self.seconds = 0.0
         """Of sampling, by whatever process."""

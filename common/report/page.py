@@ -342,6 +342,7 @@ def _provenance(results: Mapping[str, Any]) -> str:
     )
     pairs = [
         ("Program", results["created_by"]),
+        ("Computed with", f"{results['backend']} on {results['device']}"),
         ("Network", networks),
         ("Symmetries ranked by", rankers),
         ("Symmetry prior", results["prior"]["hash"]),

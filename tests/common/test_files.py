@@ -15,12 +15,14 @@ import pytest
 from common.errors import UserError
 from common.files import (
     LOCK,
+    TRIAL,
     alone_in,
     append_whole,
     atomic_path,
     one_at_a_time,
     output_file,
     output_folder,
+    sweep_files,
     unused,
     write_atomic,
     write_together,
@@ -281,6 +283,31 @@ with atomic_path({str(target)!r}) as temporary:
     process.wait(timeout=60)
     process.stdout.close()
     assert target.read_bytes() == b"old"
+
+
+def test_what_killed_writers_leave_is_swept(tmp_path: Path) -> None:
+    """And only that: not what has another name, and not what is like it."""
+    kept = [".a.0123456789ab.tmp", ".a.0123456789ab.tmp.txt", ".a.b.tmp.cif", "a.cif"]
+    for name in kept:
+        (tmp_path / name).write_text("precious")
+    for write in ("write_atomic(folder / 'a.cif', 'x')", "output_folder(folder).__enter__()"):
+        code = f"""
+import os, signal
+from pathlib import Path
+from common.files import output_folder, write_atomic
+os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)
+folder = Path({str(tmp_path)!r})
+{write}
+"""
+        with run(code) as process:
+            assert process.wait(timeout=60) == -signal.SIGKILL
+    assert len(listing(tmp_path)) == len(kept) + 2
+    sweep_files(tmp_path, "b.cif")
+    sweep_files(tmp_path, "*/a.cif")
+    assert len(listing(tmp_path)) == len(kept) + 2
+    sweep_files(tmp_path.parent, f"{tmp_path.name}/*.cif")
+    sweep_files(tmp_path, TRIAL)
+    assert listing(tmp_path) == sorted(kept)
 
 
 def test_an_unused_name_is_numbered(tmp_path: Path) -> None:

@@ -431,6 +431,53 @@ def test_many_requests(
     assert other.folder == tmp_path / "whole-3"
 
 
+def test_a_run_goes_on_where_it_was_begun(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other devices compute other last digits; for frameworks see parity/test_generate.py."""
+    device = "cpu"
+
+    def load(*arguments) -> pipeline.Engine:
+        engine = load_engine(*arguments)
+        engine.generator.device = device
+        return engine
+
+    def made(backend: str = "torch") -> Outcome:
+        return generate_many(
+            [make_query("NaCl"), make_query("KBr")],
+            tmp_path / "out",
+            Settings(1, 1),
+            backend=backend,
+            checkpoint=checkpoint,
+            symmetry_model="prior",
+        )
+
+    original, calls = runs.sample_symmetries, []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    monkeypatch.setattr(runs, "load_engine", load)
+    monkeypatch.setattr(runs, "_BATCH", 1)
+    with monkeypatch.context() as patched:
+        patched.setattr(runs, "sample_symmetries", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            made()
+    device = "cpu:0"
+    other = made()
+    assert (other.folder, other.resumed) == (tmp_path / "out-2", 0)
+    device = "cpu"
+    finished = made("auto")
+    assert (finished.folder, finished.resumed) == (tmp_path / "out", 1)
+    for folder, name in ((tmp_path / "out", "cpu"), (tmp_path / "out-2", "cpu:0")):
+        results = json.loads((folder / "results.json").read_text())
+        assert (results["backend"], results["device"]) == ("torch", name)
+        assert f"torch on {name}" in (folder / "report.html").read_text()
+
+
 def test_progress_of_many_requests(checkpoint: Path, tmp_path: Path) -> None:
     told: dict[str, list[tuple[int, int]]] = {}
 
@@ -532,6 +579,41 @@ def test_foreign_folder_is_left_alone(checkpoint: Path, tmp_path: Path) -> None:
     outcome = generate_many([query], tmp_path / "mine", Settings(1, 1), checkpoint=checkpoint)
     assert outcome.folder == tmp_path / "mine-2"
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+def test_what_a_kill_leaves_is_no_content(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither of the first write in a folder, nor of later ones; other hidden files are."""
+
+    def made(name: str) -> Outcome:
+        queries = [make_query("NaCl"), make_query("KBr")]
+        arguments = {"checkpoint": checkpoint, "symmetry_model": "prior"}
+        return generate_many(queries, tmp_path / name, Settings(1, 1), **arguments)
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    def leave(*names: str) -> None:
+        for name in names:
+            path = tmp_path / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_text("half of")
+
+    leave("a/.lock", "a/.trial.0123456789ab.tmp", "a/.run.0123456789ab.tmp.json")
+    with monkeypatch.context() as patched:
+        patched.setattr(runs, "_finish", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            made("a")
+    later = ["a/.results.0123456789ab.tmp.json", "a/.report.0123456789ab.tmp.html"]
+    later += ["a/.run.0123456789ab.tmp.json", "a/00002_KBr/.01_KBr_225.0123456789ab.tmp.cif"]
+    leave(*later, "a/00001_NaCl/.mine.cif")
+    finished = made("a")
+    assert (finished.folder, finished.resumed) == (tmp_path / "a", 2)
+    assert list(finished.folder.rglob(".*")) == [tmp_path / "a" / "00001_NaCl" / ".mine.cif"]
+    leave("b/.notes.0123456789ab.tmp.txt")
+    assert made("b").folder == tmp_path / "b-2"
+    assert [path.name for path in (tmp_path / "b").iterdir()] == [".notes.0123456789ab.tmp.txt"]
 
 
 def test_file_in_the_folders_place_is_refused_before_a_network_is_loaded(tmp_path: Path) -> None:

@@ -62,6 +62,8 @@ def results(name: str = "") -> dict:
         "symmetry_models": [{"name": "glm", "hash": "fedcba987654"}],
         "prior": {"hash": "abc"},
         "created_by": "uni-mdm 0",
+        "backend": "torch",
+        "device": "cpu",
         "requests_sha256": "f" * 64,
         "attribution": "Materials Project, CC BY 4.0",
         "results": [done, failed],

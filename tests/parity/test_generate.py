@@ -10,12 +10,13 @@ import pytest
 from numpy.typing import NDArray
 from pymatgen.core import Structure
 
-from common import cli
+from common import cli, runs
 from common.backend import SampleRequest, load_generator
 from common.checkpoint import save_checkpoint
 from common.config import RunConfig
 from common.crystal.structure import Crystal
 from common.crystal.symmetry import space_group
+from common.pipeline import Settings, make_query
 from common.weights import MODEL_PREFIX, STANDARDIZER_PREFIX, Arrays
 from tests.networks import SMALL, fill_value, fitted, random_items
 from tests.parity.twins import Change, DisagreementError
@@ -200,3 +201,32 @@ def test_files(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "compiled" not in capsys.readouterr().err
     with pytest.raises(DisagreementError, match="of a cell"):
         compare_rows(mindspore, generated("torch", checkpoint, tmp_path / "other", seed=1))
+
+
+def test_a_run_goes_on_with_the_framework_that_began_it(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def made(backend: str) -> runs.Outcome:
+        queries = [make_query("NaCl", band_gap=gap) for gap in (1.0, 2.0)]
+        models = {"checkpoint": checkpoint, "symmetry_model": "prior"}
+        return runs.generate_many(
+            queries, tmp_path / "out", Settings(1, 1), backend=backend, **models
+        )
+
+    sample, calls = runs.sample_symmetries, []
+
+    def interrupted(*arguments: Any) -> list[list[list[Crystal]]]:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return sample(*arguments)
+
+    monkeypatch.setattr(runs, "_BATCH", 1)
+    with monkeypatch.context() as patched:
+        patched.setattr(runs, "sample_symmetries", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            made("torch")
+    for backend, folder, resumed in (("mindspore", "out-2", 0), ("torch", "out", 1)):
+        outcome = made(backend)
+        assert (outcome.folder, outcome.resumed) == (tmp_path / folder, resumed)
+        assert json.loads((outcome.folder / "results.json").read_text())["backend"] == backend

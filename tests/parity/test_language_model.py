@@ -1,6 +1,7 @@
 """The search asks MindSpore for what torch answers: scores with and without a past, rankings."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import huggingface_hub
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
 from common import backend
@@ -119,6 +121,22 @@ def test_what_a_folder_does_not_say_is_as_usual(name: str, tmp_path: Path) -> No
     ids = [first.tokenizer.question_ids(QUESTIONS[0])]
     ours, theirs = (logits(model, ids, [None])[0] for model in (first, second))
     assert np.abs(ours - theirs).max() < LIMIT
+
+
+def test_a_folder_is_named_by_its_weights(tmp_path: Path) -> None:
+    """Alike by both, wherever it is; other weights in a folder of its name are others."""
+    places = [tmp_path / "a" / "model", tmp_path / "b", tmp_path / "c" / "model"]
+    for place in places:
+        place.mkdir(parents=True)
+        foreign(place, lambda config: None)
+    weights = load_file(places[2] / "model.safetensors")
+    larger = {name: np.float32(1.01) * array for name, array in weights.items()}
+    save_file(larger, places[2] / "model.safetensors")
+    names = [[load(place).name for load in LOADERS] for place in places]
+    same, other = names[0][0], names[2][0]
+    assert names == [[same] * 2, [same] * 2, [other] * 2]
+    assert same != other
+    assert re.fullmatch("[0-9a-f]{12}", same)
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ class Knowing:
     """Gives the true crystal where its symmetry is asked for, and a random one elsewhere."""
 
     properties = ("formation_energy",)
-    device_name = "none"
+    device = device_name = "none"
 
     def __init__(self) -> None:
         self.requests: list[SampleRequest] = []

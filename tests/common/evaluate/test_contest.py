@@ -240,7 +240,7 @@ def test_other_requests_are_sampled_anew(tmp_path: Path) -> None:
 
     class Counting:
         properties: tuple[str, ...] = ()
-        device_name = "none"
+        device = device_name = "none"
         config = tiny_run()
         sizes = Generator.sizes
         made = 0
