@@ -4,6 +4,9 @@
 # They set SELF (their path) and MACHINES (how many), and call in this order: find_python, check_run,
 # open_logs, start, follow, and after a failure report or give_up.
 
+# Set below or by options, whatever the environment has by these names.
+CONFIG="" SETTINGS=() OUT="" STOPPED=""
+
 # Threads of many processes on one machine slow each other down; `uni-mdm train` shares out the CPUs.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 source "$(dirname "${BASH_SOURCE[0]}")/install.sh"
@@ -22,7 +25,7 @@ need_value() {
 take_argument() {
     if [[ $1 == -* ]]; then
         fail "no option $1 (see --help)"
-    elif [[ -z ${CONFIG:-} ]]; then
+    elif [[ -z $CONFIG ]]; then
         CONFIG="$1"
     elif [[ $1 == *=* ]]; then
         SETTINGS+=("$1")
@@ -45,7 +48,7 @@ need_port() {
 # find_python EXTRAS: sets PYTHON, the project's own unless the user says otherwise, once there is a CONFIG.
 find_python() {
     local program
-    [[ -n ${CONFIG:-} ]] || fail "CONFIG is missing (see --help)"
+    [[ -n $CONFIG ]] || fail "CONFIG is missing (see --help)"
     for program in pgrep pkill ps; do
         command -v "$program" >/dev/null || fail "$program is not found: install procps"
     done
@@ -100,7 +103,7 @@ SECONDS_TO_STOP=30
 
 # stop STATUS: asks the processes to write a checkpoint and end, and at the second time ends them.
 stop() {
-    if [[ -z ${STOPPED:-} ]]; then
+    if [[ -z $STOPPED ]]; then
         STOPPED="$1" DEADLINE=$((SECONDS + SECONDS_TO_STOP))
         ask_to_stop
     else
@@ -134,14 +137,14 @@ follow() {
             ended=yes
             end_launcher
         fi
-        if [[ -n ${STOPPED:-} ]] && ((SECONDS > DEADLINE)); then
+        if [[ -n $STOPPED ]] && ((SECONDS > DEADLINE)); then
             stop "$STOPPED"
         fi
         sleep 1
     done
     wait "$LAUNCHER" || status=$?
     wait
-    [[ -z ${STOPPED:-} ]] || exit "$STOPPED"
+    [[ -z $STOPPED ]] || exit "$STOPPED"
     return "$status"
 }
 

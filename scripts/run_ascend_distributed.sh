@@ -31,8 +31,7 @@ set -euo pipefail
 SELF="${BASH_SOURCE[0]}"
 source "$(dirname "$SELF")/launch.sh"
 
-SETTINGS=()
-DEVICE=ascend OUT=""
+DEVICE=ascend
 while (($#)); do
     [[ $1 != --*=* ]] || set -- "${1%%=*}" "${1#*=}" "${@:2}"
     case "$1" in

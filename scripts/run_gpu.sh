@@ -25,8 +25,7 @@ set -euo pipefail
 SELF="${BASH_SOURCE[0]}"
 source "$(dirname "$SELF")/launch.sh"
 
-SETTINGS=()
-DEVICE=cuda NPROC="" OUT=""
+DEVICE=cuda NPROC="" LOG_DIR=""
 while (($#)); do
     [[ $1 != --*=* ]] || set -- "${1%%=*}" "${1#*=}" "${@:2}"
     case "$1" in

@@ -34,6 +34,8 @@ ASCEND = REPOSITORY / "scripts" / "run_ascend_distributed.sh"
 CPU = ("--device", "cpu")
 #: Generous, for a busy machine; how long the others live after a death is measured apart.
 TIMEOUT = 240
+#: What an environment may have for other ends, by the names of the scripts' own variables.
+NAMESAKES = {"CONFIG": "Release", "OUT": "/absent", "STOPPED": "1"}
 
 
 @dataclass(frozen=True)
@@ -168,7 +170,8 @@ def free_port() -> int:
 def by_torch(tiny: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of the run by two processes with torchrun."""
     out = tmp_path_factory.mktemp("gpu") / "run"
-    code, output, errors = result(GPU, *CPU, "--nproc", 2, "--out", out, tiny.config)
+    arguments = (*CPU, "--nproc", 2, "--out", out, tiny.config)
+    code, output, errors = result(GPU, *arguments, **NAMESAKES, LOG_DIR=str(out.parent))
     assert code == 0, errors
     assert "step 6 of 6" in output
     return out
@@ -251,6 +254,7 @@ def test_what_is_missing_for_gpus(tmp_path: Path) -> None:
     ("arguments", "environment", "expected"),
     [
         ((), {}, "CONFIG is missing"),
+        ((), NAMESAKES, "CONFIG is missing"),
         (("--device", "tpu", "x.yaml"), {}, "--device tpu"),
         (("--device", "cpu", "x.yaml"), {}, "needs --nproc"),
         (("--nproc", "0", "x.yaml"), {}, "--nproc 0"),
@@ -314,17 +318,17 @@ def alike(tmp_path_factory: pytest.TempPathFactory) -> Rehearsal:
     return Rehearsal(tmp_path_factory.mktemp("alike"))
 
 
-def msrun(out: Path, *arguments: object, workers: int = 2) -> Script:
+def msrun(out: Path, *arguments: object, workers: int = 2, **environment: str) -> Script:
     """Processes on this machine's CPUs, which find each other on a port of their own."""
     options = ("--worker_num", workers, "--master_port", free_port(), "--out", out)
-    return Script(ASCEND, *CPU, *options, *arguments)
+    return Script(ASCEND, *CPU, *options, *arguments, **environment)
 
 
 @pytest.fixture(scope="session")
 def by_msrun(alike: Rehearsal, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of the run by two processes with msrun."""
     out = tmp_path_factory.mktemp("ascend") / "run"
-    code, output, errors = msrun(out, alike.run.config).finish()
+    code, output, errors = msrun(out, alike.run.config, **NAMESAKES).finish()
     assert code == 0, errors
     assert "step 6 of 6" in output
     return out
