@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # Sourced by run_gpu.sh and run_ascend_distributed.sh: what starting many processes has in common.
 #
-# They set SELF (their path) and MACHINES (how many), and call in this order: find_python, check_run,
+# They set SELF (their path), MACHINES (how many) and NODE_RANK (which one), and call in this order: find_python, check_run,
 # open_logs, start, follow, and after a failure report or give_up.
 
 # Set below or by options, whatever the environment has by these names.
@@ -49,8 +49,8 @@ need_port() {
 find_python() {
     local program
     [[ -n $CONFIG ]] || fail "CONFIG is missing (see --help)"
-    for program in pgrep pkill ps; do
-        command -v "$program" >/dev/null || fail "$program is not found: install procps"
+    for program in pgrep pkill ps flock; do
+        command -v "$program" >/dev/null || fail "$program is not found: install procps and util-linux"
     done
     PYTHON="${PYTHON:-$VENV/bin/python}"
     is_python_311 "$PYTHON" || fail "no Python 3.11 at $PYTHON: set PYTHON, or install it with" \
@@ -71,10 +71,17 @@ check_run() {
     TRAIN+=(-- "$CONFIG")
 }
 
-# Sets LOG_DIR, a new folder for every start, unless the user says otherwise.
+# Sets LOG_DIR, a new folder for every start, unless the user says otherwise. A second start in OUT is
+# refused before it could stop the first one with its failure.
 open_logs() {
+    local lock="$OUT/logs/.machine_$NODE_RANK.lock"
     LOG_DIR="${LOG_DIR:-$OUT/logs/$(date +%Y%m%d-%H%M%S)}"
-    mkdir -p "$LOG_DIR" "$OUT/logs" || fail "cannot write $LOG_DIR: give another folder"
+    mkdir -p "$OUT/logs" || fail "cannot write $OUT/logs: give another --out"
+    # Held as long as this script or its launcher lives. File systems without locks keep nobody out.
+    exec 9>"$lock" || fail "cannot write $lock: give another --out"
+    flock --nonblock --conflict-exit-code 75 9 2>/dev/null || (($? != 75)) ||
+        fail "$OUT: another process trains there; give another --out"
+    mkdir -p "$LOG_DIR" || fail "cannot write $LOG_DIR: give another folder"
     export LOG_DIR
 }
 
@@ -83,8 +90,9 @@ open_logs() {
 start() {
     LAUNCHER_LOG="$1"
     shift
-    # The last failure on any machine; those of earlier starts are older than the stamp.
-    FAILURE="$OUT/logs/failure"
+    # The last failure on any machine of this start; those of earlier starts are older than the stamp.
+    FAILURE="$LOG_DIR/failure"
+    ((MACHINES == 1)) || FAILURE="$OUT/logs/failure"
     STAMP="$LAUNCHER_LOG.started"
     : >"$STAMP"
     trap 'rm -f "$STAMP"' EXIT

@@ -212,6 +212,38 @@ def test_killed_gpu_process_stops_the_others(tiny: Run, tmp_path: Path) -> None:
     assert re.fullmatch(r"error: rank 1 was killed by signal 9 \(KILL\).*worker_1\.log\)\n", errors)
 
 
+def test_second_start_leaves_the_first_alone(tiny: Run, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    arguments = (*CPU, "--nproc", 1, "--out", out, tiny.config, "train.steps=1000000")
+    first = Script(GPU, *arguments)
+    first.wait_for(out / "log.jsonl", 2)
+    code, output, errors = result(GPU, *arguments)
+    line = f"error: {out}: another process trains there; give another --out\n"
+    assert (code, output, errors) == (2, "", line)
+    logged = (out / "log.jsonl").read_text().count("\n")
+    time.sleep(5)  # it looks for failures every second
+    first.wait_for(out / "log.jsonl", logged + 2)
+    first.members(str(GPU))[0].terminate()
+    assert first.finish()[0] == 128 + signal.SIGTERM
+
+
+def test_failed_machine_stops_the_others(tiny: Run, tmp_path: Path) -> None:
+    """The first one's process would wait for the other's until its communication gives up."""
+    out = tmp_path / "run"
+    arguments = (*CPU, "--nproc", 1, "--out", out, tiny.config, "train.steps=1000000")
+    master = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    machines = [Script(GPU, *arguments, NODE_RANK=str(node), **master) for node in (0, 1)]
+    machines[0].wait_for(out / "log.jsonl", 2)
+    machines[1].worker(RANK="1").kill()
+    killed = time.monotonic()
+    endings = [machine.finish() for machine in machines]
+    assert time.monotonic() - killed < 30
+    line = r"error: rank 1 was killed by signal 9 \(KILL\).*worker_1\.log\)\n"
+    for code, _, errors in endings:
+        assert code
+        assert re.fullmatch(line, errors)
+
+
 def test_end_that_is_asked_for(tiny: Run, tmp_path: Path) -> None:
     """What a cluster's scheduler, or Ctrl-C, asks the script for; the same command goes on."""
     out = tmp_path / "run"
