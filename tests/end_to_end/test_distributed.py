@@ -375,6 +375,14 @@ def test_two_mindspore_processes_train_as_one(alike: Rehearsal, by_msrun: Path) 
     assert "step 6 of 6" in logs(by_msrun)["worker_0.log"]
 
 
+def test_one_mindspore_process_trains(alike: Rehearsal, tmp_path: Path) -> None:
+    """As on one NPU; msrun's scheduler stands beside it and trains nothing."""
+    out = tmp_path / "run"
+    code, _, errors = msrun(out, alike.run.config, workers=1).finish()
+    assert code == 0, errors
+    assert_same(rows(out), rows(alike.run.alone))
+
+
 def test_two_mindspore_processes_go_on(alike: Rehearsal, by_msrun: Path, tmp_path: Path) -> None:
     """With what a kill after the third step leaves."""
     out = tmp_path / "run"

@@ -117,14 +117,21 @@ def test_out_that_is_a_file(tmp_path: Path) -> None:
         prepare(tmp_path / "run", CONFIG, None)
 
 
-@pytest.mark.parametrize("variable", ["WORLD_SIZE", "MS_WORKER_NUM"])
+@pytest.mark.parametrize(
+    ("variable", "many", "alone"), [("WORLD_SIZE", "2", "1"), ("MS_WORKER_NUM", "1", "0")]
+)
 def test_one_of_many_processes_puts_nothing_aside(
-    variable: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    variable: str,
+    many: str,
+    alone: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setenv(variable, "2")
+    """One worker of msrun has a scheduler beside it."""
+    monkeypatch.setenv(variable, many)
     assert run(["train", "absent.yaml", "--fresh"]) == 2
     assert "--fresh" in capsys.readouterr().err
-    monkeypatch.setenv(variable, "1")
+    monkeypatch.setenv(variable, alone)
     assert run(["train", "absent.yaml", "--fresh"]) == 2
     assert "absent.yaml" in capsys.readouterr().err
 
