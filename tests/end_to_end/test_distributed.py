@@ -34,8 +34,15 @@ ASCEND = REPOSITORY / "scripts" / "run_ascend_distributed.sh"
 CPU = ("--device", "cpu")
 #: Generous, for a busy machine; how long the others live after a death is measured apart.
 TIMEOUT = 240
-#: What an environment may have for other ends, by the names of the scripts' own variables.
-NAMESAKES = {"CONFIG": "Release", "OUT": "/absent", "STOPPED": "1"}
+#: What an environment may have for other ends: by the names of the scripts' own variables, and as
+#: clusters' operators set it for either framework's launcher.
+NAMESAKES = {
+    "CONFIG": "Release",
+    "OUT": "/absent",
+    "STOPPED": "1",
+    "WORLD_SIZE": "2",
+    "MS_WORKER_NUM": "2",
+}
 
 
 @dataclass(frozen=True)
