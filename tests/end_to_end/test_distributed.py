@@ -180,6 +180,7 @@ def by_torch(tiny: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     arguments = (*CPU, "--nproc", 2, "--out", out, tiny.config)
     code, output, errors = result(GPU, *arguments, **NAMESAKES, LOG_DIR=str(out.parent))
     assert code == 0, errors
+    assert "tiny: training on 14 rows, 2 processes\n" in output
     assert "step 6 of 6" in output
     return out
 
