@@ -111,6 +111,21 @@ def test_settings_without_influence_may_change(tmp_path: Path) -> None:
     assert prepare(tmp_path, changed(log_every=1, checkpoint_every=2), None)
 
 
+def test_settings_of_speed_and_memory_may_change(tmp_path: Path) -> None:
+    """After memory has run out a run goes on; a setting of its result stays."""
+    lora = {"name": "x", "kind": "language", "lora": {}}
+
+    def with_train(**settings: object) -> LanguageRunConfig:
+        train = {"init_from": "glm4_tiny"} | settings
+        return LanguageRunConfig.model_validate(lora | {"train": train})
+
+    start_run(tmp_path, with_train())
+    cheaper = {"gradient_checkpointing": True, "fsdp": True, "compile": True}
+    assert prepare(tmp_path, with_train(**cheaper), None)
+    with pytest.raises(UserError, match=r"other train\.dropout: "):
+        prepare(tmp_path, with_train(dropout=0.5, **cheaper), None)
+
+
 def test_out_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("text")
     with pytest.raises(UserError, match="not a folder"):
