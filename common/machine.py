@@ -17,6 +17,9 @@ from common.errors import UserError
 
 Result = TypeVar("Result")
 
+#: How many a launcher says where a process is alone: msrun's scheduler is beside any number.
+_ALONE = {"WORLD_SIZE": 1, "MS_WORKER_NUM": 0}
+
 
 def cpu_count() -> int:
     """CPUs that this process may use, which in a container are fewer than there are."""
@@ -38,13 +41,13 @@ def cpu_share() -> int:
 
 
 def launched_by(variable: str) -> bool:
-    """Whether a launcher started this process together with others.
+    """Whether a launcher started this process together with others, msrun's scheduler among them.
 
     Args:
         variable: where it says how many: ``WORLD_SIZE`` (torchrun) or ``MS_WORKER_NUM`` (msrun).
     """
     count = os.environ.get(variable, "")
-    return count.isdecimal() and int(count) > 1
+    return count.isdecimal() and int(count) > _ALONE[variable]
 
 
 def let_threads_sleep() -> None:

@@ -366,8 +366,8 @@ def run_training(trainer: TrainingRun[Any], out: Path, resume: bool) -> None:
 
 
 def _run_training(trainer: TrainingRun[Any], out: Path, resume: bool) -> None:
+    folder = latest(out) if resume else None
     if resume:
-        folder = latest(out)
         assert folder is not None
         trainer.resume(folder)
     check_agreement(trainer)
@@ -375,7 +375,7 @@ def _run_training(trainer: TrainingRun[Any], out: Path, resume: bool) -> None:
         if trainer.shard.rank:
             _follow(trainer, request)
             return
-        for line in trainer.remarks:
+        for line in (*_beginning(trainer, folder), *trainer.remarks):
             print(line, flush=True)
         from common.training_log import TrainingLog  # slow to import, and only needed here
 
@@ -389,6 +389,14 @@ def _run_training(trainer: TrainingRun[Any], out: Path, resume: bool) -> None:
             card=model_card(trainer, validation),
         )
     print(f"{out / FINAL}: trained for {trainer.step} steps", flush=True)
+
+
+def _beginning(trainer: TrainingRun[Any], folder: Path | None) -> Iterator[str]:
+    """Lines for the user: what is trained, and the checkpoint that it goes on from, if any."""
+    processes = "1 process" if trainer.shard.count == 1 else f"{trainer.shard.count} processes"
+    yield f"{trainer.config.name}: training on {trainer.num_rows:,} rows, {processes}"
+    if folder:
+        yield f"going on from {folder}, after step {trainer.step} of {trainer.config.train.steps}"
 
 
 def _follow(trainer: TrainingRun[Any], request: StopRequest) -> None:

@@ -1,8 +1,11 @@
 # shellcheck shell=bash
 # Sourced by run_gpu.sh and run_ascend_distributed.sh: what starting many processes has in common.
 #
-# They set SELF (their path) and MACHINES (how many), and call in this order: find_python, check_run,
+# They set SELF (their path), MACHINES (how many) and NODE_RANK (which one), and call in this order: find_python, check_run,
 # open_logs, start, follow, and after a failure report or give_up.
+
+# Set below or by options, whatever the environment has by these names.
+CONFIG="" SETTINGS=() OUT="" STOPPED=""
 
 # Threads of many processes on one machine slow each other down; `uni-mdm train` shares out the CPUs.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
@@ -22,7 +25,7 @@ need_value() {
 take_argument() {
     if [[ $1 == -* ]]; then
         fail "no option $1 (see --help)"
-    elif [[ -z ${CONFIG:-} ]]; then
+    elif [[ -z $CONFIG ]]; then
         CONFIG="$1"
     elif [[ $1 == *=* ]]; then
         SETTINGS+=("$1")
@@ -45,9 +48,9 @@ need_port() {
 # find_python EXTRAS: sets PYTHON, the project's own unless the user says otherwise, once there is a CONFIG.
 find_python() {
     local program
-    [[ -n ${CONFIG:-} ]] || fail "CONFIG is missing (see --help)"
-    for program in pgrep pkill ps; do
-        command -v "$program" >/dev/null || fail "$program is not found: install procps"
+    [[ -n $CONFIG ]] || fail "CONFIG is missing (see --help)"
+    for program in pgrep pkill ps flock; do
+        command -v "$program" >/dev/null || fail "$program is not found: install procps and util-linux"
     done
     PYTHON="${PYTHON:-$VENV/bin/python}"
     is_python_311 "$PYTHON" || fail "no Python 3.11 at $PYTHON: set PYTHON, or install it with" \
@@ -68,10 +71,17 @@ check_run() {
     TRAIN+=(-- "$CONFIG")
 }
 
-# Sets LOG_DIR, a new folder for every start, unless the user says otherwise.
+# Sets LOG_DIR, a new folder for every start, unless the user says otherwise. A second start in OUT is
+# refused before it could stop the first one with its failure.
 open_logs() {
+    local lock="$OUT/logs/.machine_$NODE_RANK.lock"
     LOG_DIR="${LOG_DIR:-$OUT/logs/$(date +%Y%m%d-%H%M%S)}"
-    mkdir -p "$LOG_DIR" "$OUT/logs" || fail "cannot write $LOG_DIR: give another folder"
+    mkdir -p "$OUT/logs" || fail "cannot write $OUT/logs: give another --out"
+    # Held as long as this script or its launcher lives. File systems without locks keep nobody out.
+    exec 9>"$lock" || fail "cannot write $lock: give another --out"
+    flock --nonblock --conflict-exit-code 75 9 2>/dev/null || (($? != 75)) ||
+        fail "$OUT: another process trains there; give another --out"
+    mkdir -p "$LOG_DIR" || fail "cannot write $LOG_DIR: give another folder"
     export LOG_DIR
 }
 
@@ -80,8 +90,9 @@ open_logs() {
 start() {
     LAUNCHER_LOG="$1"
     shift
-    # The last failure on any machine; those of earlier starts are older than the stamp.
-    FAILURE="$OUT/logs/failure"
+    # The last failure on any machine of this start; those of earlier starts are older than the stamp.
+    FAILURE="$LOG_DIR/failure"
+    ((MACHINES == 1)) || FAILURE="$OUT/logs/failure"
     STAMP="$LAUNCHER_LOG.started"
     : >"$STAMP"
     trap 'rm -f "$STAMP"' EXIT
@@ -100,7 +111,7 @@ SECONDS_TO_STOP=30
 
 # stop STATUS: asks the processes to write a checkpoint and end, and at the second time ends them.
 stop() {
-    if [[ -z ${STOPPED:-} ]]; then
+    if [[ -z $STOPPED ]]; then
         STOPPED="$1" DEADLINE=$((SECONDS + SECONDS_TO_STOP))
         ask_to_stop
     else
@@ -134,14 +145,14 @@ follow() {
             ended=yes
             end_launcher
         fi
-        if [[ -n ${STOPPED:-} ]] && ((SECONDS > DEADLINE)); then
+        if [[ -n $STOPPED ]] && ((SECONDS > DEADLINE)); then
             stop "$STOPPED"
         fi
         sleep 1
     done
     wait "$LAUNCHER" || status=$?
     wait
-    [[ -z ${STOPPED:-} ]] || exit "$STOPPED"
+    [[ -z $STOPPED ]] || exit "$STOPPED"
     return "$status"
 }
 

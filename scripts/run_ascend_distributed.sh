@@ -31,8 +31,9 @@ set -euo pipefail
 SELF="${BASH_SOURCE[0]}"
 source "$(dirname "$SELF")/launch.sh"
 
-SETTINGS=()
-DEVICE=ascend OUT=""
+# What a cluster may have set for torchrun is not of this run.
+unset WORLD_SIZE LOCAL_WORLD_SIZE
+DEVICE=ascend
 while (($#)); do
     [[ $1 != --*=* ]] || set -- "${1%%=*}" "${1#*=}" "${@:2}"
     case "$1" in

@@ -25,8 +25,9 @@ set -euo pipefail
 SELF="${BASH_SOURCE[0]}"
 source "$(dirname "$SELF")/launch.sh"
 
-SETTINGS=()
-DEVICE=cuda NPROC="" OUT=""
+# What a cluster may have set for msrun is not of this run.
+unset MS_WORKER_NUM LOCAL_WORKER
+DEVICE=cuda NPROC="" LOG_DIR=""
 while (($#)); do
     [[ $1 != --*=* ]] || set -- "${1%%=*}" "${1#*=}" "${@:2}"
     case "$1" in

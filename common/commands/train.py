@@ -14,8 +14,16 @@ from common.errors import Interrupted, UserError
 from common.files import alone_in, output_folder, refused, unused
 from common.machine import cpu_share, launched_by
 
-#: Settings of `train` that may change when a run goes on, for they do not change its result.
-FREE_SETTINGS = {"validation_every", "checkpoint_every", "log_every"}
+#: Settings of `train` that may change when a run goes on: they change what it writes, its speed or
+#: its memory, but not what it computes.
+FREE_SETTINGS = {
+    "validation_every",
+    "checkpoint_every",
+    "log_every",
+    "compile",
+    "gradient_checkpointing",
+    "fsdp",
+}
 #: Settings of a network that its weights fit whatever they are; of properties the number counts.
 _FREE_OF_WEIGHTS = {"cell", "target", "properties"}
 #: What a language model's run imports beside the framework.

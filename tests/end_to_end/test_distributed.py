@@ -34,6 +34,15 @@ ASCEND = REPOSITORY / "scripts" / "run_ascend_distributed.sh"
 CPU = ("--device", "cpu")
 #: Generous, for a busy machine; how long the others live after a death is measured apart.
 TIMEOUT = 240
+#: What an environment may have for other ends: by the names of the scripts' own variables, and as
+#: clusters' operators set it for either framework's launcher.
+NAMESAKES = {
+    "CONFIG": "Release",
+    "OUT": "/absent",
+    "STOPPED": "1",
+    "WORLD_SIZE": "2",
+    "MS_WORKER_NUM": "2",
+}
 
 
 @dataclass(frozen=True)
@@ -168,8 +177,10 @@ def free_port() -> int:
 def by_torch(tiny: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of the run by two processes with torchrun."""
     out = tmp_path_factory.mktemp("gpu") / "run"
-    code, output, errors = result(GPU, *CPU, "--nproc", 2, "--out", out, tiny.config)
+    arguments = (*CPU, "--nproc", 2, "--out", out, tiny.config)
+    code, output, errors = result(GPU, *arguments, **NAMESAKES, LOG_DIR=str(out.parent))
     assert code == 0, errors
+    assert "tiny: training on 14 rows, 2 processes\n" in output
     assert "step 6 of 6" in output
     return out
 
@@ -207,6 +218,38 @@ def test_killed_gpu_process_stops_the_others(tiny: Run, tmp_path: Path) -> None:
     assert not script.members()
     assert code == 128 + signal.SIGKILL
     assert re.fullmatch(r"error: rank 1 was killed by signal 9 \(KILL\).*worker_1\.log\)\n", errors)
+
+
+def test_second_start_leaves_the_first_alone(tiny: Run, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    arguments = (*CPU, "--nproc", 1, "--out", out, tiny.config, "train.steps=1000000")
+    first = Script(GPU, *arguments)
+    first.wait_for(out / "log.jsonl", 2)
+    code, output, errors = result(GPU, *arguments)
+    line = f"error: {out}: another process trains there; give another --out\n"
+    assert (code, output, errors) == (2, "", line)
+    logged = (out / "log.jsonl").read_text().count("\n")
+    time.sleep(5)  # it looks for failures every second
+    first.wait_for(out / "log.jsonl", logged + 2)
+    first.members(str(GPU))[0].terminate()
+    assert first.finish()[0] == 128 + signal.SIGTERM
+
+
+def test_failed_machine_stops_the_others(tiny: Run, tmp_path: Path) -> None:
+    """The first one's process would wait for the other's until its communication gives up."""
+    out = tmp_path / "run"
+    arguments = (*CPU, "--nproc", 1, "--out", out, tiny.config, "train.steps=1000000")
+    master = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    machines = [Script(GPU, *arguments, NODE_RANK=str(node), **master) for node in (0, 1)]
+    machines[0].wait_for(out / "log.jsonl", 2)
+    machines[1].worker(RANK="1").kill()
+    killed = time.monotonic()
+    endings = [machine.finish() for machine in machines]
+    assert time.monotonic() - killed < 30
+    line = r"error: rank 1 was killed by signal 9 \(KILL\).*worker_1\.log\)\n"
+    for code, _, errors in endings:
+        assert code
+        assert re.fullmatch(line, errors)
 
 
 def test_end_that_is_asked_for(tiny: Run, tmp_path: Path) -> None:
@@ -251,6 +294,7 @@ def test_what_is_missing_for_gpus(tmp_path: Path) -> None:
     ("arguments", "environment", "expected"),
     [
         ((), {}, "CONFIG is missing"),
+        ((), NAMESAKES, "CONFIG is missing"),
         (("--device", "tpu", "x.yaml"), {}, "--device tpu"),
         (("--device", "cpu", "x.yaml"), {}, "needs --nproc"),
         (("--nproc", "0", "x.yaml"), {}, "--nproc 0"),
@@ -314,17 +358,17 @@ def alike(tmp_path_factory: pytest.TempPathFactory) -> Rehearsal:
     return Rehearsal(tmp_path_factory.mktemp("alike"))
 
 
-def msrun(out: Path, *arguments: object, workers: int = 2) -> Script:
+def msrun(out: Path, *arguments: object, workers: int = 2, **environment: str) -> Script:
     """Processes on this machine's CPUs, which find each other on a port of their own."""
     options = ("--worker_num", workers, "--master_port", free_port(), "--out", out)
-    return Script(ASCEND, *CPU, *options, *arguments)
+    return Script(ASCEND, *CPU, *options, *arguments, **environment)
 
 
 @pytest.fixture(scope="session")
 def by_msrun(alike: Rehearsal, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of the run by two processes with msrun."""
     out = tmp_path_factory.mktemp("ascend") / "run"
-    code, output, errors = msrun(out, alike.run.config).finish()
+    code, output, errors = msrun(out, alike.run.config, **NAMESAKES).finish()
     assert code == 0, errors
     assert "step 6 of 6" in output
     return out
@@ -337,6 +381,14 @@ def test_two_mindspore_processes_train_as_one(alike: Rehearsal, by_msrun: Path) 
     assert config == alike.run.settings.model_dump(mode="json")
     assert {"worker_0.log", "worker_1.log", "scheduler.log"} <= set(logs(by_msrun))
     assert "step 6 of 6" in logs(by_msrun)["worker_0.log"]
+
+
+def test_one_mindspore_process_trains(alike: Rehearsal, tmp_path: Path) -> None:
+    """As on one NPU; msrun's scheduler stands beside it and trains nothing."""
+    out = tmp_path / "run"
+    code, _, errors = msrun(out, alike.run.config, workers=1).finish()
+    assert code == 0, errors
+    assert_same(rows(out), rows(alike.run.alone))
 
 
 def test_two_mindspore_processes_go_on(alike: Rehearsal, by_msrun: Path, tmp_path: Path) -> None:

@@ -197,7 +197,7 @@ def test_rows_without_a_property_are_learned(
     write_records(rows, path)
     train(tiny_run(path, steps=3), tmp_path / "run")
     said = f"{path}: 5 of {len(rows)} rows have no formation_energy and are learned without it"
-    assert said in capsys.readouterr().out.splitlines()[0]
+    assert said in capsys.readouterr().out.splitlines()[1]
     trainer = trainer_of(rows, tiny_run(path))
     assert trainer.num_rows == len(rows)
     known = [r.properties["formation_energy"] for r in records[5:]]
@@ -291,15 +291,22 @@ def test_resumed_run_ends_with_the_same_bytes(
     parquet: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
     diffusion: dict[str, object],
 ) -> None:
+    """What is trained is said, and where it goes on."""
     model: dict[str, object] = {"properties": []} if diffusion else {}
     run = tiny_run(parquet, model=model, diffusion=diffusion)
     train(run, tmp_path / "whole", device="cpu")
+    what = f"{run.name}: training on {len(TEXTBOOK)} rows, 1 process"
+    assert capsys.readouterr().out.startswith(f"{what}\n")
     run_until(run, tmp_path / "parts", 5, monkeypatch)
     assert latest(tmp_path / "parts") == tmp_path / "parts" / "step_00000003"
     assert not (tmp_path / "parts" / "final").exists()
+    capsys.readouterr()
     train(run, tmp_path / "parts", resume=True, device="cpu")
+    where = f"going on from {tmp_path}/parts/step_00000003, after step 3 of 6"
+    assert capsys.readouterr().out.startswith(f"{what}\n{where}\n")
     for name in ("final/model.safetensors", "step_00000006/optimizer.safetensors"):
         whole, parts = (tmp_path / folder / name for folder in ("whole", "parts"))
         assert whole.read_bytes() == parts.read_bytes()

@@ -111,20 +111,42 @@ def test_settings_without_influence_may_change(tmp_path: Path) -> None:
     assert prepare(tmp_path, changed(log_every=1, checkpoint_every=2), None)
 
 
+def test_settings_of_speed_and_memory_may_change(tmp_path: Path) -> None:
+    """After memory has run out a run goes on; a setting of its result stays."""
+    lora = {"name": "x", "kind": "language", "lora": {}}
+
+    def with_train(**settings: object) -> LanguageRunConfig:
+        train = {"init_from": "glm4_tiny"} | settings
+        return LanguageRunConfig.model_validate(lora | {"train": train})
+
+    start_run(tmp_path, with_train())
+    cheaper = {"gradient_checkpointing": True, "fsdp": True, "compile": True}
+    assert prepare(tmp_path, with_train(**cheaper), None)
+    with pytest.raises(UserError, match=r"other train\.dropout: "):
+        prepare(tmp_path, with_train(dropout=0.5, **cheaper), None)
+
+
 def test_out_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("text")
     with pytest.raises(UserError, match="not a folder"):
         prepare(tmp_path / "run", CONFIG, None)
 
 
-@pytest.mark.parametrize("variable", ["WORLD_SIZE", "MS_WORKER_NUM"])
+@pytest.mark.parametrize(
+    ("variable", "many", "alone"), [("WORLD_SIZE", "2", "1"), ("MS_WORKER_NUM", "1", "0")]
+)
 def test_one_of_many_processes_puts_nothing_aside(
-    variable: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    variable: str,
+    many: str,
+    alone: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setenv(variable, "2")
+    """One worker of msrun has a scheduler beside it."""
+    monkeypatch.setenv(variable, many)
     assert run(["train", "absent.yaml", "--fresh"]) == 2
     assert "--fresh" in capsys.readouterr().err
-    monkeypatch.setenv(variable, "1")
+    monkeypatch.setenv(variable, alone)
     assert run(["train", "absent.yaml", "--fresh"]) == 2
     assert "absent.yaml" in capsys.readouterr().err
 
