@@ -18,7 +18,7 @@ from transformers import GlmForCausalLM
 from typer.testing import CliRunner
 
 from ckpt_convert.convert import convert
-from ckpt_convert.stream import CHUNK, Stored, find_shards
+from ckpt_convert.stream import CHUNK, Piece, Stored, find_shards
 from common.checkpoint import (
     NATIVE,
     load_checkpoint,
@@ -247,6 +247,41 @@ def test_merged_as_peft_does(pair: tuple[Path, Path], tmp_path: Path, first: Any
         torch.testing.assert_close(tensor, wanted[name], rtol=1e-6, atol=1e-6)
         changed = any(part in name for part in ("q_proj.weight", "v_proj.w", "o_proj.w"))
         assert torch.equal(tensor, before[name]) != changed, name
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["transformers", "this project"])
+@pytest.mark.parametrize("renamed", [("base",), ("adapter",), ("base", "adapter")], ids=str)
+def test_merged_under_mindformers_names(
+    pair: tuple[Path, Path], tmp_path: Path, renamed: tuple[str, ...], own: bool
+) -> None:
+    """To the byte what comes of a base and an adapter under torch's names."""
+    known = shipped_language()
+    base, adapter = (known["glm4_tiny"], known["glm4_tiny_fm"]) if own else pair
+    convert(adapter, tmp_path / "wanted", "mindspore", base=base)
+    folders = {"base": base, "adapter": adapter}
+    for name in renamed:
+        convert(folders[name], tmp_path / "ms" / name, "mindspore")
+        folders[name] = tmp_path / "ms" / name
+    convert(folders["adapter"], tmp_path / "found", "mindspore", base=folders["base"])
+    assert contents(tmp_path / "found") == contents(tmp_path / "wanted")
+    convert(tmp_path / "found", tmp_path / "back", "torch")
+    convert(adapter, tmp_path / "merged", "torch", base=base)
+    assert contents(tmp_path / "back") == contents(tmp_path / "merged")
+
+
+def test_rows_of_several_pieces(tmp_path: Path) -> None:
+    """Cut within them, at their ends, and across."""
+    path = tmp_path / "numbers"
+    path.write_bytes(bytes(range(24)))
+    pieces = (Piece(path, 0, 4), Piece(path, 10, 6), Piece(path, 20, 2))
+    whole = Stored("U8", (6, 2), pieces)
+    data = b"".join(c for piece in pieces for c in piece.chunks())
+    for begin in range(6):
+        for end in range(begin + 1, 7):
+            part = whole.rows(begin, end)
+            assert (part.shape, part.size) == ((end - begin, 2), 2 * (end - begin))
+            found = b"".join(c for piece in part.pieces for c in piece.chunks())
+            assert found == data[2 * begin : 2 * end]
 
 
 def test_merged_bfloat16_is_rounded_like_torch(pair: tuple[Path, Path], tmp_path: Path) -> None:
