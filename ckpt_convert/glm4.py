@@ -25,6 +25,8 @@ from ckpt_convert.stream import Shard, Stored, find_shards, index_text, join, wr
 from common.checkpoint import (
     ADAPTER,
     MANIFEST,
+    MINDFORMERS,
+    MINDFORMERS_ADAPTER,
     NATIVE,
     Content,
     Layout,
@@ -41,9 +43,6 @@ from common.language.foreign import INDEX_SUFFIX, FolderWeights, check_base
 from common.language.parameters import Parameter, check_network, parameters
 
 CONFIG = "config.json"
-#: What manifests call the folders with MindFormers' names.
-MINDFORMERS = Layout("uni-mdm MindFormers checkpoint", NATIVE.model)
-MINDFORMERS_ADAPTER = Layout("uni-mdm MindFormers adapter", ADAPTER.model)
 _LAYOUTS: dict[tuple[bool, Framework], Layout] = {
     (False, "torch"): NATIVE,
     (False, "mindspore"): MINDFORMERS,

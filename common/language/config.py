@@ -147,6 +147,9 @@ class LanguageRunConfig(AnyRunConfig):
         None, description="Train only these additions to what train.init_from names."
     )
     train: LanguageTrainConfig = LanguageTrainConfig()
+    network: dict[str, Any] = Field(
+        {}, description="What MindFormers' YAML says of the base's network, and must be true of it."
+    )
     mindformers: dict[str, Any] = Field(
         {}, description="Sections of MindFormers' YAML that replace the usual ones (MindSpore)."
     )

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from common.checkpoint import (
     Checkpoint,
+    as_torch,
     checkpoint_folder,
     is_checkpoint,
     latest,
@@ -25,7 +26,7 @@ from common.checkpoint import (
 from common.errors import UserError
 from common.language.config import GlmConfig
 from common.language.hub import weights_folder
-from common.language.parameters import check_network
+from common.language.parameters import check_network, parameters
 
 CONFIG = "config.json"
 #: What follows the name that weights in one file would have, where they are in several.
@@ -143,6 +144,26 @@ def network_config(folder: Path, model: GlmConfig) -> dict[str, Any]:
             line = f"{path}: {theirs} is {content[theirs]}, but model.{ours} {getattr(model, ours)}"
             raise UserError(f"{line}: give the folder of the network that the run names")
     return content
+
+
+def check_names(weights: Mapping[str, Any], network: Mapping[str, Any], folder: Path) -> None:
+    """Makes sure that a folder's tensors are those of its network, by their names.
+
+    Args:
+        weights: the tensors by name.
+        network: content of config.json.
+        folder: theirs, for the error.
+
+    Raises:
+        UserError: if they are others, or have MindFormers' names.
+    """
+    table = list(parameters(network))
+    wrong = sorted(weights.keys() ^ {parameter.torch for parameter in table})
+    if not wrong:
+        return
+    if weights.keys() == {part for parameter in table for part in parameter.mindformers}:
+        raise UserError(f"{folder} has MindFormers' names: {as_torch(folder)}")
+    raise UserError(f"{folder}: weights do not belong to its network: {', '.join(wrong[:5])}")
 
 
 def read_index(path: Path) -> dict[str, Any]:

@@ -43,6 +43,16 @@ _PLACES = {
     "train.init_from": "load_checkpoint",
     "train.seed": "seed",
 }
+#: What a file says of the network, and a run has from the weights that it starts from.
+_OF_THE_BASE = (
+    "padded_vocab_size",
+    "kv_channels",
+    "layernorm_epsilon",
+    "rope_ratio",
+    "pad_token_id",
+    "eos_token_id",
+    "attention_dropout",
+)
 #: Of training, for which MindFormers has no place.
 _OWN = (
     "questions",
@@ -179,6 +189,29 @@ def model_config(run: LanguageRunConfig, network: Mapping[str, Any]) -> dict[str
     return settings
 
 
+def check_stated(run: LanguageRunConfig, network: Mapping[str, Any], where: str) -> None:
+    """Makes sure that a network is as the run's file in MindFormers' words has it, if it has one.
+
+    Args:
+        run: the run.
+        network: content of config.json, of what it starts from.
+        where: names that in errors.
+
+    Raises:
+        UserError: if a setting is another one.
+    """
+    if not run.network:
+        return
+    own = network_settings(network, run.model.positions)
+    wrong = [
+        f"model.model_config.{name} is {given}, but {own[name]} in {where}"
+        for name, given in run.network.items()
+        if given != own[name]
+    ]
+    if wrong:
+        raise UserError(f"{'; '.join(wrong)}: write that, or give another load_checkpoint")
+
+
 def parse_mindformers(data: Mapping[str, Any], where: str) -> LanguageRunConfig:
     """A run from MindFormers' YAML.
 
@@ -245,6 +278,7 @@ def _network(settings: Mapping[str, Any]) -> dict[str, Any]:
         "rope_theta": 10000.0 * settings["rope_ratio"],
         "pad_token_id": settings["pad_token_id"],
         "eos_token_id": settings["eos_token_id"],
+        "attention_dropout": settings["attention_dropout"],
     }
 
 
@@ -258,12 +292,13 @@ def _run_settings(data: Mapping[str, Any]) -> dict[str, Any]:
             "final_rate": round(schedule["lr_end"] / schedule["learning_rate"], 12),
             **data["uni_mdm"],
         },
+        "network": {name: network[name] for name in _OF_THE_BASE},
         "mindformers": passed_on({n: value for n, value in data.items() if n not in FILLED}),
     }
-    for ours, theirs in _PLACES.items():
-        *section, name = ours.split(".")
+    for setting, place in _PLACES.items():
+        *section, name = setting.split(".")
         value: Any = places
-        for key in theirs.split("."):
+        for key in place.split("."):
             value = value[key]
         (run[section[0]] if section else run)[name] = value
     run["train"]["init_from"] = run["train"]["init_from"] or None

@@ -1,5 +1,7 @@
 """Runs in the words of MindFormers' YAML: the shipped files, and what users get wrong."""
 
+import re
+import shutil
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -8,7 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from common.commands.train import parse_run
+from common.checkpoint import shipped_language
+from common.commands.train import check_start, parse_run
 from common.config import read_settings
 from common.errors import UserError
 from common.language.config import LanguageRunConfig
@@ -38,7 +41,7 @@ def test_shipped_file_is_the_same_run(path: Path) -> None:
     """As the file of that name in configs/, but for what only MindFormers has."""
     run, ours = parsed(path), parsed(path.parents[1] / path.name)
     assert run.mindformers.keys() >= {"context", "parallel", "parallel_config"}
-    assert run.model_copy(update={"mindformers": {}}) == ours
+    assert run.model_copy(update={"mindformers": {}, "network": {}}) == ours
     kept = yaml.safe_load(yaml.safe_dump(run.model_dump(mode="json")))
     assert parse_run(kept, "checkpoint") == run
 
@@ -136,6 +139,43 @@ def test_every_word_of_ours_has_a_place() -> None:
         found: Any = data | {"callbacks": callbacks}
         for key in place.split("."):
             found = found[key]
+
+
+@pytest.mark.parametrize("foreign", [False, True])
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ("rope_ratio=500.0", "rope_ratio is 500.0, but 1.0 in "),
+        ("padded_vocab_size=4096", "padded_vocab_size is 4096, but 1088 in "),
+        ("eos_token_id=5", "eos_token_id is 5, but 4 in "),
+        ("pad_token_id=7", "pad_token_id is 7, but 0 in "),
+        ("layernorm_epsilon=0.1", "layernorm_epsilon is 0.1, but 1.5625e-07 in "),
+        ("attention_dropout=0.5", "attention_dropout is 0.5, but 0.0 in "),
+    ],
+)
+def test_network_is_the_bases(foreign: bool, setting: str, told: str, tmp_path: Path) -> None:
+    """A checkpoint of this project, or a folder of transformers with the same weights."""
+    base = shipped_language()["glm4_tiny"]
+    if foreign:
+        base = shutil.copytree(base, tmp_path / "base")
+        (base / "manifest.json").unlink()
+    overrides = (f"load_checkpoint={base}", f"model.model_config.{setting}")
+    check_start(parse_run(read_settings(TINY, overrides[:1]), "x.yaml"))
+    run = parse_run(read_settings(TINY, overrides), "x.yaml")
+    if "epsilon" in setting and not foreign:
+        told = "model.norm_eps 1.5625e-07, not 0.1"
+    with pytest.raises(UserError, match=re.escape(told)):
+        check_start(run)
+
+
+def test_network_of_no_weights_is_this_versions() -> None:
+    words = ("load_checkpoint=''", "model.model_config.pet_config=null", "run_mode=train")
+    data = read_settings(TINY, words)
+    del data["model"]["model_config"]["pet_config"]
+    check_start(parse_run(data, "x.yaml"))
+    data["model"]["model_config"]["rope_ratio"] = 2.0
+    with pytest.raises(UserError, match=r"rope_ratio is 2\.0, but 1\.0 in this version's network"):
+        check_start(parse_run(data, "x.yaml"))
 
 
 def test_dropout_is_hidden_dropout(compact: SymmetryTokenizer) -> None:
