@@ -39,7 +39,7 @@ from common.checkpoint import (
 from common.errors import UserError
 from common.files import flush, flush_folder, refused
 from common.language.adapters import check_adapter
-from common.language.foreign import INDEX_SUFFIX, FolderWeights, check_base
+from common.language.foreign import INDEX_SUFFIX, check_base
 from common.language.parameters import Parameter, check_network, parameters
 
 CONFIG = "config.json"
@@ -168,11 +168,7 @@ def _check_base(adapter: Folder, base: Folder) -> list[str]:
     names = {name for shard in base.shards for name in shard.tensors}
     if not any(parameter.torch in names for parameter in parameters(base.config)):
         return [f"nobody knows whether {base.path}, under MindFormers' names, is its own base"]
-    if base.manifest is None:
-        name = FolderWeights(base.path).name
-    else:
-        name = str(base.manifest["files"][NATIVE.model]["sha256"])[:12]
-    check_base(adapter.path, adapter.config, base.path, name)
+    check_base(adapter.path, adapter.config, base.path)
     return []
 
 

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 from ckpt_convert.convert import convert
 from ckpt_convert.stream import CHUNK, Piece, Stored, find_shards
 from common.checkpoint import (
+    ADAPTER,
     NATIVE,
     load_checkpoint,
     save_checkpoint,
@@ -29,6 +30,7 @@ from common.checkpoint import (
 from common.cli import app
 from common.errors import UserError
 from common.language.config import GlmConfig, LoraConfig
+from common.language.foreign import FolderWeights, base_of, check_base
 from common.language.parameters import lora_parameters, parameters
 from common.language.tokenizer import compact_tokenizer
 from tests.conftest import REPOSITORY
@@ -326,6 +328,30 @@ def test_adapter_of_other_weights(tmp_path: Path) -> None:
     convert(known["glm4_tiny"], renamed, "mindspore")
     report = convert(known["glm4_tiny_fm"], tmp_path / "merged", "torch", base=renamed)
     assert "nobody knows whether" in report.notes[-1]
+
+
+def test_a_copy_of_the_base_without_manifest_is_the_base(tmp_path: Path) -> None:
+    """And gives the same weights; one that an earlier version has named differently does, too."""
+    known = shipped_language()
+    copy, adapter = tmp_path / "copy", tmp_path / "adapter"
+    shutil.copytree(known["glm4_tiny"], copy)
+    (copy / "manifest.json").unlink()
+    convert(known["glm4_tiny_fm"], tmp_path / "wanted", "torch", base=known["glm4_tiny"])
+    convert(known["glm4_tiny_fm"], tmp_path / "found", "torch", base=copy)
+    wanted = contents(tmp_path / "wanted")["model.safetensors"]
+    assert contents(tmp_path / "found")["model.safetensors"] == wanted
+    assert FolderWeights(copy).name == load_checkpoint(known["glm4_tiny"]).hash
+    saved = load_checkpoint(known["glm4_tiny_fm"])
+    config = json.loads((saved.path / "adapter_config.json").read_text())
+    config["revision"] = FolderWeights(copy).sample
+    companions = {"adapter_config.json": json.dumps(config).encode()}
+    save_checkpoint(
+        adapter, config=saved.config, model=saved.model, companions=companions, layout=ADAPTER
+    )
+    for base in (copy, known["glm4_tiny"]):
+        assert base_of(load_checkpoint(adapter), base)[0] == base
+        assert base_of(saved, base)[0] == base
+        check_base(adapter, config, base)
 
 
 @pytest.mark.parametrize("without", ["base", "adapter"])
