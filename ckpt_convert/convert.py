@@ -34,6 +34,7 @@ from common.checkpoint import (
     COMPANIONS,
     CONFIG,
     MANIFEST,
+    MINDSPORE,
     NATIVE,
     PRECEDENTS,
     STATE,
@@ -52,7 +53,6 @@ from common.files import atomic_path
 
 Notes = tuple[str, ...]
 
-MINDSPORE = Layout("uni-mdm MindSpore checkpoint", "model.ckpt", "optimizer.ckpt")
 LAYOUTS: dict[Framework, Layout] = {"mindspore": MINDSPORE, "torch": NATIVE}
 #: What a file that is written may be.
 FILE_SUFFIXES: dict[Framework, tuple[str, ...]] = {

@@ -24,6 +24,8 @@ from ckpt_convert.stream import Shard, Stored, find_shards, index_text, join, wr
 from common.checkpoint import (
     ADAPTER,
     MANIFEST,
+    MINDFORMERS,
+    MINDFORMERS_ADAPTER,
     NATIVE,
     Content,
     Layout,
@@ -36,13 +38,10 @@ from common.checkpoint import (
 from common.errors import UserError
 from common.files import flush, flush_folder, refused, temporary_name
 from common.language.adapters import check_adapter
-from common.language.foreign import INDEX_SUFFIX, FolderWeights, check_base
+from common.language.foreign import INDEX_SUFFIX, check_base
 from common.language.parameters import Parameter, check_network, parameters
 
 CONFIG = "config.json"
-#: What manifests call the folders with MindFormers' names.
-MINDFORMERS = Layout("uni-mdm MindFormers checkpoint", NATIVE.model)
-MINDFORMERS_ADAPTER = Layout("uni-mdm MindFormers adapter", ADAPTER.model)
 _LAYOUTS: dict[tuple[bool, Framework], Layout] = {
     (False, "torch"): NATIVE,
     (False, "mindspore"): MINDFORMERS,
@@ -168,11 +167,7 @@ def _check_base(adapter: Folder, base: Folder) -> list[str]:
     names = {name for shard in base.shards for name in shard.tensors}
     if not any(parameter.torch in names for parameter in parameters(base.config)):
         return [f"nobody knows whether {base.path}, under MindFormers' names, is its own base"]
-    if base.manifest is None:
-        name = FolderWeights(base.path).name
-    else:
-        name = str(base.manifest["files"][NATIVE.model]["sha256"])[:12]
-    check_base(adapter.path, adapter.config, base.path, name)
+    check_base(adapter.path, adapter.config, base.path)
     return []
 
 

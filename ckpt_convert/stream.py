@@ -76,15 +76,23 @@ class Stored:
         return sum(piece.size for piece in self.pieces)
 
     def rows(self, begin: int, end: int) -> "Stored":
-        """Some of the rows; only of a tensor in one piece."""
-        (piece,) = self.pieces
-        assert isinstance(piece, Piece)
-        size = piece.size // self.shape[0]
-        own = Piece(piece.path, piece.begin + begin * size, (end - begin) * size)
-        return Stored(self.dtype, (end - begin, *self.shape[1:]), (own,))
+        """Some of the rows; pieces that are not a file's bytes can only be taken whole."""
+        size = self.size // self.shape[0]
+        first, last = begin * size, end * size
+        taken: list[Content] = []
+        offset = 0
+        for piece in self.pieces:
+            start, stop = max(first - offset, 0), min(last - offset, piece.size)
+            if (start, stop) == (0, piece.size):
+                taken.append(piece)
+            elif start < stop:
+                assert isinstance(piece, Piece)
+                taken.append(Piece(piece.path, piece.begin + start, stop - start))
+            offset += piece.size
+        return Stored(self.dtype, (end - begin, *self.shape[1:]), tuple(taken))
 
     def split(self, count: int) -> list["Stored"]:
-        """Equal shares of the rows; only of a tensor in one piece."""
+        """Equal shares of the rows."""
         rows = self.shape[0] // count
         return [self.rows(i * rows, (i + 1) * rows) for i in range(count)]
 

@@ -102,6 +102,11 @@ NATIVE = Layout()
 #: What LoRA adds to a network, under the names of peft's files.
 ADAPTER = Layout("uni-mdm adapter", "adapter_model.safetensors")
 _LAYOUTS = {layout.format: layout for layout in (NATIVE, ADAPTER)}
+#: What `uni-mdm convert --to mindspore` makes of them, for other tools.
+MINDSPORE = Layout("uni-mdm MindSpore checkpoint", "model.ckpt", "optimizer.ckpt")
+MINDFORMERS = Layout("uni-mdm MindFormers checkpoint", NATIVE.model)
+MINDFORMERS_ADAPTER = Layout("uni-mdm MindFormers adapter", ADAPTER.model)
+_CONVERTED = {layout.format for layout in (MINDSPORE, MINDFORMERS, MINDFORMERS_ADAPTER)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -586,7 +591,8 @@ def read_manifest(folder: Path, layout: Layout = NATIVE) -> dict[str, Any]:
     """The manifest of that very folder; raises UserError if it is damaged or of another layout."""
     manifest = _parse_mapping(folder, MANIFEST, _read(folder, MANIFEST))
     if manifest.get("format") != layout.format:
-        raise _broken(folder, f"{MANIFEST} is not of a {layout.format}", "give another folder")
+        advice = as_torch(folder) if manifest.get("format") in _CONVERTED else "give another folder"
+        raise _broken(folder, f"{MANIFEST} is not of a {layout.format}", advice)
     if manifest.get("format_version") != FORMAT_VERSION:
         found = f"has format version {manifest.get('format_version')!r}, not {FORMAT_VERSION}"
         raise _broken(folder, found, "use the release of uni-mdm that wrote it")
@@ -603,6 +609,14 @@ def read_manifest(folder: Path, layout: Layout = NATIVE) -> dict[str, Any]:
     if not well_formed:
         raise _broken(folder, f"{MANIFEST} is damaged", "copy or download the checkpoint again")
     return manifest
+
+
+def as_torch(folder: Path) -> str:
+    """What to do with a folder that was converted to MindSpore's names."""
+    return (
+        "give another folder: what it was converted from, which every backend reads, or OUT of "
+        f"'uni-mdm convert {folder} OUT --to torch'"
+    )
 
 
 def _is_entry(entry: Any) -> bool:

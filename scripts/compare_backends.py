@@ -24,7 +24,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from common.backend import SampleRequest, load_backend, load_generator
-from common.checkpoint import shipped
+from common.checkpoint import checkpoint_folder, shipped, shipped_language
 from common.commands.train import parse_run
 from common.config import AnyRunConfig, RunConfig, load_config, read_settings
 from common.crystal.structure import Crystal
@@ -270,7 +270,7 @@ def language(
                 f"{config}: no run of a language model, as configs/glm4_tiny_fm.yaml is"
             )
         base = parse_run(given, str(config)).train.init_from
-        if base is None or not Path(base).exists():
+        if base is None or not checkpoint_folder(base, shipped_language()).exists():
             base = str(Path(folder, "base"))
             made = given | {"lora": None, "name": "base", "mindformers": {}}
             run = parse_run(_short(made, base_steps, init_from=None, learning_rate=1.5e-3), "base")

@@ -13,7 +13,7 @@ from common.training import Shard, run_training
 from common.weights import MODEL_PREFIX, Arrays, model_weights
 from torch_impl.adamw import AUTOCAST, AveragedAdamW, as_tensor
 from torch_impl.crystal_dit import CrystalDiT
-from torch_impl.devices import available_device
+from torch_impl.devices import available_device, compiles
 from torch_impl.diffusion import Loss, NoisyTensors, denoising_loss
 from torch_impl.distributed import joined, sum_gradients, sum_values
 from torch_impl.tensors import TensorBatch
@@ -40,7 +40,8 @@ class Trainer(AveragedAdamW, BaseTrainer):
         settings = config.train
         torch.manual_seed(settings.seed)
         self.model = CrystalDiT(config.model).to(self.device)
-        if settings.compile:
+        compiled = compiles(settings.compile, self.device, tell=not shard.rank)
+        if compiled:
             # Where most of the time goes; whole networks compile for minutes on a CPU.
             for block in self.model.blocks:
                 block.fusion.compile(dynamic=True)
@@ -50,7 +51,7 @@ class Trainer(AveragedAdamW, BaseTrainer):
         self.network = sum_gradients(self.model)
         threads = min(torch.get_num_threads(), MAX_PARALLEL_CALLS)
         # Hooks, compiled code and the cache of autocast belong to one thread.
-        plain = not settings.compile and settings.precision == "float32"
+        plain = not compiled and settings.precision == "float32"
         if threads > 1 and self.device.type == "cpu" and plain and self.network is self.model:
             self.threads = SideBySide(threads)
 

@@ -17,7 +17,7 @@ from common.language.examples import TokenBatch
 from common.language.training import LanguageTrainer
 from common.training import Shard, records_of, run_training
 from torch_impl.adamw import AUTOCAST, AveragedAdamW
-from torch_impl.devices import available_device
+from torch_impl.devices import available_device, compiles
 from torch_impl.distributed import joined, share_out, sum_gradients, sum_values
 from torch_impl.glm4 import (
     AnswerLoss,
@@ -50,7 +50,7 @@ class Trainer(AveragedAdamW, LanguageTrainer):
         load_weights(self.model, self.first_weights(), str(settings.init_from))
         if settings.dropout:
             add_dropout(self.model, settings.dropout)  # before layers are compiled
-        if settings.compile:
+        if compiles(settings.compile, self.device, tell=not shard.rank):
             for layer in self.model.model.layers:
                 layer.compile(dynamic=True)
         if settings.gradient_checkpointing:

@@ -24,8 +24,8 @@ FREE_SETTINGS = {
     "gradient_checkpointing",
     "fsdp",
 }
-#: Settings of a network that its weights fit whatever they are; of properties the number counts.
-_FREE_OF_WEIGHTS = {"cell", "target", "properties"}
+#: Settings of a network that its weights fit whatever they are.
+_FREE_OF_WEIGHTS = {"cell", "target", "positions"}
 #: What a language model's run imports beside the framework.
 LANGUAGE_PACKAGES = {
     "torch": ("transformers", "peft"),
@@ -135,38 +135,51 @@ def check_start(run: AnyRunConfig) -> None:
     from common.training import start_folder  # slow to import, and most commands do without
 
     folder = start_folder(run)
-    if folder is None:
-        return
     if isinstance(run, RunConfig):
-        checkpoint, _ = verify(folder)
-        _check_network(run, checkpoint)
+        if folder is not None:
+            _check_network(run, verify(folder)[0])
         return
     from common.language.config import LanguageRunConfig  # what it needs may not be installed
-    from common.language.foreign import FolderWeights, is_foreign, network_config, refuse_adapter
+    from common.language.foreign import FolderWeights, check_names, is_foreign, refuse_adapter
+    from common.language.training import network_of
 
     assert isinstance(run, LanguageRunConfig)
-    if is_foreign(folder):
-        network_config(folder, run.model)
-        FolderWeights(folder)
-    else:
+    if folder is not None and is_foreign(folder):
+        _, network = network_of(run, folder)
+        check_names(FolderWeights(folder), network, folder)
+        return
+    if folder is not None:
         refuse_adapter(folder)
-        verify(folder)
+        folder, _ = verify(folder)
+        _check_network(run, folder)
+    network_of(run, folder)
 
 
-def _check_network(run: RunConfig, folder: Path) -> None:
+def _check_network(run: AnyRunConfig, folder: Path) -> None:
     """Raises UserError if the weights of a checkpoint are of a network that is built otherwise."""
-    config = read_settings(folder / CONFIG)
-    if config.get("kind"):
-        raise UserError(f"{folder} is a {config['kind']} model; give a Crystal DiT's checkpoint")
-    theirs, ours = parse_config(config, f"{folder}/{CONFIG}").model, run.model
-    names = [name for name in type(ours).model_fields if name not in _FREE_OF_WEIGHTS]
-    pairs = [(name, getattr(theirs, name), getattr(ours, name)) for name in names]
-    pairs.append(("properties", len(theirs.properties), len(ours.properties)))
-    if differ := [f"{name} {there}, not {here}" for name, there, here in pairs if there != here]:
+    found = parse_run(read_settings(folder / CONFIG), f"{folder}/{CONFIG}")
+    if type(found) is not type(run):
+        raise UserError(f"{folder} is a {_kind(found)}; give a {_kind(run)}'s checkpoint")
+    theirs, ours = found.model_dump()["model"], run.model_dump()["model"]
+    if "properties" in ours:  # of which the number counts
+        theirs["properties"], ours["properties"] = map(
+            len, (theirs["properties"], ours["properties"])
+        )
+    differ = [
+        f"{name} {theirs[name]}, not {here}"
+        for name, here in ours.items()
+        if name not in _FREE_OF_WEIGHTS and theirs[name] != here
+    ]
+    if differ:
         raise UserError(
             f"{folder} has another network: model.{', model.'.join(differ)}; "
             "give the configuration that it was trained with, or another train.init_from"
         )
+
+
+def _kind(run: AnyRunConfig) -> str:
+    """What a run trains."""
+    return "Crystal DiT" if isinstance(run, RunConfig) else "language model"
 
 
 def prepare(

@@ -5,29 +5,8 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from common.config import AnyRunConfig, Optimisation, PropertyName, Settings
+from common.language.mindformers_sections import FILLED, unheeded
 from common.language.tokenizer import SymmetryTokenizer
-
-#: Sections of MindFormers' YAML that our settings fill; others are kept as they are.
-FILLED = frozenset(
-    [
-        "seed",
-        "run_mode",
-        "load_checkpoint",
-        "model",
-        "trainer",
-        "train_dataset",
-        "train_dataset_task",
-        "eval_dataset",
-        "eval_step_interval",
-        "runner_config",
-        "runner_wrapper",
-        "lr_schedule",
-        "optimizer",
-        "recompute_config",
-        "callbacks",
-        "uni_mdm",
-    ]
-)
 
 
 class GlmConfig(Settings):
@@ -168,6 +147,9 @@ class LanguageRunConfig(AnyRunConfig):
         None, description="Train only these additions to what train.init_from names."
     )
     train: LanguageTrainConfig = LanguageTrainConfig()
+    network: dict[str, Any] = Field(
+        {}, description="What MindFormers' YAML says of the base's network, and must be true of it."
+    )
     mindformers: dict[str, Any] = Field(
         {}, description="Sections of MindFormers' YAML that replace the usual ones (MindSpore)."
     )
@@ -185,4 +167,10 @@ class LanguageRunConfig(AnyRunConfig):
         if filled := FILLED & self.mindformers.keys():
             names = ", ".join(sorted(filled))
             raise ValueError(f"mindformers.{names}: other settings say it, for every framework")
+        return self
+
+    @model_validator(mode="after")
+    def _heeds_all(self) -> Self:
+        if lines := unheeded(self.mindformers):
+            raise ValueError("; ".join(f"mindformers.{line}" for line in lines[:5]))
         return self

@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from common.checkpoint import (
     Checkpoint,
+    as_torch,
     checkpoint_folder,
     is_checkpoint,
     latest,
@@ -25,7 +27,7 @@ from common.checkpoint import (
 from common.errors import UserError
 from common.language.config import GlmConfig
 from common.language.hub import weights_folder
-from common.language.parameters import check_network
+from common.language.parameters import check_network, parameters
 
 CONFIG = "config.json"
 #: What follows the name that weights in one file would have, where they are in several.
@@ -105,34 +107,29 @@ def base_of(adapter: Checkpoint, base: Path | None = None) -> tuple[Path, Checkp
     named = base or str(config.get("base_model_name_or_path"))
     folder = weights_folder(checkpoint_folder(named, shipped_language()))
     saved = None if is_foreign(folder) else load_checkpoint(folder)
-    name = FolderWeights(folder).name if saved is None else saved.hash
-    check_base(adapter.path, config, folder, name)
+    check_base(adapter.path, config, folder if saved is None else saved.path)
     return folder, saved
 
 
 def check_base(
-    adapter: Path,
-    config: Mapping[str, Any],
-    folder: Path | str,
-    name: str,
-    advice: str = "give its own base",
+    adapter: Path, config: Mapping[str, Any], folder: Path, advice: str = "give its own base"
 ) -> None:
     """Makes sure that an adapter of this project was trained on these weights.
 
     Args:
         adapter: its folder, for the error.
         config: content of its adapter_config.json.
-        folder: of the base, for the error.
-        name: 12 hex digits that name the base's weights.
+        folder: of the base, this project's or another tool's.
         advice: what to do with another one.
 
     Raises:
-        UserError: if it was trained on others.
+        UserError: if it was trained on others, or if there are none.
     """
-    if name != config.get("revision"):
+    weights, wanted = FolderWeights(folder), config.get("revision")
+    if wanted not in (weights.sample, weights.name):
         raise UserError(
-            f"adapter {adapter} belongs to weights {config.get('revision')}, but "
-            f"{folder} holds {name}: {advice}"
+            f"adapter {adapter} belongs to weights {wanted}, but "
+            f"{folder} holds {weights.name}: {advice}"
         )
 
 
@@ -150,6 +147,26 @@ def network_config(folder: Path, model: GlmConfig) -> dict[str, Any]:
             line = f"{path}: {theirs} is {content[theirs]}, but model.{ours} {getattr(model, ours)}"
             raise UserError(f"{line}: give the folder of the network that the run names")
     return content
+
+
+def check_names(weights: Mapping[str, Any], network: Mapping[str, Any], folder: Path) -> None:
+    """Makes sure that a folder's tensors are those of its network, by their names.
+
+    Args:
+        weights: the tensors by name.
+        network: content of config.json.
+        folder: theirs, for the error.
+
+    Raises:
+        UserError: if they are others, or have MindFormers' names.
+    """
+    table = list(parameters(network))
+    wrong = sorted(weights.keys() ^ {parameter.torch for parameter in table})
+    if not wrong:
+        return
+    if weights.keys() == {part for parameter in table for part in parameter.mindformers}:
+        raise UserError(f"{folder} has MindFormers' names: {as_torch(folder)}")
+    raise UserError(f"{folder}: weights do not belong to its network: {', '.join(wrong[:5])}")
 
 
 def read_index(path: Path) -> dict[str, Any]:
@@ -200,8 +217,7 @@ class FolderWeights(Mapping[str, NDArray[np.float32]]):
     """A folder's tensors by name, read when they are asked for.
 
     Attributes:
-        name: 12 hex digits that name the weights: of every file the size, the header, and the first
-            and last MiB, for all of it takes minutes.
+        sample: 12 hex digits, of every file's size, header, and first and last MiB.
 
     Raises:
         UserError: if there is none, a file is damaged, or one that an index names is absent.
@@ -236,7 +252,21 @@ class FolderWeights(Mapping[str, NDArray[np.float32]]):
         if index is not None:
             found = {name: entry.file.name for name, entry in self._entries.items()}
             check_index(path, index, found)
-        self.name = digest.hexdigest()[:12]
+        self.sample = digest.hexdigest()[:12]
+        self._files = files
+
+    @cached_property
+    def name(self) -> str:
+        """12 hex digits that name the weights.
+
+        Of a single file its SHA-256, as ``Checkpoint.hash``; so the same weights have the same
+        name with a manifest and without. Of several files ``sample``, for all of it takes minutes.
+        Earlier versions called a single file so as well.
+        """
+        if len(self._files) > 1:
+            return self.sample
+        with self._files[0].open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:12]
 
     def __len__(self) -> int:
         return len(self._entries)

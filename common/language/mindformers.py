@@ -6,14 +6,53 @@ no word for stands in the section ``uni_mdm``.
 """
 
 from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
 from typing import Any
 
 from common.config import parse_as
 from common.errors import UserError
-from common.language.config import FILLED, LanguageRunConfig
+from common.language.config import LanguageRunConfig
+from common.language.mindformers_sections import FILLED, KNOWN, differences, passed_on
 from common.language.parameters import ATTENTION
 from common.training import ADAM_BETAS, ADAM_EPS
 
+#: Where a file in MindFormers' words has our settings; callbacks are named by their types.
+_PLACES = {
+    "name": "trainer.model_name",
+    "model.layers": "model.model_config.num_layers",
+    "model.width": "model.model_config.hidden_size",
+    "model.heads": "model.model_config.num_attention_heads",
+    "model.groups": "model.model_config.multi_query_group_num",
+    "model.feed_forward": "model.model_config.ffn_hidden_size",
+    "model.positions": "model.model_config.seq_length",
+    "model.norm_eps": "model.model_config.layernorm_epsilon",
+    "train.data": "train_dataset.data_loader.dataset_dir",
+    "train.validation": "eval_dataset.data_loader.dataset_dir",
+    "train.validation_rows": "eval_dataset.rows",
+    "train.validation_every": "eval_step_interval",
+    "train.log_every": "callbacks.MFLossMonitor.per_print_times",
+    "train.checkpoint_every": "callbacks.CheckpointMonitor.save_checkpoint_steps",
+    "train.steps": "lr_schedule.total_steps",
+    "train.learning_rate": "lr_schedule.learning_rate",
+    "train.warmup": "lr_schedule.warmup_steps",
+    "train.weight_decay": "optimizer.weight_decay",
+    "train.clip_norm": "runner_wrapper.max_grad_norm",
+    "train.precision": "model.model_config.compute_dtype",
+    "train.dropout": "model.model_config.hidden_dropout",
+    "train.gradient_checkpointing": "recompute_config.recompute",
+    "train.init_from": "load_checkpoint",
+    "train.seed": "seed",
+}
+#: What a file says of the network, and a run has from the weights that it starts from.
+_OF_THE_BASE = (
+    "padded_vocab_size",
+    "kv_channels",
+    "layernorm_epsilon",
+    "rope_ratio",
+    "pad_token_id",
+    "eos_token_id",
+    "attention_dropout",
+)
 #: Of training, for which MindFormers has no place.
 _OWN = (
     "questions",
@@ -25,21 +64,15 @@ _OWN = (
     "compile",
     "fsdp",
 )
-#: What the others are where nobody says more: one process, or some with a part of the data each.
-USUAL: dict[str, Any] = {
-    "auto_trans_ckpt": False,
-    "only_save_strategy": False,
-    "resume_training": False,
-    "context": {"mode": 0, "max_call_depth": 10000, "save_graphs": False},
-    "parallel": {"parallel_mode": 0, "gradients_mean": True, "full_batch": False},
-    "parallel_config": {
-        "data_parallel": 1,
-        "model_parallel": 1,
-        "pipeline_stage": 1,
-        "micro_batch_num": 1,
-        "gradient_aggregation_group": 4,
-    },
-    "micro_batch_interleave_num": 1,
+_ADAPTER = "model.model_config.pet_config"
+#: Where users find all of our settings, some of which are not read as they stand there.
+SAID_AT = _PLACES | {
+    "train.final_rate": "lr_schedule.lr_end",
+    "lora.rank": f"{_ADAPTER}.lora_rank",
+    "lora.alpha": f"{_ADAPTER}.lora_alpha",
+    "lora.targets": f"{_ADAPTER}.target_modules",
+    "lora.base_precision": "model.model_config.param_init_type",
+    **{f"train.{name}": f"uni_mdm.{name}" for name in _OWN},
 }
 
 
@@ -51,7 +84,6 @@ def sections(run: LanguageRunConfig, network: Mapping[str, Any]) -> dict[str, An
         network: content of the network's config.json.
     """
     train = run.train
-    others = {**USUAL, **run.mindformers}
     return {
         "seed": train.seed,
         "run_mode": "finetune" if run.lora else "train",
@@ -96,7 +128,7 @@ def sections(run: LanguageRunConfig, network: Mapping[str, Any]) -> dict[str, An
             {"type": "MFLossMonitor", "per_print_times": train.log_every},
             {"type": "CheckpointMonitor", "save_checkpoint_steps": train.checkpoint_every},
         ],
-        **others,
+        **passed_on(run.mindformers),
         "uni_mdm": {name: _plain(getattr(train, name)) for name in _OWN},
     }
 
@@ -157,6 +189,29 @@ def model_config(run: LanguageRunConfig, network: Mapping[str, Any]) -> dict[str
     return settings
 
 
+def check_stated(run: LanguageRunConfig, network: Mapping[str, Any], where: str) -> None:
+    """Makes sure that a network is as the run's file in MindFormers' words has it, if it has one.
+
+    Args:
+        run: the run.
+        network: content of config.json, of what it starts from.
+        where: names that in errors.
+
+    Raises:
+        UserError: if a setting is another one.
+    """
+    if not run.network:
+        return
+    own = network_settings(network, run.model.positions)
+    wrong = [
+        f"model.model_config.{name} is {given}, but {own[name]} in {where}"
+        for name, given in run.network.items()
+        if given != own[name]
+    ]
+    if wrong:
+        raise UserError(f"{'; '.join(wrong)}: write that, or give another load_checkpoint")
+
+
 def parse_mindformers(data: Mapping[str, Any], where: str) -> LanguageRunConfig:
     """A run from MindFormers' YAML.
 
@@ -167,6 +222,8 @@ def parse_mindformers(data: Mapping[str, Any], where: str) -> LanguageRunConfig:
     Raises:
         UserError: if something is missing, out of its range, or would not be heeded.
     """
+    if unknown := list(_unknown(data)):
+        raise UserError(f"{where}: {'; '.join(unknown[:5])}")
     try:
         settings = _run_settings(data)
         network = _network(data["model"]["model_config"])
@@ -176,25 +233,35 @@ def parse_mindformers(data: Mapping[str, Any], where: str) -> LanguageRunConfig:
         reason = " ".join(str(error).split())[:120]
         raise UserError(f"{where}: not as in configs/mindformers: {reason}") from error
     run = parse_as(LanguageRunConfig, settings, where)
-    unheeded = list(_differences("", sections(run, network), data))
+    unheeded = list(differences("", sections(run, network), data))
     if unheeded:
         raise UserError(f"{where}: {'; '.join(unheeded[:5])}")
     return run
 
 
-def _differences(name: str, ours: Any, given: Any) -> Iterator[str]:
-    """Settings that are other ones here than what a file says."""
-    if isinstance(ours, Mapping) and isinstance(given, Mapping):
-        for key in (*ours, *(given.keys() - ours.keys())):
-            path = f"{name}.{key}".lstrip(".")
-            if key not in given:
-                yield f"{path} is missing: write {ours[key]}"
-            elif key not in ours:
-                yield f"{path} would not be heeded: leave it out"
-            else:
-                yield from _differences(path, ours[key], given[key])
-    elif ours != given:
-        yield f"{name} is {given}, but only {ours} is heeded"
+def _unknown(data: Mapping[str, Any]) -> Iterator[str]:
+    """A line for every setting at the top of a file, or in our words, that MindFormers lacks."""
+    for name, value in data.items():
+        inner = value if isinstance(value, Mapping) else {}
+        paths = [f"{name}.{key}" for key in inner]
+        if name in KNOWN:  # `model` is a section of both
+            paths = [path for path in paths if path in SAID_AT]
+        for path in paths or ([] if name in KNOWN else [str(name)]):
+            yield f"{path}: unknown in MindFormers' words{_meant(path)}"
+
+
+def _meant(path: str) -> str:
+    """What MindFormers calls one of our settings; or its section of nearly the same name."""
+    section, _, rest = path.partition(".")
+    if section == "mindformers" and rest:
+        return f"; here it is {rest}"
+    if path in SAID_AT:
+        *sections, kind, key = SAID_AT[path].split(".")
+        if sections == ["callbacks"]:
+            return f"; here it is {key} of {kind} in callbacks"
+        return f"; here it is {SAID_AT[path]}"
+    near = get_close_matches(section, sorted(KNOWN), n=1)
+    return f"; did you mean {'.'.join(filter(None, (*near, rest)))}?" if near else ""
 
 
 def _network(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -211,47 +278,30 @@ def _network(settings: Mapping[str, Any]) -> dict[str, Any]:
         "rope_theta": 10000.0 * settings["rope_ratio"],
         "pad_token_id": settings["pad_token_id"],
         "eos_token_id": settings["eos_token_id"],
+        "attention_dropout": settings["attention_dropout"],
     }
 
 
 def _run_settings(data: Mapping[str, Any]) -> dict[str, Any]:
     network, schedule = data["model"]["model_config"], data["lr_schedule"]
-    intervals = {item["type"]: item for item in data["callbacks"]}
-    train = {
-        "data": data["train_dataset"]["data_loader"]["dataset_dir"],
-        "validation": data["eval_dataset"]["data_loader"]["dataset_dir"],
-        "validation_rows": data["eval_dataset"]["rows"],
-        "validation_every": data["eval_step_interval"],
-        "log_every": intervals["MFLossMonitor"]["per_print_times"],
-        "checkpoint_every": intervals["CheckpointMonitor"]["save_checkpoint_steps"],
-        "steps": schedule["total_steps"],
-        "learning_rate": schedule["learning_rate"],
-        "warmup": schedule["warmup_steps"],
-        "final_rate": round(schedule["lr_end"] / schedule["learning_rate"], 12),
-        "weight_decay": data["optimizer"]["weight_decay"],
-        "clip_norm": data["runner_wrapper"]["max_grad_norm"],
-        "precision": network["compute_dtype"],
-        "dropout": network["hidden_dropout"],
-        "gradient_checkpointing": data["recompute_config"]["recompute"],
-        "init_from": data["load_checkpoint"] or None,
-        "seed": data["seed"],
-        **data["uni_mdm"],
-    }
-    run = {
-        "name": data["trainer"]["model_name"],
+    places = {**data, "callbacks": {item["type"]: item for item in data["callbacks"]}}
+    run: dict[str, Any] = {
         "kind": "language",
-        "model": {
-            "layers": network["num_layers"],
-            "width": network["hidden_size"],
-            "heads": network["num_attention_heads"],
-            "groups": network["multi_query_group_num"],
-            "feed_forward": network["ffn_hidden_size"],
-            "positions": network["seq_length"],
-            "norm_eps": network["layernorm_epsilon"],
+        "model": {},
+        "train": {
+            "final_rate": round(schedule["lr_end"] / schedule["learning_rate"], 12),
+            **data["uni_mdm"],
         },
-        "train": train,
-        "mindformers": {name: value for name, value in data.items() if name not in FILLED},
+        "network": {name: network[name] for name in _OF_THE_BASE},
+        "mindformers": passed_on({n: value for n, value in data.items() if n not in FILLED}),
     }
+    for setting, place in _PLACES.items():
+        *section, name = setting.split(".")
+        value: Any = places
+        for key in place.split("."):
+            value = value[key]
+        (run[section[0]] if section else run)[name] = value
+    run["train"]["init_from"] = run["train"]["init_from"] or None
     adapter = network.get("pet_config")
     if adapter is not None:
         ours = {f"{theirs}$": name for name, theirs in ATTENTION.items()}

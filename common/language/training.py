@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from common.checkpoint import ADAPTER, Checkpoint, load_checkpoint
+from common.checkpoint import ADAPTER, Checkpoint, latest, load_checkpoint
 from common.data.store import Record, lacking_lines
 from common.errors import UserError
 from common.language.analogues import AnalogueIndex
@@ -25,8 +25,9 @@ from common.language.foreign import (
     refuse_adapter,
 )
 from common.language.initial import initial_weights
+from common.language.mindformers import check_stated
 from common.language.parameters import lora_parameters, parameters
-from common.language.tokenizer import compact_tokenizer, load_tokenizer
+from common.language.tokenizer import SymmetryTokenizer, compact_tokenizer, load_tokenizer
 from common.training import Shard, TrainingRun
 from common.weights import Arrays
 
@@ -43,6 +44,7 @@ class LanguageTrainer(TrainingRun[TokenBatch]):
     Attributes:
         base: names the weights that the run starts from, if any.
         start: these.
+        start_path: their folder.
     """
 
     config: LanguageRunConfig
@@ -67,10 +69,10 @@ class LanguageTrainer(TrainingRun[TokenBatch]):
         )
         self.base: str | None = None
         self.start: Mapping[str, Any] | None = None
-        self.tokenizer = compact_tokenizer()
-        self.network_config = config.model.to_huggingface(self.tokenizer)
+        self.start_path: Path | None = None
         if self.start_folder is not None:
             self._begin_with(self.start_folder)
+        self.tokenizer, self.network_config = network_of(config, self.start_folder)
         if not validation_records:
             raise UserError(f"{settings.validation}: no crystal to watch")
         watched = validation_records[: settings.validation_rows]
@@ -90,30 +92,21 @@ class LanguageTrainer(TrainingRun[TokenBatch]):
                 )
 
     def _begin_with(self, folder: Path) -> None:
-        """Takes weights, and of a folder of transformers network and tokenizer as well."""
+        """Takes weights."""
         if is_foreign(folder):
-            self.tokenizer = load_tokenizer(folder)
-            self.network_config = network_config(folder, self.config.model)
-            self.network_config |= {"pad_token_id": self.tokenizer.pad_id}
             weights = FolderWeights(folder)
-            self.base, self.start = weights.name, weights
+            self.base, self.start, self.start_path = weights.name, weights, folder
             return
         refuse_adapter(folder)
         saved = load_checkpoint(folder)
-        tokens = saved.path / "tokenizer.json"
-        if tokens.is_file() and tokens.read_text() != self.tokenizer.files()[tokens.name]:
-            raise UserError(
-                f"{folder}: was trained with other tokens than this version's; train it anew"
-            )
-        self.base, self.start = saved.hash, saved.model
+        self.base, self.start, self.start_path = saved.hash, saved.model, saved.path
 
     def _check(self, saved: Checkpoint, folder: Path) -> None:
         """An adapter of another base does not fit."""
         if self.config.lora is not None:
-            assert self.base is not None
+            assert self.start_path is not None
             content = read_json(saved.path / "adapter_config.json")
-            start = str(self.config.train.init_from)
-            check_base(folder, content, start, self.base, self.advice)
+            check_base(folder, content, self.start_path, self.advice)
 
     def _examples(self, records: list[Record], rehearsals: int) -> Examples:
         settings = self.config.train
@@ -207,6 +200,36 @@ class LanguageTrainer(TrainingRun[TokenBatch]):
     def final(self) -> dict[str, Any]:
         """Arguments of ``common.checkpoint.save_checkpoint`` that every checkpoint has."""
         return super().final() | ({"layout": ADAPTER} if self.config.lora else {})
+
+
+def network_of(
+    run: LanguageRunConfig, folder: Path | None
+) -> tuple[SymmetryTokenizer, dict[str, Any]]:
+    """A run's tokenizer, and content of its network's config.json.
+
+    Of a folder of transformers both are its own, otherwise those of this version.
+
+    Args:
+        run: the run.
+        folder: what it starts from, if it does not start at random.
+
+    Raises:
+        UserError: if the network is another one than the run's, or if a checkpoint was trained
+            with other tokens.
+    """
+    if folder is not None and is_foreign(folder):
+        tokenizer = load_tokenizer(folder)
+        network = network_config(folder, run.model) | {"pad_token_id": tokenizer.pad_id}
+    else:
+        tokenizer = compact_tokenizer()
+        network = run.model.to_huggingface(tokenizer)
+        tokens = folder and (latest(folder) or folder) / "tokenizer.json"
+        if tokens and tokens.is_file() and tokens.read_text() != tokenizer.files()[tokens.name]:
+            raise UserError(
+                f"{folder}: was trained with other tokens than this version's; train it anew"
+            )
+    check_stated(run, network, str(folder or "this version's network"))
+    return tokenizer, network
 
 
 def _rows_asked(where: str, records: list[Record], questions: Sequence[str]) -> list[Record]:

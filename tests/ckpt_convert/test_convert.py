@@ -12,10 +12,11 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from ckpt_convert.convert import MINDSPORE, MisfitError, convert
+from ckpt_convert.convert import MisfitError, convert
 from ckpt_convert.crystal_dit import OPTIMIZER_PARTS, parameters
 from ckpt_convert.formats import read_tensors
 from common.checkpoint import (
+    MINDSPORE,
     load_checkpoint,
     save_checkpoint,
     shipped,

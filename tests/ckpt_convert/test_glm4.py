@@ -18,8 +18,9 @@ from transformers import GlmForCausalLM
 from typer.testing import CliRunner
 
 from ckpt_convert.convert import convert
-from ckpt_convert.stream import CHUNK, Stored, find_shards
+from ckpt_convert.stream import CHUNK, Piece, Stored, find_shards
 from common.checkpoint import (
+    ADAPTER,
     NATIVE,
     load_checkpoint,
     save_checkpoint,
@@ -29,6 +30,7 @@ from common.checkpoint import (
 from common.cli import app
 from common.errors import UserError
 from common.language.config import GlmConfig, LoraConfig
+from common.language.foreign import FolderWeights, base_of, check_base
 from common.language.parameters import lora_parameters, parameters
 from common.language.tokenizer import compact_tokenizer
 from tests.conftest import REPOSITORY
@@ -249,6 +251,41 @@ def test_merged_as_peft_does(pair: tuple[Path, Path], tmp_path: Path, first: Any
         assert torch.equal(tensor, before[name]) != changed, name
 
 
+@pytest.mark.parametrize("own", [False, True], ids=["transformers", "this project"])
+@pytest.mark.parametrize("renamed", [("base",), ("adapter",), ("base", "adapter")], ids=str)
+def test_merged_under_mindformers_names(
+    pair: tuple[Path, Path], tmp_path: Path, renamed: tuple[str, ...], own: bool
+) -> None:
+    """To the byte what comes of a base and an adapter under torch's names."""
+    known = shipped_language()
+    base, adapter = (known["glm4_tiny"], known["glm4_tiny_fm"]) if own else pair
+    convert(adapter, tmp_path / "wanted", "mindspore", base=base)
+    folders = {"base": base, "adapter": adapter}
+    for name in renamed:
+        convert(folders[name], tmp_path / "ms" / name, "mindspore")
+        folders[name] = tmp_path / "ms" / name
+    convert(folders["adapter"], tmp_path / "found", "mindspore", base=folders["base"])
+    assert contents(tmp_path / "found") == contents(tmp_path / "wanted")
+    convert(tmp_path / "found", tmp_path / "back", "torch")
+    convert(adapter, tmp_path / "merged", "torch", base=base)
+    assert contents(tmp_path / "back") == contents(tmp_path / "merged")
+
+
+def test_rows_of_several_pieces(tmp_path: Path) -> None:
+    """Cut within them, at their ends, and across."""
+    path = tmp_path / "numbers"
+    path.write_bytes(bytes(range(24)))
+    pieces = (Piece(path, 0, 4), Piece(path, 10, 6), Piece(path, 20, 2))
+    whole = Stored("U8", (6, 2), pieces)
+    data = b"".join(c for piece in pieces for c in piece.chunks())
+    for begin in range(6):
+        for end in range(begin + 1, 7):
+            part = whole.rows(begin, end)
+            assert (part.shape, part.size) == ((end - begin, 2), 2 * (end - begin))
+            found = b"".join(c for piece in part.pieces for c in piece.chunks())
+            assert found == data[2 * begin : 2 * end]
+
+
 def test_merged_bfloat16_is_rounded_like_torch(pair: tuple[Path, Path], tmp_path: Path) -> None:
     network().bfloat16().save_pretrained(tmp_path / "half")
     convert(pair[1], tmp_path / "merged", "torch", base=tmp_path / "half")
@@ -291,6 +328,30 @@ def test_adapter_of_other_weights(tmp_path: Path) -> None:
     convert(known["glm4_tiny"], renamed, "mindspore")
     report = convert(known["glm4_tiny_fm"], tmp_path / "merged", "torch", base=renamed)
     assert "nobody knows whether" in report.notes[-1]
+
+
+def test_a_copy_of_the_base_without_manifest_is_the_base(tmp_path: Path) -> None:
+    """And gives the same weights; one that an earlier version has named differently does, too."""
+    known = shipped_language()
+    copy, adapter = tmp_path / "copy", tmp_path / "adapter"
+    shutil.copytree(known["glm4_tiny"], copy)
+    (copy / "manifest.json").unlink()
+    convert(known["glm4_tiny_fm"], tmp_path / "wanted", "torch", base=known["glm4_tiny"])
+    convert(known["glm4_tiny_fm"], tmp_path / "found", "torch", base=copy)
+    wanted = contents(tmp_path / "wanted")["model.safetensors"]
+    assert contents(tmp_path / "found")["model.safetensors"] == wanted
+    assert FolderWeights(copy).name == load_checkpoint(known["glm4_tiny"]).hash
+    saved = load_checkpoint(known["glm4_tiny_fm"])
+    config = json.loads((saved.path / "adapter_config.json").read_text())
+    config["revision"] = FolderWeights(copy).sample
+    companions = {"adapter_config.json": json.dumps(config).encode()}
+    save_checkpoint(
+        adapter, config=saved.config, model=saved.model, companions=companions, layout=ADAPTER
+    )
+    for base in (copy, known["glm4_tiny"]):
+        assert base_of(load_checkpoint(adapter), base)[0] == base
+        assert base_of(saved, base)[0] == base
+        check_base(adapter, config, base)
 
 
 @pytest.mark.parametrize("without", ["base", "adapter"])

@@ -112,7 +112,7 @@ def test_absent_weights_are_told_before_processes_start(
     assert f"{base} does not exist" in told()
     shipped = shipped_language()["glm4_tiny"]
     shutil.copytree(shipped, base)
-    launch.main(config)
+    assert "has another network: model.width 192, not 256" in told()
     (base / "manifest.json").unlink()
     assert "hidden_size is 192, but model.width 256" in told()
     text = (base / "config.json").read_text()

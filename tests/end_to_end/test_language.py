@@ -58,7 +58,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     network = settings.model.to_huggingface(compact_tokenizer())
     # Larger than at birth, so that the additions matter.
     weights = {n: 3 * a for n, a in initial_weights(parameters(network), 0).items()}
-    save_checkpoint(folder / "base", config={}, model=weights)
+    of_base = {"name": "base", "kind": "language", "model": model}
+    save_checkpoint(folder / "base", config=of_base, model=weights)
     config = folder / "mindformers.yaml"
     config.write_text(yaml.safe_dump(sections(settings, network)))
     train_language(settings, folder / "alone", device="cpu")

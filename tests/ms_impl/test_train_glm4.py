@@ -1,11 +1,14 @@
 """GLM-4's rate of learning in a graph, and what is refused; tests/parity trains with it."""
 
+from importlib.util import find_spec
+
 import mindspore as ms
 import pytest
 
 from common.config import TORCH_ONLY, Optimisation
 from common.errors import UserError
 from common.language.config import LanguageRunConfig, LanguageTrainConfig
+from common.language.mindformers_sections import KNOWN
 from common.training import TrainingRun
 from ms_impl import glm4
 from ms_impl.device import say_unheeded
@@ -48,6 +51,18 @@ def test_precision() -> None:
 
 def test_unknown_weights() -> None:
     assert "does not exist" in trained(init_from="absent")
+
+
+@pytest.mark.skipif(
+    find_spec("mindformers") is None, reason="MindFormers is not installed: scripts/install.sh"
+)
+def test_sections_are_mindformers_own() -> None:
+    """Those that stand in its template, which completes a file; and nothing else reaches it."""
+    glm4.prepare_mindformers()
+    from mindformers.tools.register.template import CONFIG_NAME_TO_CLASS, GeneralConfig
+
+    own = {"run_mode", *GeneralConfig.keys(), *CONFIG_NAME_TO_CLASS} - {"general_config"}
+    assert KNOWN - {"uni_mdm"} == own
 
 
 def test_what_is_torchs_alone_is_said(capsys: pytest.CaptureFixture[str]) -> None:

@@ -348,6 +348,20 @@ def test_compiled_layers_drop(records: list[Record]) -> None:
     assert losses[1] == losses[2] != pytest.approx(losses[0], rel=1e-4)
 
 
+def test_without_a_compiler_it_trains_all_the_same(
+    records: list[Record], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As without ``train.compile``, and one of several processes says so."""
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    plain, other = (Trainer(language_run(compile=c), records, records) for c in (False, True))
+    assert capsys.readouterr().err.startswith("train.compile: without effect, for g++ is not found")
+    data = next(plain.batches())
+    assert plain.train_step(data) == other.train_step(data)
+    Trainer(language_run(compile=True), records, records, shard=Shard(1, 2))
+    assert not capsys.readouterr().err
+
+
 def test_log(trained: Path) -> None:
     rows = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if row["kind"] == "train"] == [1, 2, 3, 4, 5, 6]

@@ -718,3 +718,13 @@ def test_one_thread_where_state_is_its_own(
     with threads_per_operation(2):
         assert trainer_of(records, tiny_run(**settings)).threads is None
         assert trainer_of(records, tiny_run()).threads is not None
+
+
+def test_without_a_compiler_threads_are_used(
+    records: list[Record], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    with threads_per_operation(2):
+        assert trainer_of(records, tiny_run(compile=True)).threads is not None
+    assert capsys.readouterr().err.startswith("train.compile: without effect, for g++ is not found")

@@ -1,10 +1,13 @@
 """Starting, resuming and replacing runs, before any framework is involved."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
+from ckpt_convert.convert import convert
 from common.checkpoint import latest, save_checkpoint, save_step, shipped, shipped_language
 from common.cli import run
 from common.commands.train import check_start, prepare
@@ -188,6 +191,54 @@ def test_weights_of_another_network_are_told_before_data_are_read() -> None:
         check_start(starting(small, width=64, properties=["band_gap", "formation_energy"]))
     with pytest.raises(UserError, match="is a language model; give a Crystal DiT's"):
         check_start(starting(str(shipped_language()["glm4_tiny"])))
+
+
+def starting(start: Path | str, **model: object) -> LanguageRunConfig:
+    """A run that starts from a language model of the shipped one's sizes, if it says no others."""
+    sizes: dict[str, object] = {"layers": 4, "width": 192, "heads": 6, "feed_forward": 512}
+    train = {"init_from": str(start)}
+    data = {"name": "x", "kind": "language", "model": sizes | model, "train": train}
+    return LanguageRunConfig.model_validate(data)
+
+
+def test_a_language_models_base_is_told_before_data_are_read() -> None:
+    check_start(starting("glm4_tiny"))
+    check_start(starting("glm4_tiny", positions=256))
+    with pytest.raises(UserError, match=r"has another network: model\.layers 4, not 2; give"):
+        check_start(starting("glm4_tiny", layers=2))
+    with pytest.raises(UserError, match=r"another network: model\.width 192, not 96; give"):
+        check_start(starting("glm4_tiny", width=96))
+    with pytest.raises(UserError, match="is a Crystal DiT; give a language model's checkpoint"):
+        check_start(starting(shipped()["crystal_dit_small_fm"]))
+
+
+@pytest.mark.parametrize("manifest", [True, False])
+def test_a_base_in_mindformers_names_is_told_what_to_do(manifest: bool, tmp_path: Path) -> None:
+    """A folder of this project, and one of transformers."""
+    base = shutil.copytree(shipped_language()["glm4_tiny"], tmp_path / "base")
+    if not manifest:
+        (base / "manifest.json").unlink()
+    check_start(starting(base))
+    convert(base, tmp_path / "ms", "mindspore")
+    with pytest.raises(UserError, match=r"or OUT of 'uni-mdm convert .*ms OUT --to torch'"):
+        check_start(starting(tmp_path / "ms"))
+
+
+def test_a_crystal_dit_in_mindspores_files_is_told_what_to_do(tmp_path: Path) -> None:
+    convert(shipped()["crystal_dit_small_fm"], tmp_path / "ms", "mindspore")
+    told = r"give another folder: what it was converted from, .* OUT --to torch'"
+    with pytest.raises(UserError, match=told):
+        check_start(changed(init_from=str(tmp_path / "ms")))
+
+
+def test_weights_of_another_network_in_a_folder_of_transformers(tmp_path: Path) -> None:
+    base = shutil.copytree(shipped_language()["glm4_tiny"], tmp_path / "base")
+    (base / "manifest.json").unlink()
+    arrays = load_file(base / "model.safetensors")
+    arrays["extra"] = arrays.pop("lm_head.weight")
+    save_file(arrays, base / "model.safetensors")
+    with pytest.raises(UserError, match=r"do not belong to its network: extra, lm_head\.weight"):
+        check_start(starting(base))
 
 
 def test_a_shipped_name_is_a_folder_to_start_from() -> None:

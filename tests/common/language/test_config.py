@@ -5,11 +5,14 @@ from pathlib import Path
 import pytest
 from transformers import GlmConfig as HuggingFaceConfig
 
-from common.commands.train import parse_run
+from common.checkpoint import shipped_language
+from common.commands.train import check_start, parse_run
 from common.config import read_settings
 from common.errors import UserError
 from common.language.config import LanguageRunConfig
 from common.language.tokenizer import SymmetryTokenizer
+from common.training import start_folder
+from tests.conftest import REPOSITORY
 
 CONFIGS = sorted((Path(__file__).resolve().parents[3] / "configs").glob("glm4_*.yaml"))
 
@@ -29,6 +32,18 @@ def test_shipped_file(path: Path, compact: SymmetryTokenizer) -> None:
     for name in (*same, "tie_word_embeddings", "attention_dropout", "initializer_range"):
         assert own[name] == usual[name], name
     assert own.keys() - usual.keys() <= {"torch_dtype"}
+
+
+@pytest.mark.parametrize("folder", ["configs", "configs/mindformers"])
+@pytest.mark.parametrize("stem", ["glm4_tiny_bg", "glm4_tiny_fm"])
+def test_shipped_adapters_find_their_base_from_anywhere(
+    folder: str, stem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = REPOSITORY / folder / f"{stem}.yaml"
+    monkeypatch.chdir(tmp_path)
+    run = parse_run(read_settings(path), str(path))
+    check_start(run)
+    assert start_folder(run) == shipped_language()["glm4_tiny"]
 
 
 @pytest.mark.parametrize(
