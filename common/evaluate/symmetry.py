@@ -5,6 +5,7 @@ and is labelled ``higher``. That is decided by the operations themselves, not by
 a larger number is not a supergroup.
 """
 
+import logging
 import warnings
 from collections.abc import Mapping
 from enum import StrEnum
@@ -19,6 +20,9 @@ from common.crystal.symmetry import space_group
 from common.evaluate.validity import cell_is_sound
 
 Array = NDArray[np.float64]
+
+# That moyopy moves atoms far to make them symmetric shows in the group that it finds.
+logging.getLogger("moyo").setLevel(logging.ERROR)
 
 SYMPREC = 0.01
 """Tolerance of all tests here (A)."""
