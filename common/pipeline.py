@@ -593,8 +593,8 @@ def _warnings(
         if known is not None and not known[0] <= value <= known[1]:
             low, high = (float(f"{limit:.3g}") for limit in known)
             notes.append(
-                f"{name.replace('_', ' ')} {value:g} {TARGETS[name][0]} is beyond the training "
-                f"set's ({low:g} to {high:g}): the cell may be anything"
+                f"{name.replace('_', ' ')} {value:g} {TARGETS[name][0]} is beyond the known "
+                f"crystals' ({low:g} to {high:g}): the cell may be anything"
             )
     if nearest is not None and abs(nearest.volume_change or 0) > OTHER_VOLUME:
         differs = volume_text(nearest.to_dict())

@@ -325,31 +325,23 @@ def _shipped_table(folder: Path, trained_on: str) -> TemplatePrior:
     return prior
 
 
-def with_former(records: Sequence[Record], folder: Path, trained_on: str) -> list[Record]:
-    """Training rows, and behind them the crystals that a checkpoint starts from.
-
-    These without those of a row's formula and space group, which could be the row itself.
-
-    Args:
-        records: the rows.
-        folder: the checkpoint.
-        trained_on: fingerprint of its training rows.
-
-    Raises:
-        UserError: as ``load_precedents``.
-    """
+def former_rows(folder: Path, trained_on: str) -> list[Record]:
+    """The crystals that a checkpoint starts from, by ``load_precedents``'s rules."""
     path = folder / PRECEDENTS
     if path.exists():
-        former = read_records(path)
-    else:
-        known = _shipped_table(folder, trained_on).reference
-        former = [Record(known.material_id(i), known.crystal(i)) for i in range(len(known))]
-    own = {_formula_and_group(record) for record in records}
-    return [*records, *(one for one in former if _formula_and_group(one) not in own)]
+        return read_records(path)
+    known = _shipped_table(folder, trained_on).reference
+    return [Record(known.material_id(i), known.crystal(i)) for i in range(len(known))]
 
 
-def _formula_and_group(record: Record) -> tuple[str, int]:
-    return record.reduced_formula, record.crystal.space_group
+def unlike(records: Sequence[Record], others: Iterable[Record]) -> list[Record]:
+    """Those of other records that cannot be one of some rows, for formula or prototype differ."""
+    own = {_formula_and_template(record) for record in records}
+    return [other for other in others if _formula_and_template(other) not in own]
+
+
+def _formula_and_template(record: Record) -> tuple[str, Template]:
+    return record.reduced_formula, assign(record.crystal).template
 
 
 def precedents_file(records: Sequence[Record], indexed: str, trained_on: str) -> dict[str, bytes]:

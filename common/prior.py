@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -47,9 +47,6 @@ from common.templates import (
     role_permutations,
     template_sites,
 )
-
-if TYPE_CHECKING:
-    pass
 
 Array = NDArray[np.float64]
 

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from common.backend import load_generator
-from common.checkpoint import checkpoint_folder, load_checkpoint, shipped
+from common.checkpoint import PRECEDENTS, Checkpoint, checkpoint_folder, load_checkpoint, shipped
 from common.cli import OnceGroup
-from common.config import parse_config
+from common.config import RunConfig, parse_config
 from common.data.locations import DATASETS, dataset
-from common.data.store import Record
+from common.data.store import Record, read_records
 from common.diffusion.score import network_calls
 from common.errors import UserError
 from common.files import output_folder, unused
@@ -106,8 +106,8 @@ def crystals(
             if ranker.note:
                 raise UserError(ranker.note)
         references = _references(data, limit, workers)
-        training = dataset(config.train.data, workers)
-        evaluation = Evaluation(references, _split_name(data), training, config.train.data, workers)
+        training, name = _known_rows(saved, config, workers)
+        evaluation = Evaluation(references, _split_name(data), training, name, workers)
         calls = network_calls(config.diffusion, steps)
         if given == "composition":
             told = Told.of(references, generator.properties[:1], property_kind, seed)
@@ -230,6 +230,17 @@ def _default_checkpoint() -> Path:
     if folder is None:
         raise UserError("no shipped checkpoint is found: give --checkpoint")
     return folder
+
+
+def _known_rows(
+    saved: Checkpoint, config: RunConfig, workers: int | None
+) -> tuple[list[Record], str]:
+    """What a network has learned from or starts its samples from, and its name."""
+    path = saved.path / PRECEDENTS
+    if not path.is_file():
+        return dataset(config.train.data, workers), config.train.data
+    seen = dict.fromkeys(name for name, _ in saved.rows_seen) or [config.train.data]
+    return read_records(path), " and ".join(seen)
 
 
 def _references(data: str, limit: int | None, workers: int | None) -> list[Record]:

@@ -92,6 +92,17 @@ def parse_run(data: dict[str, Any], where: str) -> AnyRunConfig:
     return parse_as(LanguageRunConfig, data, where)
 
 
+def saved_run(data: dict[str, Any], where: str) -> AnyRunConfig:
+    """The run of a checkpoint, without what earlier versions kept and did not heed."""
+    given = data.get("mindformers")
+    if given:
+        from common.language.mindformers_sections import passed_on, unheeded
+
+        if unheeded(given):
+            data = data | {"mindformers": passed_on(given)}
+    return parse_run(data, where)
+
+
 def is_mindformers(data: dict[str, Any]) -> bool:
     """Whether settings are in the words of MindFormers' YAML."""
     return "kind" not in data and {"runner_config", "trainer"} <= data.keys()
@@ -157,7 +168,7 @@ def check_start(run: AnyRunConfig) -> None:
 
 def _check_network(run: AnyRunConfig, folder: Path) -> None:
     """Raises UserError if the weights of a checkpoint are of a network that is built otherwise."""
-    found = parse_run(read_settings(folder / CONFIG), f"{folder}/{CONFIG}")
+    found = saved_run(read_settings(folder / CONFIG), f"{folder}/{CONFIG}")
     if type(found) is not type(run):
         raise UserError(f"{folder} is a {_kind(found)}; give a {_kind(run)}'s checkpoint")
     theirs, ours = found.model_dump()["model"], run.model_dump()["model"]
@@ -214,7 +225,7 @@ def prepare(
         if finished:
             raise UserError(f"{folder} holds a finished run without its steps: {anew}")
         return False
-    started = parse_run(load_checkpoint(folder, optimizer=True).config, str(folder))
+    started = saved_run(load_checkpoint(folder, optimizer=True).config, str(folder))
     changed = _differences(started, config)
     if changed:
         names = ", ".join(changed)

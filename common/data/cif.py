@@ -165,11 +165,14 @@ def _check_stated(items: Mapping[str, Any], structure: Structure) -> None:
     pymatgen knows no moieties, and nothing behind a sum that is ``?``. What has decimals, or
     anything else that is no plain formula, is not compared.
     """
-    stated = [str(items[name]) for name in _FORMULAS if name in items]
-    formula = next((text for text in stated if text.strip() not in ("", "?", ".")), None)
-    if formula is None or not structure.is_ordered:
+    stated = [(name, str(items[name])) for name in _FORMULAS if name in items]
+    known = ((name, text) for name, text in stated if text.strip() not in ("", "?", "."))
+    name, formula = next(known, ("", ""))
+    if not formula or not structure.is_ordered:
         return
-    parts = [_PART.fullmatch(part) for part in formula.split(",")]
+    # Elsewhere a comma stands between elements that share a site.
+    several = name == "_chemical_formula_moiety"
+    parts = [_PART.fullmatch(part) for part in (formula.split(",") if several else [formula])]
     text = "".join(f"({part[2]}){part[1]}" for part in parts if part is not None)
     try:
         counts = parse_formula(text).counts

@@ -83,8 +83,8 @@ def check_structure(structure: Structure) -> None:
     if room > MAX_ATOM_VOLUME:
         raise LabelError(
             "volume",
-            f"{room:,.0f} A^3 per atom, more than {MAX_ATOM_VOLUME:,.0f}: give lengths in "
-            "angstrom, not in picometres",
+            f"{room:,.0f} A^3 per atom, more than {MAX_ATOM_VOLUME:,.0f}: lengths must "
+            "be in angstrom, not in picometres",
         )
     nearest = _shortest_distance(structure)
     if nearest < MIN_DISTANCE:

@@ -94,11 +94,11 @@ class BucketedData:
         skipped = step - begin(epoch)
         while True:
             plans = [
-                BatchPlan(index, stream.rows(number), np.ones(stream.batch_size, bool))
+                BatchPlan(index, rows, np.ones(stream.batch_size, bool))
                 for index, stream in enumerate(streams)
-                for number in range(stream.begin(epoch), stream.begin(epoch + 1))
+                for rows in stream.rows(epoch)
             ]
-            order = _random(seed, epoch).permutation(len(plans))
+            order = _random(_ORDER, seed, epoch).permutation(len(plans))
             yield from (plans[i] for i in order[skipped:].tolist())
             epoch, skipped = epoch + 1, 0
 
@@ -114,23 +114,26 @@ class _Stream:
     @cached_property
     def _phase(self) -> int:
         """Rows of its first batch that are counted as come before, lest buckets keep step."""
-        return int(_random(*self.key, 0).integers(self.batch_size))
+        return int(_random(_PHASE, *self.key).integers(self.batch_size))
 
     def begin(self, epoch: int) -> int:
         """The first batch of an epoch."""
         return (epoch * self.size + self._phase) // self.batch_size
 
-    def rows(self, number: int) -> Int:
-        """Of a batch."""
-        places = number * self.batch_size + np.arange(self.batch_size)
+    def rows(self, epoch: int) -> Int:
+        """Of the batches of an epoch: [N,B]."""
+        first, stop = self.begin(epoch), self.begin(epoch + 1)
+        places = np.arange(first * self.batch_size, stop * self.batch_size)
         rounds, within = np.divmod(places, self.size)
-        first = int(rounds[0])
-        orders = [
-            _random(*self.key, 1 + each).permutation(self.size)
-            for each in range(first, int(rounds[-1]) + 1)
-        ]
-        rows: Int = np.stack(orders)[rounds - first, within]
-        return rows
+        rows = np.empty_like(places)
+        for each in np.unique(rounds).tolist():
+            order = _random(_ROWS, *self.key, each).permutation(self.size)
+            rows[rounds == each] = order[within[rounds == each]]
+        return rows.reshape(-1, self.batch_size)
+
+
+#: What numbers are drawn for: the order of an epoch's batches, and a bucket's phase and rows.
+_ORDER, _PHASE, _ROWS = range(3)
 
 
 def _random(*key: int) -> np.random.Generator:

@@ -24,7 +24,7 @@ from common.diffusion.noisy import LossWeights, NoisyCrystals
 from common.diffusion.scaler import Standardizer
 from common.diffusion.score import score_process
 from common.errors import UserError
-from common.precedents import PrecedentIndex, precedents_file, training_items, with_former
+from common.precedents import PrecedentIndex, former_rows, precedents_file, training_items, unlike
 from common.properties import TARGETS
 from common.training import Shard, TrainingRun, records_of
 from common.weights import MODEL_PREFIX, STANDARDIZER_PREFIX, Arrays, statistics
@@ -69,6 +69,14 @@ class LossValues:
     per_crystal: NDArray[np.float32]
 
 
+@dataclass(frozen=True)
+class _Sources:
+    """Crystals to start from, and what names them."""
+
+    index: PrecedentIndex
+    fingerprint: str
+
+
 class BaseTrainer(TrainingRun[TrainingBatch]):
     """One training run of the Crystal DiT.
 
@@ -103,25 +111,23 @@ class BaseTrainer(TrainingRun[TrainingBatch]):
         )
         self.start = load_checkpoint(self.start_folder) if self.start_folder else None
         self.standardizer = self._statistics(known)
-        self.precedents: PrecedentIndex | None = None
-        self._indexed = self.fingerprint
-        self._companions: dict[str, bytes] = {}
-        if config.model.precedents:
-            known_rows = self._with_former(train_records)
-            if self.start is not None:
-                self._indexed = fingerprint(known_rows)
-            self.precedents = PrecedentIndex.of_crystals(
-                [record.crystal for record in known_rows],
-                [record.material_id for record in known_rows],
-                self.standardizer.element_volume,
-            )
-            self._companions = precedents_file(known_rows, self._indexed, self.fingerprint)
-        self.data = self._bucketed(known, settings.precedents)
         watched = small_enough(validation_records[: settings.validation_rows])
         if not watched:
             what = f"no crystal of at most {MAX_ATOMS} atoms to watch"
             raise UserError(f"{settings.validation}: {what}")
-        self.validation = self._bucketed(watched, 1)
+        self._companions: dict[str, bytes] = {}
+        sources = shown = None
+        if config.model.precedents:
+            former = self._former(train_records)
+            sources = self._sources(train_records, former)
+            self._companions = precedents_file(
+                [*train_records, *former], sources.fingerprint, self.fingerprint
+            )
+            # What a row is watched with is not to be the row itself, under another name.
+            others = unlike(watched, former)
+            shown = self._sources(train_records, others) if len(others) < len(former) else sources
+        self.data = self._bucketed(known, sources, settings.precedents)
+        self.validation = self._bucketed(watched, shown, 1)
         batches = [group.batch for group in self.validation.buckets]
         self._watched = LossWeights.of_crystals((b.free_mask, b.k_mask) for b in batches)
         self.score_process = score_process(config.diffusion)
@@ -135,11 +141,20 @@ class BaseTrainer(TrainingRun[TrainingBatch]):
         former = own.of_former(statistics(self.start.model, self.start.path), learned)
         return own if own.agrees(former) else former
 
-    def _with_former(self, records: list[Record]) -> list[Record]:
-        """Rows, and what the weights that it starts from start their samples from."""
+    def _former(self, records: list[Record]) -> list[Record]:
+        """What the weights that it starts from start their samples from, beside some rows."""
         if self.start is None:
-            return records
-        return with_former(records, self.start.path, self.start.fingerprint)
+            return []
+        return unlike(records, former_rows(self.start.path, self.start.fingerprint))
+
+    def _sources(self, records: list[Record], former: list[Record]) -> "_Sources":
+        rows = [*records, *former]
+        index = PrecedentIndex.of_crystals(
+            [record.crystal for record in rows],
+            [record.material_id for record in rows],
+            self.standardizer.element_volume,
+        )
+        return _Sources(index, fingerprint(rows) if former else self.fingerprint)
 
     @property
     def description(self) -> str:
@@ -162,11 +177,13 @@ class BaseTrainer(TrainingRun[TrainingBatch]):
                 f"{start or 'the rows'} gives now; {self.advice}"
             )
 
-    def _bucketed(self, records: list[Record], precedents: int) -> BucketedData:
+    def _bucketed(
+        self, records: list[Record], sources: "_Sources | None", precedents: int
+    ) -> BucketedData:
         settings = self.config.train
         items = batch_items(records)
-        if self.precedents is not None:
-            items = training_items(records, self.precedents, self._indexed, precedents)
+        if sources is not None:
+            items = training_items(records, sources.index, sources.fingerprint, precedents)
         return BucketedData(
             items, self.config.model.cell, settings.batch_size, settings.edge_budget
         )

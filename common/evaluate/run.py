@@ -95,6 +95,7 @@ class Evaluation:
         self.references = list(references)
         self.split = split
         self.training = [record.crystal for record in training]
+        self._names = [record.material_id for record in training]
         self.training_name = training_name
         self.workers = workers
         self._index = TrainingIndex.of(self.training)
@@ -171,8 +172,7 @@ class Evaluation:
             wall_time=time.perf_counter() - start,
         )
         rows = [self._row(random_info, [[crystal] for crystal in drawn])]
-        names = [str(row) for row in range(len(self.training))]
-        index = PrecedentIndex.of_crystals(self.training, names, standardizer.element_volume)
+        index = PrecedentIndex.of_crystals(self.training, self._names, standardizer.element_volume)
         for name, isopointal in (("nearest template", False), ("precedent", True)):
             start = time.perf_counter()
             found = [index.find(crystal, isopointal=isopointal) for crystal in crystals]

@@ -5,7 +5,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from common.config import AnyRunConfig, Optimisation, PropertyName, Settings
-from common.language.mindformers_sections import FILLED, unheeded
+from common.language.mindformers_sections import FILLED, OF_THE_BASE, unheeded
 from common.language.tokenizer import SymmetryTokenizer
 
 
@@ -167,6 +167,13 @@ class LanguageRunConfig(AnyRunConfig):
         if filled := FILLED & self.mindformers.keys():
             names = ", ".join(sorted(filled))
             raise ValueError(f"mindformers.{names}: other settings say it, for every framework")
+        return self
+
+    @model_validator(mode="after")
+    def _states_what_a_base_has(self) -> Self:
+        if unknown := self.network.keys() - OF_THE_BASE:
+            names = ", ".join(f"network.{name}" for name in sorted(unknown))
+            raise ValueError(f"{names}: only {', '.join(sorted(OF_THE_BASE))} are compared")
         return self
 
     @model_validator(mode="after")

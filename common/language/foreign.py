@@ -126,7 +126,7 @@ def check_base(
         UserError: if it was trained on others, or if there are none.
     """
     weights, wanted = FolderWeights(folder), config.get("revision")
-    if wanted not in (weights.sample, weights.name):
+    if wanted != weights.sample and wanted != weights.name:
         raise UserError(
             f"adapter {adapter} belongs to weights {wanted}, but "
             f"{folder} holds {weights.name}: {advice}"

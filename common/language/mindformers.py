@@ -12,7 +12,7 @@ from typing import Any
 from common.config import parse_as
 from common.errors import UserError
 from common.language.config import LanguageRunConfig
-from common.language.mindformers_sections import FILLED, KNOWN, differences, passed_on
+from common.language.mindformers_sections import FILLED, KNOWN, OF_THE_BASE, differences, passed_on
 from common.language.parameters import ATTENTION
 from common.training import ADAM_BETAS, ADAM_EPS
 
@@ -43,16 +43,6 @@ _PLACES = {
     "train.init_from": "load_checkpoint",
     "train.seed": "seed",
 }
-#: What a file says of the network, and a run has from the weights that it starts from.
-_OF_THE_BASE = (
-    "padded_vocab_size",
-    "kv_channels",
-    "layernorm_epsilon",
-    "rope_ratio",
-    "pad_token_id",
-    "eos_token_id",
-    "attention_dropout",
-)
 #: Of training, for which MindFormers has no place.
 _OWN = (
     "questions",
@@ -292,7 +282,7 @@ def _run_settings(data: Mapping[str, Any]) -> dict[str, Any]:
             "final_rate": round(schedule["lr_end"] / schedule["learning_rate"], 12),
             **data["uni_mdm"],
         },
-        "network": {name: network[name] for name in _OF_THE_BASE},
+        "network": {name: network[name] for name in sorted(OF_THE_BASE)},
         "mindformers": passed_on({n: value for n, value in data.items() if n not in FILLED}),
     }
     for setting, place in _PLACES.items():

@@ -112,6 +112,18 @@ _IDLE = frozenset(
         "use_parallel",
     }
 )
+#: What a file says of the network, and a run has from the weights that it starts from.
+OF_THE_BASE = frozenset(
+    {
+        "padded_vocab_size",
+        "kv_channels",
+        "layernorm_epsilon",
+        "rope_ratio",
+        "pad_token_id",
+        "eos_token_id",
+        "attention_dropout",
+    }
+)
 #: All that may stand at the top of a file.
 KNOWN = FILLED | USUAL.keys() | {name for name in HEEDED if "." not in name} | _IDLE
 

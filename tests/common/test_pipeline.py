@@ -151,7 +151,7 @@ def test_another_volume_than_that_of_the_known_crystal(
 @pytest.mark.parametrize(("gap", "said"), [(1.8, False), (0.0, False), (20.0, True)])
 def test_a_property_that_training_has_nowhere(checkpoint: Path, gap: float, said: bool) -> None:
     for crystal in make(checkpoint, band_gap=gap):
-        text = f"band gap {gap:g} eV is beyond the training set's (0 to 17.9)"
+        text = f"band gap {gap:g} eV is beyond the known crystals' (0 to 17.9)"
         assert any(note.startswith(text) for note in crystal.warnings) == said
 
 

@@ -483,6 +483,12 @@ def test_a_fine_tuned_network_keeps_what_it_starts_its_samples_from(
     (bucket,) = trainer.data.buckets
     assert bucket.batch.precedent_mask.all()
     assert trainer.fingerprint == fingerprint([bromide])
+    # The salt again, under another name: it is not what the network is shown of itself.
+    again = Record("again", salt.crystal)
+    run = tiny_run(model=run, init_from=folders[-1])
+    (watched,) = Trainer(run, [bromide], [again]).validation.buckets
+    (found,) = watched.batch.precedent_numbers
+    assert set(found.ravel().tolist()) - {0} in ({3, 9}, {19, 35})
 
 
 def test_a_run_does_not_go_on_with_other_statistics(records: list[Record], tmp_path: Path) -> None:
@@ -660,7 +666,8 @@ def test_threads_take_shares_of_a_step(
                 for name, parameter in trainer.model.named_parameters():
                     parameter.copy_(torch.from_numpy(fill_value(name, parameter.shape)))
             sizes = sizes_of_shares(trainer, monkeypatch)
-            values = trainer.loss_with_gradient(next(trainer.batches()))
+            free = (one for one in trainer.batches() if one.weights.coordinate.any())
+            values = trainer.loss_with_gradient(next(free))
             assert torch.get_num_threads() == count
         assert sorted(sizes) == shares
         found.append((values, [parameter.grad for parameter in trainer.parameters]))

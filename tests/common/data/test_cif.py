@@ -221,3 +221,10 @@ def test_site_of_several_atoms(site: str) -> None:
 def test_site_without_a_type_is_not_left_out() -> None:
     with pytest.raises(CifError, match=r"site '\?' is no single atom"):
         parse_cif(atoms("Li1", "O1", types=("Li", "?")))
+
+
+@pytest.mark.parametrize("formula", ["(Na,K)Cl", "Na Cl, K Cl"])
+def test_commas_of_a_structural_formula_part_nothing(formula: str) -> None:
+    """They stand between elements that share a site in other crystals of the kind."""
+    head = f"_chemical_formula_structural '{formula}'"
+    assert len(parse_cif(atoms("Na1", "Cl1", head=head))) == 2

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from common.checkpoint import shipped_language
-from common.commands.train import check_start, parse_run
+from common.commands.train import check_start, parse_run, saved_run
 from common.config import read_settings
 from common.errors import UserError
 from common.language.config import LanguageRunConfig
@@ -213,3 +213,19 @@ def test_others_in_our_words() -> None:
     ):
         with pytest.raises(UserError, match=told):
             parse_run(usual | {"mindformers": wrong}, "x.yaml")
+    with pytest.raises(UserError, match=r"network\.rope: only attention_dropout, .* are compared"):
+        parse_run(usual | {"network": {"rope": 1}}, "x.yaml")
+
+
+def test_what_earlier_checkpoints_kept_is_left_out() -> None:
+    """Their settings cannot be written anew."""
+    usual = {"name": "x", "kind": "language"}
+    former = {"output_dir": "o", "context": {"max_device_memory": "58GB", "device_id": 3}}
+    run = saved_run(usual | {"mindformers": former}, "step_1")
+    assert isinstance(run, LanguageRunConfig)
+    assert passed_on(run.mindformers) == {
+        **USUAL,
+        "context": {**USUAL["context"], "max_device_memory": "58GB"},
+    }
+    kept = {"context": {"max_device_memory": "58GB"}}
+    assert saved_run(usual | {"mindformers": kept}, "x").mindformers == kept
