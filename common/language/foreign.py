@@ -107,12 +107,18 @@ def base_of(adapter: Checkpoint, base: Path | None = None) -> tuple[Path, Checkp
     named = base or str(config.get("base_model_name_or_path"))
     folder = weights_folder(checkpoint_folder(named, shipped_language()))
     saved = None if is_foreign(folder) else load_checkpoint(folder)
-    check_base(adapter.path, config, folder if saved is None else saved.path)
+    place, known = (folder, None) if saved is None else (saved.path, saved.hash)
+    check_base(adapter.path, config, place, known=known)
     return folder, saved
 
 
 def check_base(
-    adapter: Path, config: Mapping[str, Any], folder: Path, advice: str = "give its own base"
+    adapter: Path,
+    config: Mapping[str, Any],
+    folder: Path,
+    *,
+    known: str | None = None,
+    advice: str = "give its own base",
 ) -> None:
     """Makes sure that an adapter of this project was trained on these weights.
 
@@ -120,16 +126,19 @@ def check_base(
         adapter: its folder, for the error.
         config: content of its adapter_config.json.
         folder: of the base, this project's or another tool's.
+        known: 12 hex digits that name the base's weights, if they are known.
         advice: what to do with another one.
 
     Raises:
         UserError: if it was trained on others, or if there are none.
     """
-    weights, wanted = FolderWeights(folder), config.get("revision")
-    if wanted != weights.sample and wanted != weights.name:
+    wanted = config.get("revision")
+    if wanted != known and not (folder / "adapter_config.json").is_file():
+        weights = FolderWeights(folder)  # earlier versions took the sample of every folder
+        known = weights.sample if wanted == weights.sample else weights.name
+    if wanted != known:
         raise UserError(
-            f"adapter {adapter} belongs to weights {wanted}, but "
-            f"{folder} holds {weights.name}: {advice}"
+            f"adapter {adapter} belongs to weights {wanted}, but {folder} holds {known}: {advice}"
         )
 
 

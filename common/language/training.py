@@ -106,7 +106,8 @@ class LanguageTrainer(TrainingRun[TokenBatch]):
         if self.config.lora is not None:
             assert self.start_path is not None
             content = read_json(saved.path / "adapter_config.json")
-            check_base(folder, content, self.start_path, self.advice)
+            known = None if isinstance(self.start, FolderWeights) else self.base
+            check_base(folder, content, self.start_path, known=known, advice=self.advice)
 
     def _examples(self, records: list[Record], rehearsals: int) -> Examples:
         settings = self.config.train
