@@ -30,7 +30,7 @@ from common.errors import UserError
 from common.evaluate.match import cell_problem
 from common.files import atomic_path
 from common.legal_sites import SiteStatistics, enumerate_sites, legal_units
-from common.prior_classes import Likeness, StoredTemplate, structure_classes
+from common.prior_classes import Likeness, StoredTemplate, StructureClass, structure_classes
 from common.reference import (
     MAX_COMPARED,
     MAX_COMPARED_ATOMS,
@@ -303,12 +303,9 @@ class TemplatePrior:
         if structures is None:
             return []
         elements = np.array(order)[np.array(role_permutations(stoichiometry))]
-        weights = self._parameters({})
-        mass = self._likeness.kernel(structures, elements, {}, weights.features) + math.exp(
-            weights.log_background
-        )
+        mass = self._mass(structures, elements, {})
         mass[:, (structures.roles == elements[:, None]).all(axis=2).any(axis=0)] = 0.0
-        total = mass.sum() + math.exp(weights.log_novelty)
+        total = mass.sum() + math.exp(self._parameters({}).log_novelty)
         sums = structures.summed(mass)
         listed = np.argsort(-sums, axis=None, kind="stable")[:top]
         found = []
@@ -458,6 +455,17 @@ class TemplatePrior:
     def _parameters(self, properties: Mapping[str, float]) -> _Weights:
         return self._weights[next(iter(properties), "none")]
 
+    def _mass(
+        self,
+        structures: StructureClass,
+        elements: NDArray[np.int64],
+        properties: Mapping[str, float],
+    ) -> Array:
+        """Votes of structures for a query in each permutation [P,R]: [P,N]."""
+        weights = self._parameters(properties)
+        kernel = self._likeness.kernel(structures, elements, properties, weights.features)
+        return kernel + math.exp(weights.log_background)
+
     def _templates(
         self, formula: Mapping[int, int], properties: Mapping[str, float]
     ) -> list[tuple[int, Sites, int, float]]:
@@ -469,10 +477,7 @@ class TemplatePrior:
             return []
         permutations = role_permutations(stoichiometry)
         elements = np.array(order)[np.array(permutations)]
-        weights = self._parameters(properties)
-        mass = self._likeness.kernel(structures, elements, properties, weights.features) + math.exp(
-            weights.log_background
-        )
+        mass = self._mass(structures, elements, properties)
         found = []
         sums = structures.summed(mass)
         for stored, row, orbits in zip(structures.templates, sums, structures.orbits, strict=True):

@@ -72,20 +72,18 @@ def fit_prior(records: Iterable[Record], source: Mapping[str, Any] | None = None
     columns = reference_columns(rows)
     columns["template"] = [index[a.template] for a in assignments]
     columns["roles"] = [list(a.roles) for a in assignments]
+    table = pa.Table.from_pydict(columns, schema=SCHEMA)
+    elements = np.round(element_table(), 4)
     metadata: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "attribution": ATTRIBUTION,
         "rows": len(rows),
         "source": dict(source or {}),
-        "elements": np.round(element_table(), 4).tolist(),
+        "elements": elements.tolist(),
         "templates": [stored.to_list() for stored in templates],
         "statistics": _statistics(rows).to_dict(),
-        "weights": {},
+        "weights": _fit_all(structure_classes(table, templates), Likeness(elements)),
     }
-    table = pa.Table.from_pydict(columns, schema=SCHEMA)
-    metadata["weights"] = _fit_all(
-        structure_classes(table, templates), Likeness(np.array(metadata["elements"]))
-    )
     return TemplatePrior(table, metadata)
 
 

@@ -260,7 +260,7 @@ def load_language_model(
         else:
             model = _network(saved)
     else:
-        model, name = _from_huggingface(path)
+        model, name = _from_huggingface(path), FolderWeights(path).name
     return LanguageModel(model.to(device), load_tokenizer(path), name, analogues)
 
 
@@ -272,7 +272,7 @@ def _network(saved: Checkpoint) -> GlmForCausalLM:
 
 def _base_of(adapter: Checkpoint, base: Path | None) -> GlmForCausalLM:
     folder, saved = base_of(adapter, base)
-    return _from_huggingface(folder)[0] if saved is None else _network(saved)
+    return _from_huggingface(folder) if saved is None else _network(saved)
 
 
 def _with_adapter(model: GlmForCausalLM, saved: Checkpoint) -> GlmForCausalLM:
@@ -293,13 +293,12 @@ def _with_adapter(model: GlmForCausalLM, saved: Checkpoint) -> GlmForCausalLM:
     return merged
 
 
-def _from_huggingface(folder: Path) -> tuple[GlmForCausalLM, str]:
-    """Weights as transformers writes them, in one or several safetensors, and what names them."""
+def _from_huggingface(folder: Path) -> GlmForCausalLM:
+    """Weights as transformers writes them, in one or several safetensors."""
     if not folder.is_dir():
         raise UserError(f"no language model at {folder}: give a folder with config.json")
     read_config(folder)
-    # Tells which file is damaged or absent, as transformers does not.
-    name = FolderWeights(folder).name
+    FolderWeights(folder)  # names a file that is damaged or absent, as transformers does not
     try:
         with _no_bars():
             model, report = GlmForCausalLM.from_pretrained(
@@ -315,7 +314,7 @@ def _from_huggingface(folder: Path) -> tuple[GlmForCausalLM, str]:
     wrong = [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]
     if wrong:
         raise UserError(f"{folder}: weights do not belong to this network: {wrong[:5]}")
-    return model, name
+    return model
 
 
 @contextmanager
