@@ -61,7 +61,7 @@ _WRITTEN = (TRIAL, _RUN, *_RESULTS, "*.cif", "*/*.cif")
 _NOTHING = (LOCK, temporary_pattern(TRIAL), temporary_pattern("run", ".json"))
 #: Crystals sampled together; a kill costs at most so many, or twice as many where the last ones are
 #: compared in other processes meanwhile. A call of the network has one size however few crystals
-#: are in it, so that small batches take a third longer.
+#: are in it, so that small batches take longer.
 _BATCH = 1024
 #: Fewer are not worth starting a process for.
 _CRYSTALS_PER_WORKER = 200

@@ -22,7 +22,7 @@ class Generator(BaseGenerator):
     """A checkpoint that samples crystals with MindSpore; see ``common.sampling.BaseGenerator``."""
 
     sizes = COARSE
-    edges_per_call = 8192  # starting the kernels takes long: half as many calls are faster
+    edges_per_call = 8192  # starting the kernels takes long: few large calls are faster
 
     def __init__(
         self,

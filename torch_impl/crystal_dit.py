@@ -214,6 +214,13 @@ class CrystalDiT(nn.Module):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
+    def fold(self) -> "CrystalDiT":
+        """Itself, for sampling with these weights; see ``CrystalAttention.fold``."""
+        for block in self.blocks:
+            if block.attention is not None:
+                block.attention.fold()
+        return self
+
     def forward(
         self, batch: TensorBatch, free_params: Tensor, lattice: Tensor, t: Tensor
     ) -> tuple[Tensor, Tensor]:

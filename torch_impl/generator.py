@@ -35,7 +35,8 @@ class Generator(BaseGenerator):
         precedents: PrecedentIndex | None = None,
     ) -> None:
         super().__init__(config, standardizer, precedents)
-        self.model = model.to(device).eval().requires_grad_(False)
+        with threads_per_operation(1):
+            self.model = model.to(device).eval().requires_grad_(False).fold()
         self.device = device
         if device == "cpu":
             self.parallel_calls = min(torch.get_num_threads(), MAX_PARALLEL_CALLS)

@@ -85,6 +85,11 @@ def image_distances(difference: Tensor, metric: Tensor, shifts: Tensor) -> Tenso
     return torch.cat([first, second], dim=-1).sqrt().reshape(size, tokens, atoms, 2)
 
 
+def _silu(x: Tensor) -> Tensor:
+    """SiLU of what nothing else reads: in its place, unless a gradient will need it."""
+    return functional.silu(x, inplace=not torch.is_grad_enabled())
+
+
 class MLP(nn.Module):
     """Linear, SiLU, linear."""
 
@@ -94,7 +99,7 @@ class MLP(nn.Module):
         self.output = nn.Linear(width_hidden, width_out)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.output(functional.silu(self.hidden(x)))
+        return self.output(_silu(self.hidden(x)))
 
 
 class EdgeEmbedding(nn.Module):
@@ -108,8 +113,8 @@ class EdgeEmbedding(nn.Module):
 
     def forward(self, features: Tensor, k: Tensor) -> Tensor:
         """[B,T,A,features], [B,6] -> [B,T,A,E]."""
-        hidden = self.geometry(features) + self.lattice(k)[:, None, None]
-        return functional.silu(self.output(functional.silu(hidden)))
+        hidden = self.geometry(features).add_(self.lattice(k)[:, None, None])
+        return _silu(self.output(_silu(hidden)))
 
 
 class EdgeFusion(nn.Module):
@@ -147,9 +152,8 @@ class EdgeFusion(nn.Module):
         rows = sender_index + tokens * torch.arange(size, device=nodes.device)[:, None]
         sent = self.sender(nodes).view(-1, width).index_select(0, rows.flatten())
         sent = sent.view(size, -1, width)  # [B,A,D]
-        messages = functional.silu(
-            self.edge(edges) + self.receiver(nodes)[:, :, None] + sent[:, None]
-        )
+        hidden = self.edge(edges).add_(self.receiver(nodes)[:, :, None]).add_(sent[:, None])
+        messages = _silu(hidden)  # [B,T,A,D]
         summed = self.message(self.aggregate(messages, atom_mask))
         return self.node(torch.cat([nodes, summed], dim=-1)), messages
 
@@ -180,28 +184,48 @@ class CrystalAttention(nn.Module):
         self.fuse_key = nn.Linear(2 * width, width)
         self.fuse_value = nn.Linear(2 * width, width)
         self.output = nn.Linear(width, width)
+        self._maps: tuple[Tensor, Tensor, Tensor] | None = None
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Multiplies the weights that meet first once and for all.
+
+        Neither they nor their device and type may change any more. Where few crystals are sampled
+        at once, it is a good part of the work.
+        """
+        self._maps = self._multiplied()
 
     def forward(self, nodes: Tensor, prop: Tensor, mask: Tensor) -> Tensor:
         """[B,T,D], property embedding [B,D], token mask [B,T] -> [B,T,D]."""
         size, tokens, width = nodes.shape
-        embedded = self.property(prop)  # [B,D]
-        key = self._fused(self.key, self.fuse_key, nodes, embedded)
-        value = self._fused(self.value, self.fuse_value, nodes, embedded)
-        q, k, v = (
+        of_nodes, of_property, bias = self._maps or self._multiplied()
+        constants = functional.linear(self.property(prop), of_property, bias)  # [B,2D]
+        query, key_value = functional.linear(nodes, of_nodes).split((width, 2 * width), dim=-1)
+        query = query + self.query.bias
+        key, value = (key_value + constants[:, None]).chunk(2, dim=-1)
+        query, key, value = (
             x.view(size, tokens, self.heads, width // self.heads).transpose(1, 2)
-            for x in (self.query(nodes), key, value)
+            for x in (query, key, value)
+        )  # [B,H,T,D/H]
+        mixed = functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask[:, None, None]
         )
-        logits = q @ k.transpose(-1, -2) / math.sqrt(width // self.heads)  # [B,H,T,T]
-        weights = logits.masked_fill(~mask[:, None, None], MASKED_LOGIT).softmax(dim=-1)
-        return self.output((weights @ v).transpose(1, 2).reshape(size, tokens, width))
+        return self.output(mixed.transpose(1, 2).reshape(size, tokens, width))
 
-    @staticmethod
-    def _fused(inner: nn.Linear, outer: nn.Linear, nodes: Tensor, embedded: Tensor) -> Tensor:
-        """outer([inner(nodes), embedded]) with the two linear maps multiplied first: [B,T,D]."""
-        width = nodes.shape[-1]
-        of_nodes, of_property = outer.weight[:, :width], outer.weight[:, width:]
-        constant = functional.linear(embedded, of_property, outer.bias + of_nodes @ inner.bias)
-        return functional.linear(nodes, of_nodes @ inner.weight) + constant[:, None]
+    def _multiplied(self) -> tuple[Tensor, Tensor, Tensor]:
+        """outer([inner(nodes), property]) of keys and values, with the linear maps multiplied.
+
+        Returns:
+            What takes the nodes to queries, keys and values, [3D,D], but for what is added to the
+            last two: that takes the property's embedding, [2D,D], and has a bias, [2D].
+        """
+        of_nodes, of_property, bias = [self.query.weight], [], []
+        for inner, outer in ((self.key, self.fuse_key), (self.value, self.fuse_value)):
+            of_inner, of_other = outer.weight.chunk(2, dim=1)
+            of_nodes.append(of_inner @ inner.weight)
+            of_property.append(of_other)
+            bias.append(outer.bias + of_inner @ inner.bias)
+        return torch.cat(of_nodes), torch.cat(of_property), torch.cat(bias)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

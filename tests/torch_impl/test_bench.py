@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 import common.speed
 from common.backend import SampleRequest
@@ -43,6 +43,18 @@ RECORDS = [
     Record("salt", Crystal(225, (Site(11, "a"), Site(17, "b")), np.eye(3) * 5.64)),
     Record("rutile", Crystal(136, (Site(22, "a"), Site(8, "f", (0.305, 0.0, 0.0))), np.eye(3) * 4)),
 ]
+
+Shape = tuple[int, ...]
+
+
+def counting() -> FlopCounterMode:
+    """Counts the products of matrices, with those of attention on CPUs, which torch leaves out."""
+
+    def of_shapes(query: Shape, key: Shape, value: Shape, *_: object, **__: object) -> int:
+        return int(sdpa_flop_count(query, key, value))
+
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return FlopCounterMode(display=False, custom_mapping={attention: of_shapes})
 
 
 def run(cell: str) -> RunConfig:
@@ -89,7 +101,7 @@ def test_operations_are_those_that_torch_counts(settings: dict[str, object]) -> 
     batch = collate(items, config.cell)
     tensors = TensorBatch.from_batch(batch, fitted(items), config.properties)
     noise = [torch.from_numpy(x) for x in noise_of(batch)]
-    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+    with torch.inference_mode(), counting() as counter:
         CrystalDiT(config)(tensors, *noise)
     counted = counter.get_total_flops() / batch.size
     assert np.isclose(network_flops(config, *batch.shape), counted, rtol=0.01)
@@ -241,13 +253,13 @@ def test_peak_is_the_median(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_products_are_those_that_are_counted() -> None:
-    with FlopCounterMode(display=False) as counter:
+    with counting() as counter:
         assert gemm_peak() > 0
     assert counter.get_total_flops() == (1 + PEAK_PRODUCTS) * 2 * PEAK_WIDTH**3
 
 
 def test_cost_of_every_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Up to 52 atoms a call keeps to its budget of edges; beyond it a call has one crystal."""
+    """A call keeps to its budget of edges, or has one crystal, as from 52 atoms on."""
     monkeypatch.setattr("common.size_cost.ATOMS", (4, 52))
     threads = torch.get_num_threads()
     costs = benchmark_sizes(run("asymmetric"), RECORDS, calls=1, threads=2)
@@ -263,14 +275,15 @@ def test_cost_of_every_size(monkeypatch: pytest.MonkeyPatch) -> None:
         assert cost.seconds > 0
         assert cost.size <= cost.padded_edges * 2 / cost.in_flight  # two calls at once
         if not cost.is_large:
-            assert budget / 2 < cost.padded_edges <= budget
+            assert cost.padded_edges > budget / 2
+            assert cost.padded_edges <= budget or cost.in_flight == 2
     assert [cost.in_flight for cost in costs[:6:5]] == [2 * budget // (2 * 4), 2 * 1]
     assert [cost.in_flight for cost in costs[6:]] == [2, 2, 2]
 
 
 def counted(generator: Generator, request: SampleRequest) -> float:
     """Operations that torch counts while one crystal is sampled with one call."""
-    with FlopCounterMode(display=False) as counter:
+    with counting() as counter:
         (crystal,) = generator.sample([request], 0, 1)
     assert (
         crystal.num_primitive_atoms == len(request.sites) * {1: 1, 2: 2, 10: 4}[crystal.space_group]

@@ -105,6 +105,19 @@ def test_outputs_are_not_trivial(case: Case) -> None:
         assert_differ(other[1], lattice)
 
 
+def test_folded_network_is_the_same() -> None:
+    """All of its attention is folded: zeros in the weights behind that no longer matter."""
+    case = Case("asymmetric")
+    expected = case.outputs()
+    assert case.model.fold() is case.model
+    assert_same(case.outputs(), expected, tolerance=0)
+    with torch.no_grad():
+        for block in case.model.blocks:
+            block.attention.query.weight.zero_()
+            block.attention.fuse_value.weight.zero_()
+    assert_same(case.outputs(), expected, tolerance=0)
+
+
 def test_padding(case: Case) -> None:
     tokens, atoms = case.batch.shape
     wide = collate(case.items, case.view, (tokens + 3, atoms + 5))

@@ -259,6 +259,40 @@ def test_the_property_enters_keys_and_values() -> None:
     torch.testing.assert_close(by_key[0], by_key[1])
 
 
+def test_folded_attention_is_the_same_and_stays() -> None:
+    layer = filled(CrystalAttention(8, 2))
+    assert isinstance(layer, CrystalAttention)
+    given = normal(2, 4, 8), normal(2, 8, seed=1), torch.ones(2, 4, dtype=torch.bool)
+    before = layer(*given)
+    layer.fold()
+    assert torch.equal(layer(*given), before)
+    layer(*given).sum().backward()  # what is kept has no graph that a second pass would go through
+    layer(*given).sum().backward()
+    with torch.no_grad():
+        layer.fuse_value.weight.zero_()
+    assert torch.equal(layer(*given), before)
+
+
+@pytest.mark.parametrize("aggregation", ["softmax", "mean"])
+def test_what_is_computed_in_place_is_nobody_elses(aggregation: str) -> None:
+    """Without a gradient the layers answer the same, and leave what they are given as it is."""
+    edges, nodes = normal(2, 3, 5, 6), normal(2, 3, 8, seed=1)
+    senders, mask = torch.tensor([[0, 1, 2, 0, 1]] * 2), torch.ones(2, 5, dtype=torch.bool)
+    layers = (
+        (MLP(8, 4, 8), (nodes,)),
+        (EdgeEmbedding(6, 6), (edges, normal(2, 6, seed=2))),
+        (EdgeFusion(8, 6, 2, aggregation), (nodes, edges, senders, mask)),
+    )
+    for layer, given in layers:
+        filled(layer)
+        copies = [one.clone() for one in given]
+        learning = layer(*given)
+        with torch.no_grad():
+            sampling = layer(*given)
+        torch.testing.assert_close(sampling, learning, rtol=0, atol=0)
+        assert all(map(torch.equal, given, copies))
+
+
 def test_mlp_and_modulation() -> None:
     layer = filled(MLP(3, 5, 2))
     assert isinstance(layer, MLP)
