@@ -27,7 +27,7 @@ from common.crystal.structure import Crystal
 from common.crystal.wyckoff import Sites, SymmetryKey, symmetry_key, wyckoff_summary
 from common.elements import PAIR_FEATURES, formula_text
 from common.errors import UserError
-from common.evaluate.match import cell_problem
+from common.evaluate.validity import cell_problem
 from common.files import atomic_path
 from common.legal_sites import SiteStatistics, enumerate_sites, legal_units
 from common.prior_classes import Likeness, StoredTemplate, StructureClass, structure_classes

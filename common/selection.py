@@ -70,7 +70,8 @@ def choose_sample(samples: Sequence[Crystal]) -> Choice:
 
 def _distances(crystals: Sequence[Crystal]) -> NDArray[np.float64]:
     """[N,N], see the module."""
-    from common.evaluate.match import STANDARD, cell_distance, cell_problem, reduced_cell
+    from common.evaluate.match import STANDARD, cell_distance, reduced_cell
+    from common.evaluate.validity import cell_problem
 
     lengths = np.array([np.log(abs(np.linalg.det(c.lattice))) / 3 for c in crystals])
     distances: NDArray[np.float64] = np.abs(lengths[:, None] - lengths)

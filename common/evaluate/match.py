@@ -29,7 +29,13 @@ from pymatgen.util.coord_cython import (  # type: ignore[import-not-found]  # co
 from rich.progress import track
 from scipy.optimize import linear_sum_assignment
 
-from common.evaluate.validity import MIN_VOLUME, cell_is_sound, is_valid, min_distance
+from common.evaluate.validity import (
+    cell_is_sound,
+    cell_problem,
+    inverse_lengths,
+    is_valid,
+    min_distance,
+)
 from common.machine import cpu_count, one_thread, worker_pool
 
 Array = NDArray[np.float64]
@@ -41,7 +47,6 @@ CPU_SECONDS = 60.0
 PERFECT = 1e-5
 """An rms below this cannot be told from zero: the search stops."""
 _AGAIN_AFTER = 1.0  # s of processor time until a timeout that was lost is raised again
-_MAX_IMAGES = 3e5
 _PAIRS_PER_WORKER = 100  # fewer are not worth starting a process for
 
 
@@ -262,30 +267,6 @@ def _broken(structure: Structure) -> str | None:
     return "overlapping atoms" if min_distance(structure) < OVERLAP else None
 
 
-def cell_problem(structure: Structure) -> str | None:
-    """Why a cell is not to be reduced or compared; None if it is.
-
-    That may fail, take hours or all memory where a cell is not sound, tiny, or shaped like a
-    needle, as a network samples it that has learned little.
-    """
-    if not cell_is_sound(structure):
-        return "broken cell"
-    if structure.volume < MIN_VOLUME:
-        return "tiny cell"
-    if _images_within_longest(structure.lattice) > _MAX_IMAGES:
-        return "needle-shaped cell"
-    return None
-
-
-def _images_within_longest(lattice: Lattice) -> float:
-    """Cells around the origin that cover a sphere of the longest (reduced) lattice vector.
-
-    Cell reduction lists them all; real crystals have hundreds, seldom thousands.
-    """
-    radius = np.linalg.norm(lattice.lll_matrix, axis=1).max()
-    return float(np.prod(2 * radius * _inverse_lengths(lattice.matrix) + 1))
-
-
 def reduced_cell(structure: Structure, primitive: bool = True) -> Cell:
     """The Niggli cell, oxidation states dropped.
 
@@ -368,7 +349,7 @@ class _Mappings:
         self._averages = _from_parameters(averages)
         volumes = np.abs(np.linalg.det(self._averages))
         self._scale = (len(cart_coords) / volumes) ** (1 / 3)
-        self._inverse_lengths = _inverse_lengths(self._averages)
+        self._inverse_lengths = inverse_lengths(self._averages)
         # Symmetric cells give the same average lattice many times.
         self._keys = [row.tobytes() for row in np.round(averages, 8)]
         self._lattices: dict[bytes, tuple[Lattice, Array]] = {}
@@ -396,7 +377,7 @@ class _Mappings:
         key = self._keys[index]
         if key not in self._lattices:
             lattice = Lattice(self._averages[index])
-            self._lattices[key] = lattice, _inverse_lengths(lattice.lll_matrix)
+            self._lattices[key] = lattice, inverse_lengths(lattice.lll_matrix)
         return self._lattices[key]
 
 
@@ -463,9 +444,3 @@ def _from_parameters(parameters: Array) -> Array:
         [zero, zero, c],
     ]
     return np.array(rows).transpose(2, 0, 1)
-
-
-def _inverse_lengths(lattice: Array) -> Array:
-    """Lengths of the reciprocal vectors (1/A, without 2 pi) of lattices [...,3,3]: [...,3]."""
-    lengths: Array = np.linalg.norm(np.linalg.inv(lattice), axis=-2)
-    return lengths

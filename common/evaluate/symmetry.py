@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from pymatgen.core import Structure
 
 from common.crystal.symmetry import space_group
-from common.evaluate.validity import cell_is_sound
+from common.evaluate.validity import cell_is_sound, cell_problem
 
 Array = NDArray[np.float64]
 
@@ -103,7 +103,7 @@ def composition_is_exact(structure: Structure, counts: Mapping[int, int]) -> boo
 
 def _found(structure: Structure, symprec: float) -> dict[str, tuple[int, int]]:
     """Number of the group and of its operations in the cell given, by each program."""
-    if not cell_is_sound(structure):
+    if cell_problem(structure):
         return {"spglib": (0, 0), "moyopy": (0, 0)}
     lattice = structure.lattice.matrix
     numbers = [site.specie.Z for site in structure]

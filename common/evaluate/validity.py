@@ -12,9 +12,11 @@ from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
-from pymatgen.core import Composition, Structure
+from pymatgen.core import Composition, Lattice, Structure
 from pymatgen.core.molecule_structure_comparator import CovalentRadius
 from smact.screening import smact_validity
+
+Array = NDArray[np.float64]
 
 MIN_DISTANCE = 0.5
 """Smallest distance allowed between two atoms, an atom and its own images included (A)."""
@@ -23,6 +25,7 @@ MIN_VOLUME = 0.1
 
 _UNKNOWN_RADIUS = 1.69  # A; that of curium, the last in the table
 _MAX_LENGTH = 1e4  # A; beyond it a cell is a numerical accident
+_MAX_IMAGES = 3e5  # in a sphere of the longest vector; above, a cell is a needle
 _MIN_FULLNESS = 1e-4  # volume / (a b c); below it the vectors are parallel but for rounding
 _NEIGHBOURS = np.array([step for step in product((-1, 0, 1), repeat=3) if any(step)], dtype=float)
 
@@ -44,6 +47,36 @@ def cell_is_sound(structure: Structure) -> bool:
         return False
     fullness = abs(np.linalg.det(matrix / lengths[:, None]))
     return bool(fullness >= _MIN_FULLNESS) and structure.is_ordered
+
+
+def cell_problem(structure: Structure) -> str | None:
+    """Why a cell is not to be reduced, compared or searched for symmetry; None if it is.
+
+    That may fail, take hours or all memory where a cell is not sound, tiny, or shaped like a
+    needle, as a network samples it that has learned little.
+    """
+    if not cell_is_sound(structure):
+        return "broken cell"
+    if structure.volume < MIN_VOLUME:
+        return "tiny cell"
+    if _images_within_longest(structure.lattice) > _MAX_IMAGES:
+        return "needle-shaped cell"
+    return None
+
+
+def _images_within_longest(lattice: Lattice) -> float:
+    """Cells around the origin that cover a sphere of the longest (reduced) lattice vector.
+
+    Cell reduction lists them all; real crystals have hundreds, seldom thousands.
+    """
+    radius = np.linalg.norm(lattice.lll_matrix, axis=1).max()
+    return float(np.prod(2 * radius * inverse_lengths(lattice.matrix) + 1))
+
+
+def inverse_lengths(lattice: Array) -> Array:
+    """Lengths of the reciprocal vectors (1/A, without 2 pi) of lattices [...,3,3]: [...,3]."""
+    lengths: Array = np.linalg.norm(np.linalg.inv(lattice), axis=-2)
+    return lengths
 
 
 def min_distance(structure: Structure) -> float:

@@ -149,3 +149,19 @@ def test_composition_counts_every_atom() -> None:
 def test_broken_crystals_have_no_group(broken: Structure) -> None:
     assert found_space_groups(broken) == {"spglib": 0, "moyopy": 0}
     assert symmetry_kept(broken, 1) is SymmetryLabel.LOST
+
+
+def test_needles_are_not_searched_for_symmetry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As networks sample them that have learned little: moyopy would take all memory."""
+
+    def search(*_: object, **__: object) -> None:
+        raise AssertionError("searched")
+
+    monkeypatch.setattr("common.evaluate.symmetry.moyopy.MoyoDataset", search)
+    rock_salt = textbook("rock salt NaCl")
+    with pytest.raises(AssertionError, match="searched"):
+        found_space_groups(rock_salt)
+    lattice = Lattice.orthorhombic(0.6, 690.0, 12.0)
+    needle = Structure(lattice, rock_salt.species, rock_salt.frac_coords)
+    assert found_space_groups(needle) == {"spglib": 0, "moyopy": 0}
+    assert symmetry_kept(needle, 47) is SymmetryLabel.LOST
