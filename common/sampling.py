@@ -131,8 +131,8 @@ class BaseGenerator(ABC):
     #: To which crystals are padded; always the same, for padding changes the last bits.
     sizes = FINE
     #: Padded edges in one call of the network. A call always has the same shape for a bucket,
-    #: whatever is asked for: a crystal's bytes do not depend on what is sampled beside it. What a
-    #: call computes with fits into the cache that a core of a CPU has for itself.
+    #: whatever is asked for: a crystal's bytes do not depend on what is sampled beside it. Of
+    #: smaller calls fewer rows only fill; larger ones take less time per crystal when full.
     edges_per_call = 2048
     #: Where it samples, as the framework calls it.
     device: str

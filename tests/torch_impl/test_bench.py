@@ -259,7 +259,7 @@ def test_products_are_those_that_are_counted() -> None:
 
 
 def test_cost_of_every_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A call keeps to its budget of edges, or has one crystal, as from 52 atoms on."""
+    """A call keeps to its budget of edges, or has one crystal: that of 52 sites, and large ones."""
     monkeypatch.setattr("common.size_cost.ATOMS", (4, 52))
     threads = torch.get_num_threads()
     costs = benchmark_sizes(run("asymmetric"), RECORDS, calls=1, threads=2)
@@ -275,8 +275,8 @@ def test_cost_of_every_size(monkeypatch: pytest.MonkeyPatch) -> None:
         assert cost.seconds > 0
         assert cost.size <= cost.padded_edges * 2 / cost.in_flight  # two calls at once
         if not cost.is_large:
-            assert cost.padded_edges > budget / 2
-            assert cost.padded_edges <= budget or cost.in_flight == 2
+            most = 64 * 64 if cost.tokens == 52 else budget
+            assert budget / 2 < cost.padded_edges <= most
     assert [cost.in_flight for cost in costs[:6:5]] == [2 * budget // (2 * 4), 2 * 1]
     assert [cost.in_flight for cost in costs[6:]] == [2, 2, 2]
 

@@ -418,7 +418,9 @@ def in_group(group: int, letter: str, count: int, key: str = "large") -> SampleR
 
 
 @pytest.mark.parametrize("cell", ["asymmetric", "conventional"])
-@pytest.mark.parametrize(("sizes", "budget"), [(FINE, 2048), (COARSE, 8192), (FINE, 300)])
+@pytest.mark.parametrize(
+    ("sizes", "budget"), [(FINE, 2048), (FINE, 4096), (COARSE, 8192), (FINE, 300)]
+)
 def test_edges_of_a_call_stay_within_its_budget(cell: str, sizes: Sizes, budget: int) -> None:
     """Whatever is asked for together; a crystal that alone has more is sampled alone."""
     sampler = generator(cell=cell)
