@@ -409,6 +409,19 @@ def test_number_of_threads_changes_nothing() -> None:
     assert found[0] == found[1] == found[2]
 
 
+def test_a_generator_has_multiplied_its_weights_once() -> None:
+    """What it multiplied is all it samples with: the weights behind no longer matter."""
+    sampler = generator(cell="asymmetric")
+    request = SampleRequest(1, ((8, "a"), (22, "a")), key="folded")
+    (before,) = sampler.sample([request], 0, steps=2)
+    with torch.no_grad():
+        for block in sampler.model.blocks:
+            block.attention.query.weight.zero_()
+            block.attention.fuse_value.weight.zero_()
+    (after,) = sampler.sample([request], 0, steps=2)
+    assert after.to_dict() == before.to_dict()
+
+
 # Sizes
 
 
