@@ -8,6 +8,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -74,7 +75,7 @@ def calls(
     requests: Sequence[SampleRequest],
     view: View,
     sizes: Sizes,
-    rows_per_call: Callable[[tuple[int, int]], int],
+    call_sizes: Callable[[int, tuple[int, int]], list[int]],
     precedents: Callable[[Crystal], list[Precedent]],
     noiseless: bool = False,
 ) -> Iterator[Call]:
@@ -84,7 +85,7 @@ def calls(
         requests: what to sample.
         view: of the network.
         sizes: to which crystals are padded.
-        rows_per_call: number of crystals in a call by its bucket (T, A).
+        call_sizes: see ``BaseGenerator``.
         precedents: what the samples of a symmetry start from in turn, if anything.
         noiseless: whether those that start from a precedent start right there. What is asked
             twice of one precedent is then sampled once.
@@ -109,9 +110,9 @@ def calls(
     for rows in rows_of.values():
         groups.setdefault(bucket(items[rows[0]].crystal, view, sizes), []).append(rows)
     for shape, group in sorted(groups.items()):
-        size = rows_per_call(shape)
-        for begin in range(0, len(group), size):
-            chunk = group[begin : begin + size]
+        rest = iter(group)
+        for size in call_sizes(len(group), shape):
+            chunk = list(islice(rest, size))
             padded = [chunk[i % len(chunk)][0] for i in range(size)]
             batch = collate([items[i] for i in padded], view, shape)
             yield Call(chunk, [requests[i] for i in padded], batch)
@@ -130,10 +131,12 @@ class BaseGenerator(ABC):
     parallel_calls = 1
     #: To which crystals are padded; always the same, for padding changes the last bits.
     sizes = FINE
-    #: Padded edges in one call of the network. A call always has the same shape for a bucket,
-    #: whatever is asked for: a crystal's bytes do not depend on what is sampled beside it. Of
-    #: smaller calls fewer rows only fill; larger ones take less time per crystal when full.
-    edges_per_call = 2048
+    #: Padded edges in one call of the network at most, or one crystal.
+    edges_per_call = 4096
+    #: Crystals in a call are a multiple of this, or one: the last call of a bucket is filled up to
+    #: the next. None where a crystal's bytes depend on their number, and must not: all calls of a
+    #: bucket are then of one size.
+    row_step: int | None = None
     #: Where it samples, as the framework calls it.
     device: str
 
@@ -187,7 +190,7 @@ class BaseGenerator(ABC):
             requests,
             self.config.model.cell,
             self.sizes,
-            self.rows_per_call,
+            self.call_sizes,
             self.precedents_of,
             noiseless=process is None and settings.precedent_temperature == 0,
         )
@@ -206,8 +209,18 @@ class BaseGenerator(ABC):
         return self.precedents.find(crystal, self.config.diffusion.precedents_in_turn)
 
     def rows_per_call(self, shape: tuple[int, int]) -> int:
-        """Crystals in one call of the network for a bucket (T, A)."""
-        return max(1, self.edges_per_call // (shape[0] * shape[1]))
+        """Crystals in a full call of the network for a bucket (T, A)."""
+        rows = max(1, self.edges_per_call // (shape[0] * shape[1]))
+        step = self.row_step or 1
+        return max(1, rows - rows % step)
+
+    def call_sizes(self, count: int, shape: tuple[int, int]) -> list[int]:
+        """Crystals in each call for so many of a bucket (T, A), with those that only fill."""
+        full = self.rows_per_call(shape)
+        sizes = [full] * -(-count // full)
+        if self.row_step is not None and (rest := count % full):
+            sizes[-1] = min(full, -(-rest // self.row_step) * self.row_step)
+        return sizes
 
     def start(self, call: Call, seed: int) -> Solution:
         """Where the sampler begins; see ``Solution``."""

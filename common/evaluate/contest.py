@@ -196,9 +196,9 @@ class KeptSamples:
         for size, rows in sorted(groups.items()):
             seconds, made = self._part([requests[row] for row in rows], seed, steps)
             crystals.update(zip(rows, made, strict=True))
-            in_call = self._generator.rows_per_call(size)
             self.seconds += seconds
-            self.full_seconds += seconds * len(rows) / (-(-len(rows) // in_call) * in_call)
+            in_calls = sum(self._generator.call_sizes(len(rows), size))
+            self.full_seconds += seconds * len(rows) / in_calls
             if progress is not None:
                 progress(len(rows))
         return [crystals[index] for index in range(len(requests))]

@@ -1,5 +1,6 @@
 """Samplers with networks that know the answer, and the backend that users call."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -22,12 +23,14 @@ from common.diffusion.score import ScoreProcess, score_process
 from common.diffusion.wrapped_normal import score
 from common.errors import UserError
 from common.precedents import PrecedentIndex
+from common.prior import load_prior
 from common.sampling import Call, Solution
 from common.weights import MODEL_PREFIX, STANDARDIZER_PREFIX
 from tests.common.crystal.test_structure import holds
 from tests.networks import SYSTEMS, fill_value, fitted, random_items, small
 from torch_impl.backend import Generator, devices, load
 from torch_impl.crystal_dit import CrystalDiT
+from torch_impl.generator import ROW_STEP
 from torch_impl.sampler import sample_flow, sample_predictor_corrector
 from torch_impl.tensors import TensorBatch
 
@@ -253,6 +256,64 @@ def test_a_sample_depends_on_its_request_alone(sampler: Generator) -> None:
     assert [as_bytes(crystal) for crystal in sampler.sample(asked, seed=3)] == together
 
 
+@pytest.mark.parametrize("name", ["crystal_dit_small_fm", "crystal_dit_paper_bg"])
+def test_shipped_networks_sample_the_same_beside_others(name: str) -> None:
+    """From 1 to 120 crystals at once, hence in calls of other sizes, and in full ones alone."""
+    known = load_prior().reference
+    asked = [
+        SampleRequest.of(known.crystal(row), known.material_id(row), {})
+        for row in np.random.default_rng(0).integers(len(known), size=120).tolist()
+    ]
+    sampler = load(shipped()[name], "cpu")
+    assert sampler.row_step is not None
+    together = [as_bytes(crystal) for crystal in sampler.sample(asked, seed=0)]
+    for start, stop in ((0, 1), (1, 4), (4, 20), (20, 80)):
+        part = sampler.sample(asked[start:stop], seed=0)
+        assert [as_bytes(crystal) for crystal in part] == together[start:stop]
+    sampler.row_step = None
+    full = sampler.sample(asked[:30], seed=0)
+    assert [as_bytes(crystal) for crystal in full] == together[:30]
+
+
+def test_calls_are_full_where_few_rows_give_other_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    linear = torch.nn.functional.linear
+
+    def other(few: int) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+        def shifted(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+            result = linear(rows, weight, bias)
+            return torch.nextafter(result, result + 1) if len(rows) == few else result
+
+        return shifted
+
+    assert generator(cell="asymmetric").row_step == ROW_STEP
+    for few, wanted in ((2 * ROW_STEP, None), (2 * ROW_STEP + 1, ROW_STEP)):
+        with monkeypatch.context() as patch:
+            patch.setattr("torch.nn.functional.linear", other(few))
+            assert generator(cell="asymmetric").row_step == wanted
+
+
+@pytest.mark.parametrize(
+    ("step", "count", "edges", "wanted"),
+    [
+        (None, 0, 10, []),
+        (None, 1, 10, [10]),
+        (None, 21, 10, [10, 10, 10]),
+        (None, 2, 2000, [1, 1]),
+        (4, 1, 10, [4]),
+        (4, 8, 10, [8]),
+        (4, 10, 10, [8, 4]),
+        (4, 23, 10, [8, 8, 8]),
+        (4, 2, 30, [1, 1]),  # fewer than four, which would give other bits, never
+        (4, 0, 10, []),
+    ],
+)
+def test_sizes_of_calls(
+    sampler: Generator, step: int | None, count: int, edges: int, wanted: list[int]
+) -> None:
+    sampler.edges_per_call, sampler.row_step = 100, step
+    assert sampler.call_sizes(count, (1, edges)) == wanted
+
+
 def test_samples_differ(sampler: Generator) -> None:
     base = requests(1)[0]
     others = [
@@ -434,10 +495,13 @@ def in_group(group: int, letter: str, count: int, key: str = "large") -> SampleR
 @pytest.mark.parametrize(
     ("sizes", "budget"), [(FINE, 2048), (FINE, 4096), (COARSE, 8192), (FINE, 300)]
 )
-def test_edges_of_a_call_stay_within_its_budget(cell: str, sizes: Sizes, budget: int) -> None:
+@pytest.mark.parametrize("step", [None, 4])
+def test_edges_of_a_call_stay_within_its_budget(
+    cell: str, sizes: Sizes, budget: int, step: int | None
+) -> None:
     """Whatever is asked for together; a crystal that alone has more is sampled alone."""
     sampler = generator(cell=cell)
-    sampler.sizes, sampler.edges_per_call = sizes, budget
+    sampler.sizes, sampler.edges_per_call, sampler.row_step = sizes, budget, step
     calls: list[tuple[int, int]] = []
 
     def note(_: torch.nn.Module, inputs: tuple[TensorBatch, ...]) -> None:
@@ -451,7 +515,8 @@ def test_edges_of_a_call_stay_within_its_budget(cell: str, sizes: Sizes, budget:
     assert len(sampler.sample(asked, seed=0, steps=1)) == len(asked)
     for crystals, edges in calls:
         assert crystals == 1 or crystals * edges <= budget
-        assert (crystals + 1) * edges > budget  # nor is the budget left unused
+        assert step or (crystals + 1) * edges > budget  # nor is the budget left unused
+        assert step is None or crystals == 1 or crystals % step == 0
     assert max(crystals for crystals, _ in calls) > 1
     assert max(edges for _, edges in calls) > budget  # the large one was served
 

@@ -245,8 +245,8 @@ def test_other_requests_are_sampled_anew(tmp_path: Path) -> None:
         sizes = Generator.sizes
         made = 0
 
-        def rows_per_call(self, shape: tuple[int, int]) -> int:
-            return 8
+        def call_sizes(self, count: int, shape: tuple[int, int]) -> list[int]:
+            return [8]
 
         def sample(self, requests: Sequence[SampleRequest], *_: Any) -> list[Crystal]:
             self.made += 1
