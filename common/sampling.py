@@ -109,7 +109,8 @@ def calls(
     groups: dict[tuple[int, int], list[list[int]]] = {}
     for rows in rows_of.values():
         groups.setdefault(bucket(items[rows[0]].crystal, view, sizes), []).append(rows)
-    for shape, group in sorted(groups.items()):
+    # Large crystals first: what is left last is short, and keeps no thread waiting for another.
+    for shape, group in sorted(groups.items(), reverse=True):
         rest = iter(group)
         for size in call_sizes(len(group), shape):
             chunk = list(islice(rest, size))
