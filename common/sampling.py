@@ -109,7 +109,7 @@ def calls(
     groups: dict[tuple[int, int], list[list[int]]] = {}
     for rows in rows_of.values():
         groups.setdefault(bucket(items[rows[0]].crystal, view, sizes), []).append(rows)
-    # Large crystals first: what is left last is short, and keeps no thread waiting for another.
+    # Those of most sites first, whose calls can be the longest: no thread waits for one at the end.
     for shape, group in sorted(groups.items(), reverse=True):
         rest = iter(group)
         for size in call_sizes(len(group), shape):
@@ -135,8 +135,8 @@ class BaseGenerator(ABC):
     #: Padded edges in one call of the network at most, or one crystal.
     edges_per_call = 4096
     #: Crystals in a call are a multiple of this, or one: the last call of a bucket is filled up to
-    #: the next. None where a crystal's bytes depend on their number, and must not: all calls of a
-    #: bucket are then of one size.
+    #: the next. None: all calls of a bucket have one size, for a crystal's bytes, which are not to
+    #: depend on what is sampled beside it, may hang on how many are in its call.
     row_step: int | None = None
     #: Where it samples, as the framework calls it.
     device: str
@@ -210,7 +210,7 @@ class BaseGenerator(ABC):
         return self.precedents.find(crystal, self.config.diffusion.precedents_in_turn)
 
     def rows_per_call(self, shape: tuple[int, int]) -> int:
-        """Crystals in a full call of the network for a bucket (T, A)."""
+        """Crystals in a full call of the network for a bucket (T, A); one, if less than a step."""
         rows = max(1, self.edges_per_call // (shape[0] * shape[1]))
         step = self.row_step or 1
         return max(1, rows - rows % step)

@@ -50,8 +50,8 @@ _LEGEND = (
     "Valid: prediction and reference also pass the composition and distance filter. Tight: stol "
     "0.3, 5 degrees, ltol 0.2 instead of 0.5, 10 degrees, 0.3. RMSE: mean over matches, in units "
     "of (V/N)^(1/3); cRMSE: unmatched counted as 0.5. By kind of structure: match rate, RMSE, "
-    "number of references. A call of the network has always as many rows; full calls: without "
-    "those that only fill it, as in a long run. Operations are those of products of matrices, "
+    "number of references. Full calls: without the rows that only fill a call of the network. "
+    "Operations are those of products of matrices, "
     "training's with padding."
 )
 
